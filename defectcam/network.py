@@ -1,0 +1,91 @@
+"""The classifier: a U-Net on the first blocks of a ResNet34, global average pooling and one linear layer.
+
+Paper 3.1, Fig. 3 (the network) and Fig. 4 (one, two or three down-samplings). The decoder's output has the
+input's height and width, so its class activation map does too. One binary network per defect (paper 4.1).
+"""
+
+from __future__ import annotations
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+
+# What the encoder's input is normalised with: the constants ResNet34's ImageNet weights were trained with.
+MEAN_RGB = (0.485, 0.456, 0.406)
+STD_RGB = (0.229, 0.224, 0.225)
+
+
+class DefectNet(nn.Module):
+    """Binary defect classifier whose features keep the input's resolution.
+
+    Args:
+        decoder_channels: width of the decoder's stages, coarse to fine; `downsamplings` + 1 numbers.
+        downsamplings: how often the encoder halves the resolution, 1, 2 (the paper's choice) or 3.
+        encoder_weights: "imagenet" to start from the published encoder weights (downloaded by
+            segmentation-models-pytorch), None to start from random ones.
+    """
+
+    def __init__(
+        self,
+        decoder_channels: tuple[int, ...] = (64, 32, 16),
+        downsamplings: int = 2,
+        encoder_weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if downsamplings not in (1, 2, 3):
+            raise ValueError(f"downsamplings must be 1, 2 or 3, not {downsamplings!r}")
+        if len(decoder_channels) != downsamplings + 1:
+            raise ValueError(
+                f"decoder_channels needs {downsamplings + 1} numbers for {downsamplings} down-samplings, "
+                f"not {decoder_channels!r}"
+            )
+        self.decoder_channels = tuple(decoder_channels)
+        self.downsamplings = downsamplings
+        unet = smp.Unet(
+            "resnet34",
+            encoder_weights=encoder_weights,
+            encoder_depth=downsamplings + 1,
+            decoder_channels=self.decoder_channels,
+        )
+        self.encoder = unet.encoder
+        self.encoder.conv1.stride = (1, 1)  # paper 3.1: stride 1 instead of 2, for resolution
+        for stage in range(downsamplings + 1, 5):  # never run at this depth: 19.9 M of 22 M parameters
+            delattr(self.encoder, f"layer{stage}")
+        self.decoder = unet.decoder
+        self.head = nn.Linear(self.decoder_channels[-1], 1)
+
+    @property
+    def halo_px(self) -> int:
+        """Pixels around a region that its score map depends on, rounded up to a multiple of 2**downsamplings.
+
+        The convolutions reach 20, 54 and 154 px; a test checks that by differentiating through the network.
+        """
+        return {1: 20, 2: 56, 3: 160}[self.downsamplings]
+
+    @property
+    def stride_px(self) -> int:
+        """Spacing of the coarsest grid: tiles that start at its multiples see the same pixels pooled."""
+        return 2**self.downsamplings
+
+    def score_map(self, images: Tensor) -> Tensor:
+        """Signed score map S = sum_k w_k F_k, without the bias.
+
+        Args:
+            images: (N, 3, H, W) float, RGB, normalised with MEAN_RGB and STD_RGB; any H, W >= 1.
+
+        Returns:
+            (N, H, W) float. Its mean over an image plus `head.bias` is that image's logit.
+        """
+        features = self.decoder(self.encoder(images))  # (N, C, H, W)
+        return nn.functional.conv2d(features, self.head.weight[:, :, None, None])[:, 0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N,) of (N, 3, H, W) normalised RGB images: global average pooling, then the linear layer."""
+        return self.score_map(images).mean(dim=(1, 2)) + self.head.bias[0]
+
+
+def normalise(images_rgb: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 or 0..255 float RGB -> float normalised for `DefectNet`."""
+    mean = torch.tensor(MEAN_RGB, device=images_rgb.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD_RGB, device=images_rgb.device).view(1, 3, 1, 1)
+    return (images_rgb.float() / 255 - mean) / std

@@ -1,0 +1,142 @@
+"""Weak labels as people give them: one click per defect, clicks where there is none (paper 3, 4.1).
+
+`Click` is one such label and `read_clicks` / `write_clicks` keep them as CSV. `simulate_clicks` derives clicks
+from ground-truth masks for experiments; it is the only way a mask reaches the classifier.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+IMAGE_SUFFIXES = (".jpg", ".png")
+
+
+@dataclass(frozen=True)
+class Click:
+    """One click: at pixel (x, y) of `image` there is `defect`, or none of `absent` within the patch around it.
+
+    Attributes:
+        image: path of the photo.
+        x, y: pixel, 0-based from the upper left corner.
+        defect: the defect clicked on, or "none".
+        absent: for a none-click the defect that was looked for; "" for a positive click.
+        photo_group: what is never split between train and val, and what a sampler balances over.
+    """
+
+    image: str
+    x: int
+    y: int
+    defect: str
+    absent: str = ""
+    photo_group: str = ""
+
+
+def write_clicks(path: Path, clicks: list[Click]) -> None:
+    """Write clicks as CSV with a header line."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "x", "y", "defect", "absent", "photo_group"])
+        writer.writeheader()
+        writer.writerows(asdict(click) for click in clicks)
+
+
+def read_clicks(path: Path) -> list[Click]:
+    """Read clicks from CSV (columns image, x, y, defect; absent and photo_group may be left out).
+
+    Raises:
+        ValueError: naming file, line and what is wrong with it.
+    """
+    clicks = []
+    with open(path, newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                clicks.append(
+                    Click(
+                        row["image"],
+                        int(float(row["x"])),
+                        int(float(row["y"])),
+                        row["defect"],
+                        row.get("absent") or "",
+                        row.get("photo_group") or "",
+                    )
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} line {number}: {error!r}; a click needs image, x, y (numbers) and defect"
+                ) from error
+    return clicks
+
+
+def photo_path(set_dir: Path, stem: str) -> Path:
+    """Path of a photo of a data set laid out as images/<stem>.jpg|png.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    for suffix in IMAGE_SUFFIXES:
+        path = set_dir / "images" / f"{stem}{suffix}"
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"no photo {stem} with {' or '.join(IMAGE_SUFFIXES)} in {set_dir / 'images'}")
+
+
+def split_stems(data_dir: Path, set_name: str, split: str) -> list[str]:
+    """File stems of a set's "train" or "val" photos, from splits.json; groups of photos are never split there."""
+    return json.loads((data_dir / "splits.json").read_text())[set_name][split]
+
+
+def simulate_clicks(
+    data_dir: Path, set_name: str, split: str, defect: str, patch_px: int, none_per_photo: int, seed: int
+) -> list[Click]:
+    """The clicks a person would give: one per defect component, and none-clicks on patches free of the defect.
+
+    A set without masks of this defect gives none-clicks only: its photos are of another material and are taken
+    to be free of it (the caller decides which sets that holds for).
+
+    Args:
+        patch_px: side of the patch around a none-click that must be free of the defect (cut at the photo's edges).
+        none_per_photo: none-clicks tried per photo; a photo full of defect gives fewer.
+
+    Returns:
+        Clicks with `photo_group` = "<set>/<stem>", in the order of the split.
+    """
+    rng = np.random.default_rng(seed)
+    set_dir = data_dir / set_name
+    clicks = []
+    for stem in split_stems(data_dir, set_name, split):
+        path = photo_path(set_dir, stem)
+        mask_path = set_dir / "masks" / defect / f"{stem}.png"
+        if mask_path.exists():
+            mask = cv2.imread(str(mask_path), cv2.IMREAD_GRAYSCALE) > 127
+        else:
+            mask = np.zeros(cv2.imread(str(path)).shape[:2], bool)
+        group = f"{set_name}/{stem}"
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+        for component in range(1, count):
+            if stats[component, cv2.CC_STAT_AREA] >= 30:  # smaller ones nobody would see, let alone click
+                ys, xs = np.nonzero(labels == component)
+                pick = rng.integers(len(xs))
+                clicks.append(Click(str(path), int(xs[pick]), int(ys[pick]), defect, "", group))
+        height, width = mask.shape
+        summed = cv2.integral(mask.astype(np.uint8))
+        for _ in range(none_per_photo):
+            for _attempt in range(20):
+                x, y = int(rng.integers(width)), int(rng.integers(height))
+                x0, x1 = patch_bounds(x, patch_px, width)
+                y0, y1 = patch_bounds(y, patch_px, height)
+                if summed[y1, x1] - summed[y0, x1] - summed[y1, x0] + summed[y0, x0] == 0:
+                    clicks.append(Click(str(path), x, y, "none", defect, group))
+                    break
+    return clicks
+
+
+def patch_bounds(center: int, patch_px: int, size: int) -> tuple[int, int]:
+    """Start and end of a patch of `patch_px` around `center`, moved inside 0..size (shorter where size is)."""
+    length = min(patch_px, size)
+    start = min(max(center - length // 2, 0), size - length)
+    return start, start + length

@@ -1,0 +1,116 @@
+"""Crops around clicks: the classifier's training images (paper 4.1).
+
+Five crops around every positive click and as many negative ones, drawn evenly from the none-clicks, a binary set
+per defect. The paper's crops are 320 px; the network is fully convolutional, so smaller ones train it where
+arithmetic is dear. A photo smaller than the crop gives the whole photo, scaled up to the crop's size.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from defectcam.training.clicks import Click, patch_bounds
+
+CROPS_PER_CLICK = 5
+
+
+class CropDataset(Dataset):
+    """An endless sequence of crops: draw k is always the same crop, and every epoch draws other positions.
+
+    Draws 0, 2, 4, ... are positive, 1, 3, 5, ... negative, so any even number of neighbours is balanced; a run
+    that was cut off goes on at its next draw.
+
+    Args:
+        clicks: positive and none-clicks of one defect.
+        crop_px: side of the square crops.
+        seed: together with the draw's number fixes every crop.
+        augment: flips, quarter turns, scale, brightness, contrast, colour, blur, noise; off for validation.
+        image_scale: photos are resized by this factor first (1 = as they are).
+
+    Items: (image_rgb (3, crop_px, crop_px) uint8 tensor, label 0.0 or 1.0).
+    """
+
+    def __init__(
+        self, clicks: list[Click], crop_px: int, seed: int, augment: bool, image_scale: float = 1.0
+    ) -> None:
+        self.positives = [click for click in clicks if click.defect != "none"]
+        self.negatives = [click for click in clicks if click.defect == "none"]
+        if not self.positives or not self.negatives:
+            raise ValueError(
+                f"training needs clicks on the defect and none-clicks; got {len(self.positives)} and "
+                f"{len(self.negatives)}"
+            )
+        self.crop_px = crop_px
+        self.seed = seed
+        self.augment = augment
+        self.image_scale = image_scale
+        self._photos: dict[str, np.ndarray] = {}
+        self._colour = v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(brightness=0.35, contrast=0.35, saturation=0.3, hue=0.04)], 0.8),
+                v2.RandomGrayscale(0.1),
+                v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], 0.2),
+            ]
+        )
+
+    @property
+    def draws_per_epoch(self) -> int:
+        """Five crops for every positive click and as many negative ones."""
+        return 2 * CROPS_PER_CLICK * len(self.positives)
+
+    def photo_rgb(self, path: str) -> np.ndarray:
+        """The photo as (H, W, 3) uint8 RGB, kept in memory after the first look."""
+        if path not in self._photos:
+            photo = cv2.imread(path, cv2.IMREAD_COLOR)
+            if photo is None:
+                raise FileNotFoundError(f"cannot read the photo {path}")
+            if self.image_scale != 1:
+                photo = cv2.resize(
+                    photo, None, fx=self.image_scale, fy=self.image_scale, interpolation=cv2.INTER_AREA
+                )
+            self._photos[path] = cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+        return self._photos[path]
+
+    def __getitem__(self, draw: int) -> tuple[torch.Tensor, float]:
+        rng = np.random.default_rng((self.seed, draw))
+        positive = draw % 2 == 0
+        if positive:
+            epoch, position = divmod(draw, self.draws_per_epoch)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.draws_per_epoch // 2)
+            click = self.positives[order[position // 2] // CROPS_PER_CLICK]
+        else:  # evenly from the none-clicks: every photo's turn comes, whatever its number of clicks
+            click = self.negatives[int(rng.integers(len(self.negatives)))]
+        photo = self.photo_rgb(click.image)
+        x, y = int(click.x * self.image_scale), int(click.y * self.image_scale)
+        size = self.crop_px
+        if self.augment and positive:
+            size = int(round(size * rng.uniform(0.75, 1.25)))
+        elif self.augment:  # a none-click vouches for its patch only: never look beyond it
+            size = int(round(size * rng.uniform(0.75, 1.0)))
+        # A positive crop may have its click anywhere but at its rim; a negative one stays around its click.
+        reach = 0.4 * size if positive else 0.0
+        x += int(rng.uniform(-reach, reach))
+        y += int(rng.uniform(-reach, reach))
+        height, width = photo.shape[:2]
+        x0, x1 = patch_bounds(x, size, width)
+        y0, y1 = patch_bounds(y, size, height)
+        crop = photo[y0:y1, x0:x1]
+        if crop.shape[:2] != (self.crop_px, self.crop_px):
+            shrinks = crop.shape[0] >= self.crop_px
+            crop = cv2.resize(
+                crop, (self.crop_px, self.crop_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+            )
+        if self.augment:
+            crop = np.rot90(crop, int(rng.integers(4)))
+            if rng.integers(2):
+                crop = crop[:, ::-1]
+        image = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
+        if self.augment:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(rng.integers(2**31)))
+                image = self._colour(image)
+        return image, float(positive)

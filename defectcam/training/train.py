@@ -1,0 +1,213 @@
+"""Train the classifier of one defect from clicks (paper 4.1, 4.2).
+
+AdamW, binary cross-entropy on balanced crops, the best checkpoint by F-measure on val. Everything a run draws
+comes from its seed, and a run that was killed goes on from its last checkpoint (written every minute).
+
+Example, the crack weights of this repository (see weights/README.md):
+    python -m defectcam.training.train --defect crack --data ../shared/data --sets deepcrack,uav75 \\
+        --none-sets phinet_labelled --crop-px 96 --batch 16 --lr 1e-3 --steps 800 --out out/train/crack
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from defectcam.network import DefectNet, normalise
+from defectcam.training.clicks import Click, simulate_clicks
+from defectcam.training.crops import CropDataset
+
+CHECKPOINT_SECONDS = 60
+VAL_CROPS = 400
+
+
+def gather_clicks(args: argparse.Namespace, split: str) -> list[Click]:
+    """Clicks of the sets with the defect, and none-clicks alone of the sets without it."""
+    clicks: list[Click] = []
+    for set_name in args.sets:
+        clicks += simulate_clicks(
+            args.data, set_name, split, args.defect, args.crop_px, args.none_per_photo, args.seed
+        )
+    for set_name in args.none_sets:
+        found = simulate_clicks(args.data, set_name, split, args.defect, args.crop_px, 1, args.seed)
+        clicks += [click for click in found if click.defect == "none"]
+    return clicks
+
+
+def f_measure(scores: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of `scores` > 0 (logits) against 0/1 labels; 0 where nothing is found."""
+    found = scores > 0
+    hits = float((found & (labels > 0)).sum())
+    return 2 * hits / max(float(found.sum() + (labels > 0).sum()), 1.0)
+
+
+@torch.no_grad()
+def val_scores(network: DefectNet, dataset: CropDataset, batch: int, device: str) -> tuple[float, float]:
+    """F-measure and loss over the first VAL_CROPS draws of a val set."""
+    network.eval()
+    logits, labels = [], []
+    for images, targets in DataLoader(dataset, batch, sampler=range(VAL_CROPS)):
+        logits.append(network(to_network(images, device)).float().cpu())
+        labels.append(targets.float())
+    logit, label = torch.cat(logits), torch.cat(labels)
+    loss = nn.functional.binary_cross_entropy_with_logits(logit, label)
+    return f_measure(logit.numpy(), label.numpy()), float(loss)
+
+
+def to_network(images_rgb: torch.Tensor, device: str) -> torch.Tensor:
+    """uint8 RGB batch -> normalised channels_last batch on the device."""
+    return normalise(images_rgb.to(device)).contiguous(memory_format=torch.channels_last)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first 5 % of steps, then a cosine down to 1 % of the peak."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm))))
+
+
+def save_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.AdamW, state: dict) -> None:
+    """Weights, AdamW moments and the run's state in one safetensors file, replaced in one move."""
+    tensors = {f"model.{name}": value.contiguous() for name, value in network.state_dict().items()}
+    for index, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"adamw.{index}.{name}": value.contiguous() for name, value in moments.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.AdamW) -> dict:
+    """Undo `save_checkpoint`; returns the run's state."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+    tensors = load_file(path)
+    network.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    moments: dict[int, dict] = {}
+    for name, value in tensors.items():
+        if name.startswith("adamw."):
+            _, index, moment = name.split(".")
+            moments.setdefault(int(index), {})[moment] = value
+    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+    return state
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Train as the arguments say; returns and writes the record of the run (record.json)."""
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.out.mkdir(parents=True, exist_ok=True)
+    train_clicks, val_clicks = gather_clicks(args, "train"), gather_clicks(args, "val")
+    crops = CropDataset(train_clicks, args.crop_px, args.seed, augment=True, image_scale=args.image_scale)
+    val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False, image_scale=args.image_scale)
+
+    network = DefectNet(args.decoder, args.downsamplings, encoder_weights=args.encoder_weights)
+    if args.init:
+        network.load_state_dict(load_file(args.init))
+    network = network.to(device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=1e-2)
+    state = {"step": 0, "best_f": -1.0, "seconds": 0.0, "history": []}
+    checkpoint = args.out / "last.safetensors"
+    if checkpoint.exists():
+        state = load_checkpoint(checkpoint, network, optimiser)
+        print(f"going on from step {state['step']} of {checkpoint}", file=sys.stderr)
+
+    draws = range(state["step"] * args.batch, args.steps * args.batch)
+    loader = DataLoader(crops, args.batch, sampler=draws, num_workers=args.workers)
+    earlier, started, saved = state["seconds"], time.monotonic(), time.monotonic()
+    bar = tqdm(loader, initial=state["step"], total=args.steps, desc=args.defect, unit="step")
+    losses = []
+    for images, targets in bar:
+        network.train()
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(state["step"], args.steps, args.lr)
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            network(to_network(images, device)), targets.to(device, torch.float32)
+        )
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+        state["step"] += 1
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", best_f=f"{state['best_f']:.3f}")
+        if state["step"] % args.val_every == 0 or state["step"] == args.steps:
+            f, val_loss = val_scores(network, val_crops, args.batch, device)
+            state["history"].append(
+                {"step": state["step"], "loss": float(np.mean(losses[-50:])), "val_loss": val_loss, "val_f": f}
+            )
+            tqdm.write(f"step {state['step']}: loss {np.mean(losses[-50:]):.3f}, val {val_loss:.3f}, F {f:.3f}")
+            if f >= state["best_f"]:
+                state["best_f"] = f
+                save_file(
+                    {name: value.contiguous() for name, value in network.state_dict().items()},
+                    args.out / "best.safetensors",
+                )
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or state["step"] == args.steps:
+            saved = time.monotonic()
+            state["seconds"] = earlier + saved - started
+            save_checkpoint(checkpoint, network, optimiser, state)
+    record = {
+        "command": "python -m defectcam.training.train " + shlex.join(sys.argv[1:]),
+        "defect": args.defect,
+        "clicks_sha256": hashlib.sha256(repr(train_clicks).encode()).hexdigest(),
+        "positive_clicks": len(crops.positives),
+        "none_clicks": len(crops.negatives),
+        "seed": args.seed,
+        "minutes": round(state["seconds"] / 60, 1),
+        "best_val_f": state["best_f"],
+        "history": state["history"],
+    }
+    (args.out / "record.json").write_text(json.dumps(record, indent=1))
+    return record
+
+
+def names(text: str) -> list[str]:
+    """"a,b" -> ["a", "b"]."""
+    return [name for name in text.split(",") if name]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m defectcam.training.train",
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n")[-1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--defect", required=True, help="crack, spalling, rust, or your own")
+    parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
+    parser.add_argument("--sets", type=names, required=True, help="sets in which the defect is labelled")
+    parser.add_argument("--none-sets", type=names, default=[], help="sets that give none-clicks alone")
+    parser.add_argument("--none-per-photo", type=int, default=6, help="none-clicks per photo (default 6)")
+    parser.add_argument("--crop-px", type=int, default=320, help="side of a crop (default 320, the paper's)")
+    parser.add_argument("--image-scale", type=float, default=1.0, help="resize photos first (default 1)")
+    parser.add_argument("--batch", type=int, default=32, help="crops per step (default 32, the paper's)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4, the paper's)")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--val-every", type=int, default=100, help="steps between validations")
+    parser.add_argument("--decoder", type=lambda s: tuple(map(int, s.split(","))), default=(64, 32, 16))
+    parser.add_argument("--downsamplings", type=int, default=2, choices=(1, 2, 3), help="paper Fig. 4")
+    parser.add_argument("--encoder-weights", choices=("imagenet",), help="start from published encoder weights")
+    parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the record")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    done = train(parse_args())
+    print(f"best F-measure on val {done['best_val_f']:.3f} after {done['minutes']} minutes")
