@@ -10,9 +10,9 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-# What the encoder's input is normalised with: the constants ResNet34's ImageNet weights were trained with.
-MEAN_RGB = (0.485, 0.456, 0.406)
-STD_RGB = (0.229, 0.224, 0.225)
+# What ResNet34's published ImageNet weights were trained with; the default for networks from scratch as well.
+IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
+IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
 
 
 class DefectNet(nn.Module):
@@ -23,6 +23,7 @@ class DefectNet(nn.Module):
         downsamplings: how often the encoder halves the resolution, 1, 2 (the paper's choice) or 3.
         encoder_weights: "imagenet" to start from the published encoder weights (downloaded by
             segmentation-models-pytorch), None to start from random ones.
+        mean_rgb, std_rgb: normalisation constants of the input, on the scale 0..1.
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class DefectNet(nn.Module):
         decoder_channels: tuple[int, ...] = (64, 32, 16),
         downsamplings: int = 2,
         encoder_weights: str | None = None,
+        mean_rgb: tuple[float, ...] = IMAGENET_MEAN_RGB,
+        std_rgb: tuple[float, ...] = IMAGENET_STD_RGB,
     ) -> None:
         super().__init__()
         if downsamplings not in (1, 2, 3):
@@ -39,24 +42,25 @@ class DefectNet(nn.Module):
                 f"decoder_channels needs {downsamplings + 1} numbers for {downsamplings} down-samplings, "
                 f"not {decoder_channels!r}"
             )
-        self.decoder_channels = tuple(decoder_channels)
         self.downsamplings = downsamplings
         unet = smp.Unet(
             "resnet34",
             encoder_weights=encoder_weights,
             encoder_depth=downsamplings + 1,
-            decoder_channels=self.decoder_channels,
+            decoder_channels=tuple(decoder_channels),
         )
         self.encoder = unet.encoder
         self.encoder.conv1.stride = (1, 1)  # paper 3.1: stride 1 instead of 2, for resolution
         for stage in range(downsamplings + 1, 5):  # never run at this depth: 19.9 M of 22 M parameters
             delattr(self.encoder, f"layer{stage}")
         self.decoder = unet.decoder
-        self.head = nn.Linear(self.decoder_channels[-1], 1)
+        self.head = nn.Linear(decoder_channels[-1], 1)
+        self.register_buffer("mean_rgb", torch.tensor(mean_rgb).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std_rgb", torch.tensor(std_rgb).view(1, 3, 1, 1), persistent=False)
 
     @property
     def halo_px(self) -> int:
-        """Pixels around a region that its score map depends on, rounded up to a multiple of 2**downsamplings.
+        """Pixels around a region that its score map depends on, rounded up to a multiple of `stride_px`.
 
         The convolutions reach 20, 54 and 154 px; a test checks that by differentiating through the network.
         """
@@ -64,28 +68,30 @@ class DefectNet(nn.Module):
 
     @property
     def stride_px(self) -> int:
-        """Spacing of the coarsest grid: tiles that start at its multiples see the same pixels pooled."""
+        """Spacing of the coarsest grid: tiles that start at its multiples see the same pixels pooled together."""
         return 2**self.downsamplings
+
+    def normalise(self, images_rgb: Tensor) -> Tensor:
+        """(N, 3, H, W) RGB on the scale 0..255, any dtype -> the network's input, channels last."""
+        images = (images_rgb.to(self.mean_rgb.dtype) / 255 - self.mean_rgb) / self.std_rgb
+        return images.contiguous(memory_format=torch.channels_last)
 
     def score_map(self, images: Tensor) -> Tensor:
         """Signed score map S = sum_k w_k F_k, without the bias.
 
         Args:
-            images: (N, 3, H, W) float, RGB, normalised with MEAN_RGB and STD_RGB; any H, W >= 1.
+            images: (N, 3, H, W) from `normalise`; any H, W >= 1.
 
         Returns:
-            (N, H, W) float. Its mean over an image plus `head.bias` is that image's logit.
+            (N, H, W). Its mean over an image plus the head's bias is that image's logit.
         """
         features = self.decoder(self.encoder(images))  # (N, C, H, W)
         return nn.functional.conv2d(features, self.head.weight[:, :, None, None])[:, 0]
 
+    def logit(self, score_map: Tensor) -> Tensor:
+        """Logits (N,) of score maps (N, H, W): global average pooling, then the linear layer's bias."""
+        return score_map.mean(dim=(1, 2)) + self.head.bias[0]
+
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N,) of (N, 3, H, W) normalised RGB images: global average pooling, then the linear layer."""
-        return self.score_map(images).mean(dim=(1, 2)) + self.head.bias[0]
-
-
-def normalise(images_rgb: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 or 0..255 float RGB -> float normalised for `DefectNet`."""
-    mean = torch.tensor(MEAN_RGB, device=images_rgb.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD_RGB, device=images_rgb.device).view(1, 3, 1, 1)
-    return (images_rgb.float() / 255 - mean) / std
+        """Logits (N,) of normalised images (N, 3, H, W)."""
+        return self.logit(self.score_map(images))

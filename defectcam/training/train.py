@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from defectcam.network import DefectNet, normalise
+from defectcam.network import DefectNet
 from defectcam.training.clicks import Click, simulate_clicks
 from defectcam.training.crops import CropDataset
 
@@ -59,16 +60,11 @@ def val_scores(network: DefectNet, dataset: CropDataset, batch: int, device: str
     network.eval()
     logits, labels = [], []
     for images, targets in DataLoader(dataset, batch, sampler=range(VAL_CROPS)):
-        logits.append(network(to_network(images, device)).float().cpu())
+        logits.append(network(network.normalise(images.to(device))).float().cpu())
         labels.append(targets.float())
     logit, label = torch.cat(logits), torch.cat(labels)
     loss = nn.functional.binary_cross_entropy_with_logits(logit, label)
     return f_measure(logit.numpy(), label.numpy()), float(loss)
-
-
-def to_network(images_rgb: torch.Tensor, device: str) -> torch.Tensor:
-    """uint8 RGB batch -> normalised channels_last batch on the device."""
-    return normalise(images_rgb.to(device)).contiguous(memory_format=torch.channels_last)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -91,8 +87,6 @@ def save_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.AdamW
 
 def load_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.AdamW) -> dict:
     """Undo `save_checkpoint`; returns the run's state."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         state = json.loads(file.metadata()["state"])
     tensors = load_file(path)
@@ -136,7 +130,7 @@ def train(args: argparse.Namespace) -> dict:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(state["step"], args.steps, args.lr)
         loss = nn.functional.binary_cross_entropy_with_logits(
-            network(to_network(images, device)), targets.to(device, torch.float32)
+            network(network.normalise(images.to(device))), targets.to(device, torch.float32)
         )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

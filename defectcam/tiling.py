@@ -1,0 +1,162 @@
+"""Tiles with a halo: large photos in bounded memory, climbing only where a defect may be (paper 4.1: 5K x 5K).
+
+A tile is a core, whose result is kept, and a halo around it, at least as wide as the network's reach. Cores start
+at multiples of the network's stride, so the stitched score map equals the whole photo's to float precision.
+
+Normalisation across tiles: a tile's own maximum would lift every healthy tile to 1 and a photo's maximum would
+let one strong defect erase a weak one, so the maps are divided by constants of the weights: `cam_max[T]`, the
+typical maximum that the sum of T + 1 maps reaches on photos with the defect. Healthy photos stay near 0, and a
+crop or a shift changes nothing away from its edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from defectcam.cam import probability, score_sums, window_logits
+from defectcam.climb import ClimbParameters, climb
+from defectcam.network import DefectNet
+
+CORE_PX = 512  # with the halo 624 px: 1.5 times the arithmetic of no halo, about 1 GB while climbing
+GATE_SPACING_PX = 32  # the window probability changes slowly: a look every 32 px finds its maximum well enough
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Half-open boxes (y0, y1, x0, x1) in the photo: the core, and the core with its halo."""
+
+    core: tuple[int, int, int, int]
+    outer: tuple[int, int, int, int]
+
+    def core_of(self, outer_map: torch.Tensor) -> torch.Tensor:
+        """Cut the core out of a map (..., H, W) of the outer box."""
+        (y0, y1, x0, x1), (top, _, left, _) = self.core, self.outer
+        return outer_map[..., y0 - top : y1 - top, x0 - left : x1 - left]
+
+
+def tile_grid(height: int, width: int, halo_px: int, stride_px: int, core_px: int = CORE_PX) -> list[Tile]:
+    """Tiles of about equal cores (at most `core_px`, rounded up to the stride) that cover a photo exactly."""
+
+    def spans(size: int) -> list[tuple[int, int, int, int]]:
+        count = -(-size // core_px)
+        length = -(-size // (count * stride_px)) * stride_px
+        starts = range(0, size, length)
+        return [
+            (start, min(start + length, size), max(start - halo_px, 0), min(start + length + halo_px, size))
+            for start in starts
+        ]
+
+    return [
+        Tile((y0, y1, x0, x1), (top, bottom, left, right))
+        for y0, y1, top, bottom in spans(height)
+        for x0, x1, left, right in spans(width)
+    ]
+
+
+def _batches(image_rgb: np.ndarray, tiles: Sequence[Tile], batch: int, network: DefectNet) -> Iterator:
+    """Yield ([tiles], normalised (N, 3, h, w)); tiles of one batch share their outer size."""
+    device = network.head.weight.device
+
+    def outer_size(tile: Tile) -> tuple[int, int]:
+        top, bottom, left, right = tile.outer
+        return bottom - top, right - left
+
+    pending: dict[tuple[int, int], list[Tile]] = {}
+    for tile in tiles:
+        pending.setdefault(outer_size(tile), []).append(tile)
+    for group in pending.values():
+        for start in range(0, len(group), batch):
+            some = group[start : start + batch]
+            pixels = np.stack([image_rgb[t.outer[0] : t.outer[1], t.outer[2] : t.outer[3]] for t in some])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+            yield some, network.normalise(images)
+
+
+@torch.no_grad()
+def stitched_score_map(
+    network: DefectNet, image_rgb: np.ndarray, batch: int = 1, core_px: int = CORE_PX
+) -> np.ndarray:
+    """Signed score map of a whole photo, tile by tile.
+
+    Args:
+        image_rgb: (H, W, 3) uint8.
+        batch: tiles at once; changes speed and memory, not the result.
+
+    Returns:
+        (H, W) float32.
+    """
+    height, width = image_rgb.shape[:2]
+    stitched = np.empty((height, width), np.float32)
+    tiles = tile_grid(height, width, network.halo_px, network.stride_px, core_px)
+    for some, images in _batches(image_rgb, tiles, batch, network):
+        for tile, score in zip(some, network.score_map(images)):
+            y0, y1, x0, x1 = tile.core
+            stitched[y0:y1, x0:x1] = tile.core_of(score).float().cpu().numpy()
+    return stitched
+
+
+def tiles_to_climb(tiles: Sequence[Tile], sums: np.ndarray, bias: float, window_px: int, gate: float) -> list[Tile]:
+    """The tiles in whose core some window's probability reaches `gate` (0..1): where a defect may be."""
+
+    def positions(start: int, end: int) -> np.ndarray:
+        return np.append(np.arange(start, end, GATE_SPACING_PX), end - 1)
+
+    kept = []
+    for tile in tiles:
+        y0, y1, x0, x1 = tile.core
+        logits = window_logits(sums, bias, positions(y0, y1)[:, None], positions(x0, x1)[None], window_px)
+        if probability(logits.max()) >= gate:
+            kept.append(tile)
+    return kept
+
+
+def climbed_map(
+    network: DefectNet,
+    image_rgb: np.ndarray,
+    score_map: np.ndarray,
+    steps: int,
+    parameters: ClimbParameters,
+    cam_max: Sequence[float],
+    window_px: int,
+    gate: float,
+    batch: int = 1,
+    core_px: int = CORE_PX,
+) -> np.ndarray:
+    """Climbed activation map of a whole photo, on a scale where 1 is the typical maximum of a defect.
+
+    Tiles that the gate leaves out keep their plain map, in the same units.
+
+    Args:
+        score_map: from `stitched_score_map`.
+        steps: T.
+        cam_max: divisor of the sum of T + 1 maps at index T; continued in a straight line beyond its end.
+        window_px, gate: see `tiles_to_climb`.
+
+    Returns:
+        (H, W) float32, >= 0.
+    """
+    result = np.maximum(score_map, 0) / np.float32(cam_max[0])
+    if steps == 0:
+        return result
+    tiles = tile_grid(*score_map.shape, network.halo_px, network.stride_px, core_px)
+    bias = float(network.head.bias[0])
+    tiles = tiles_to_climb(tiles, score_sums(score_map), bias, window_px, gate)
+    divisor = cam_max_at(cam_max, steps)
+    for some, images in _batches(image_rgb, tiles, batch, network):
+        summed = sum(climb(network, images, steps, parameters))
+        for tile, total in zip(some, summed):
+            y0, y1, x0, x1 = tile.core
+            result[y0:y1, x0:x1] = tile.core_of(total).float().cpu().numpy() / divisor
+    return result
+
+
+def cam_max_at(cam_max: Sequence[float], steps: int) -> np.float32:
+    """The divisor for T = `steps`; beyond the list's end every step adds what the last one did."""
+    if steps < len(cam_max):
+        return np.float32(cam_max[steps])
+    growth = cam_max[-1] - cam_max[-2] if len(cam_max) > 1 else cam_max[0]
+    return np.float32(cam_max[-1] + growth * (steps - len(cam_max) + 1))

@@ -1,0 +1,188 @@
+"""Weights of all defects: one safetensors file each and a manifest that says what they are and how to use them.
+
+    weights/manifest.json        {"version", "defects": {<defect>: {...}}}, the fields of `DefectWeights`
+    weights/<defect>.safetensors
+
+Loading verifies before it trusts: checksum, names and shapes of all tensors, finite values. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from defectcam.climb import ClimbParameters
+from defectcam.network import DefectNet
+
+
+class WeightsError(RuntimeError):
+    """Weights that must not be used; the message names the file, the reason and what to do."""
+
+
+@dataclass(frozen=True)
+class DefectWeights:
+    """What the manifest says of one defect; every constant was chosen on validation photos.
+
+    Attributes:
+        file, sha256: the safetensors file beside the manifest and its checksum.
+        decoder_channels, downsamplings, mean_rgb, std_rgb: the network, see `DefectNet`.
+        window_px: side of the window whose probability gates and gives confidences.
+        gate: window probability from which a tile is climbed, 0..1.
+        threshold: minimum confidence of a proposal, 0..1.
+        iterations: T where nobody sets it.
+        xi, penalty_weight, salient_share: see `ClimbParameters`.
+        cam_max: divisors of the summed maps for T = 0, 1, ..., see `climbed_map`.
+        cam_threshold: theta on the normalised map.
+        closing_radius_px, min_area_px: see `binarise`.
+        snap: parameters of `snap`, or None where outlines stay the map's.
+        tolerance_px, hole_share: polygon simplification, see `proposals`.
+        training: the record of how the weights were made.
+    """
+
+    file: str
+    sha256: str
+    decoder_channels: tuple[int, ...]
+    downsamplings: int
+    mean_rgb: tuple[float, ...]
+    std_rgb: tuple[float, ...]
+    window_px: int
+    gate: float
+    threshold: float
+    iterations: int
+    xi: float
+    penalty_weight: float
+    salient_share: float
+    cam_max: tuple[float, ...]
+    cam_threshold: float
+    closing_radius_px: int
+    min_area_px: int
+    snap: dict | None
+    tolerance_px: float
+    hole_share: float
+    training: dict
+
+    @property
+    def climb_parameters(self) -> ClimbParameters:
+        return ClimbParameters(self.xi, self.penalty_weight, self.salient_share)
+
+    def build_network(self) -> DefectNet:
+        """An untrained network of this architecture."""
+        return DefectNet(self.decoder_channels, self.downsamplings, None, self.mean_rgb, self.std_rgb)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A verified folder of weights: its version and, per defect in the manifest's order, facts and network."""
+
+    version: str
+    facts: dict[str, DefectWeights]
+    networks: dict[str, DefectNet]
+
+
+def load_weights(folder: Path, device: str) -> Weights:
+    """Verify and load a weights folder; networks come frozen and in eval mode, on `device`.
+
+    Raises:
+        WeightsError: for a missing, truncated, swapped or altered file, or a manifest that does not fit.
+    """
+    version, facts = read_manifest(folder)
+    networks = {}
+    for defect, fact in facts.items():
+        network = fact.build_network()
+        _load_verified(network, folder / fact.file, fact.sha256)
+        network.requires_grad_(False).eval()
+        networks[defect] = network.to(device, memory_format=torch.channels_last)
+    return Weights(version, facts, networks)
+
+
+def read_manifest(folder: Path) -> tuple[str, dict[str, DefectWeights]]:
+    """Version and facts of a weights folder.
+
+    Raises:
+        WeightsError: naming manifest, defect and field.
+    """
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        version, defects = manifest["version"], manifest["defects"]
+        if not isinstance(version, str) or not isinstance(defects, dict) or not defects:
+            raise ValueError("'version' must be a text and 'defects' an object with at least one defect")
+    except OSError as error:
+        raise WeightsError(f"no weights in {folder}: {path} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} is not a manifest of weights: {error}") from error
+    facts = {}
+    for defect, entry in defects.items():
+        try:
+            entry = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+            facts[defect] = DefectWeights(**entry)
+            _check_facts(facts[defect])
+        except (TypeError, AttributeError, ValueError) as error:
+            reason = str(error).replace("DefectWeights.__init__() ", "")
+            raise WeightsError(f"{path}, defect {defect!r}: {reason}") from error
+    return version, facts
+
+
+def write_manifest(folder: Path, version: str, defects: dict[str, dict]) -> None:
+    """Write the manifest of a weights folder; `sha256` of each entry is taken from its file."""
+    for entry in defects.values():
+        entry["sha256"] = sha256_of(folder / entry["file"])
+    text = json.dumps({"version": version, "defects": defects}, indent=1)
+    (folder / "manifest.json").write_text(text + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_facts(fact: DefectWeights) -> None:
+    def need(holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(rule)
+
+    need(Path(fact.file).name == fact.file, f"file must be a name without folders, not {fact.file!r}")
+    for name in ("gate", "threshold", "cam_threshold", "salient_share", "hole_share"):
+        need(0 <= getattr(fact, name) <= 1, f"{name} must be in 0..1, not {getattr(fact, name)!r}")
+    need(len(fact.cam_max) > 0 and all(0 < c < math.inf for c in fact.cam_max), "cam_max must be positive numbers")
+    need(fact.window_px >= 1, f"window_px must be at least 1, not {fact.window_px!r}")
+    need(0 <= fact.iterations <= 50, f"iterations must be in 0..50, not {fact.iterations!r}")
+    need(fact.closing_radius_px >= 0 and fact.min_area_px >= 0, "closing_radius_px and min_area_px must be >= 0")
+
+
+def _load_verified(network: DefectNet, path: Path, sha256: str) -> None:
+    remedy = "take the weights folder as it was published, or deploy another version"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"weights file {path} cannot be read ({error.strerror}); {remedy}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise WeightsError(
+            f"weights file {path} was truncated, altered or swapped: its sha256 is {found}, the manifest says "
+            f"{sha256}; {remedy}"
+        )
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise WeightsError(f"weights file {path} is not a safetensors file ({error}); {remedy}") from error
+    wanted = network.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors or name not in wanted:
+            where = "is missing" if name in wanted else "belongs to another architecture"
+            raise WeightsError(f"weights file {path}: tensor {name} {where}; {remedy}")
+        if tensors[name].shape != wanted[name].shape:
+            raise WeightsError(
+                f"weights file {path}: tensor {name} has shape {tuple(tensors[name].shape)}, the manifest's "
+                f"architecture needs {tuple(wanted[name].shape)}; {remedy}"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise WeightsError(f"weights file {path}: tensor {name} has values that are not finite; {remedy}")
+    network.load_state_dict(tensors)

@@ -1,0 +1,237 @@
+"""ModelHandler: weights -> networks; image and settings -> CVAT shapes. One photo, one direction:
+
+pixels -> score map -> gate -> climb -> normalised map -> theta, closing, area -> snap -> components -> shapes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from defectcam import __version__
+from defectcam.cam import probability, score_sums, window_logits
+from defectcam.network import DefectNet
+from defectcam.postprocess import binarise
+from defectcam.proposals import Component, cvat_shape, find_components
+from defectcam.request import ImageError, Request, RequestError, Settings, decode_image, settings_from_env
+from defectcam.snap import snap
+from defectcam.tiling import climbed_map, stitched_score_map
+from defectcam.weights import DefectWeights, load_weights
+
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+MAX_MEGAPIXELS = 64  # 8000 x 8000; the arrays of a photo this large take about 1.5 GB beside the network's
+BATCH = {"cpu": 1, "cuda": 8}  # tiles at once: a CPU gains nothing from more
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What the network says of one photo and defect: score map and climbed, normalised map, (H, W) float32."""
+
+    score: np.ndarray
+    climbed: np.ndarray
+
+
+class ModelHandler:
+    """All defects' networks on one device, and the deployment's settings.
+
+    Args:
+        weights_dir: folder with manifest.json, see `defectcam.weights`.
+        device: "cuda" or "cpu".
+        settings: of the deployment; the request's come before them, the manifest's after.
+        max_pixels: larger photos are not processed.
+        logger: with `info`, `warn` and `error`, as Nuclio's.
+
+    Raises:
+        WeightsError: weights that must not be used.
+    """
+
+    def __init__(self, weights_dir: Path, device: str, settings: Settings, max_pixels: int, logger) -> None:
+        self.weights = load_weights(weights_dir, device)
+        self.device = device
+        self.settings = settings
+        self.max_pixels = max_pixels
+        self.logger = logger
+        self.batch = BATCH[device]
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], logger) -> ModelHandler:
+        """Configure from ADVCAM_* variables; a bad value raises RequestError naming variable and remedy."""
+        from defectcam.weights import read_manifest
+
+        folder = Path(environ.get("ADVCAM_WEIGHTS") or WEIGHTS_DIR)
+        _, facts = read_manifest(folder)
+        settings = settings_from_env(environ, list(facts))
+        return cls(folder, choose_device(environ), settings, max_pixels_from(environ), logger)
+
+    @property
+    def defects(self) -> list[str]:
+        """The defects there are weights for, in the manifest's order."""
+        return list(self.weights.facts)
+
+    def describe(self) -> dict:
+        """What runs here: version, weights, defects, device, defaults and limits in force."""
+        return {
+            "function": "advcam-defects",
+            "version": __version__,
+            "weights": self.weights.version,
+            "defects": self.defects,
+            "device": self.device,
+            "defaults": {defect: self._effective(defect, self.settings) for defect in self.defects},
+            "limits": {"max_megapixels": self.max_pixels / 1e6, "iterations": [0, 50]},
+        }
+
+    def answer(self, request: Request) -> list[dict]:
+        """CVAT's answer to a parsed request; a photo that cannot be processed gives one `unprocessed` tag."""
+        if request.ignored:
+            self.logger.warn(f"unknown keys ignored: {', '.join(request.ignored)}")
+        started = time.monotonic()
+        try:
+            image_rgb = decode_image(request.image_bytes, self.max_pixels)
+            shapes = self.propose(image_rgb, request.settings)
+        except ImageError as error:
+            self.logger.error(f"unprocessed: {error}")
+            return self.unprocessed(str(error))
+        height, width = image_rgb.shape[:2]
+        self.logger.info(f"{len(shapes)} proposals on {width} x {height} in {time.monotonic() - started:.1f} s")
+        return shapes
+
+    def unprocessed(self, reason: str) -> list[dict]:
+        """The tag that tells an annotator which frame was not processed and why."""
+        attributes = [{"name": "reason", "value": reason[:4096]}]  # CVAT fails a run over a longer text
+        return [{"label": "unprocessed", "type": "tag", "attributes": attributes}]
+
+    def propose(self, image_rgb: np.ndarray, settings: Settings) -> list[dict]:
+        """Proposals for one photo as CVAT shapes, defect by defect, each from top to bottom.
+
+        Args:
+            image_rgb: (H, W, 3) uint8.
+            settings: None fields mean the manifest's value for each defect.
+
+        Raises:
+            ImageError: out of memory even with one tile at a time.
+        """
+        height, width = image_rgb.shape[:2]
+        pixels_digest = hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest()
+        shapes = []
+        for defect in settings.defects or self.defects:
+            effective = self._effective(defect, settings)
+            digest = json.dumps([pixels_digest, image_rgb.shape, self.weights.facts[defect].sha256, effective])
+            for component, confidence in self.components(image_rgb, defect, settings):
+                shapes.append(
+                    cvat_shape(
+                        component,
+                        defect,
+                        confidence,
+                        effective["iterations"],
+                        digest,
+                        effective["shape"],
+                        effective["tolerance_px"],
+                        effective["hole_share"],
+                        width,
+                        height,
+                    )
+                )
+        return shapes
+
+    def components(
+        self, image_rgb: np.ndarray, defect: str, settings: Settings
+    ) -> list[tuple[Component, float]]:
+        """Components of one defect with their confidence (0..1), those below the threshold left out."""
+        effective = self._effective(defect, settings)
+        fact, bias = self.weights.facts[defect], float(self.weights.networks[defect].head.bias[0])
+        maps = self.maps(image_rgb, defect, effective["iterations"])
+        mask = binarise(maps.climbed, effective["cam_threshold"], fact.closing_radius_px, fact.min_area_px)
+        if effective["snap"]:
+            mask = snap(image_rgb, mask, fact.snap)
+        sums = score_sums(maps.score)
+        found = []
+        for component in find_components(mask):
+            ys, xs = np.nonzero(component.mask)
+            logits = window_logits(sums, bias, ys + component.top, xs + component.left, fact.window_px)
+            confidence = float(probability(logits.mean()))
+            if confidence >= effective["threshold"]:
+                found.append((component, confidence))
+        return found
+
+    def maps(self, image_rgb: np.ndarray, defect: str, iterations: int) -> Maps:
+        """Score map and climbed map of a photo; halves the batch as long as memory does not suffice."""
+        network: DefectNet = self.weights.networks[defect]
+        fact: DefectWeights = self.weights.facts[defect]
+        while True:
+            try:
+                score = stitched_score_map(network, image_rgb, self.batch)
+                climbed = climbed_map(
+                    network,
+                    image_rgb,
+                    score,
+                    iterations,
+                    fact.climb_parameters,
+                    fact.cam_max,
+                    fact.window_px,
+                    fact.gate,
+                    self.batch,
+                )
+                return Maps(score, climbed)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                if self.batch == 1:
+                    raise ImageError(f"out of memory on {self.device}, one tile at a time") from error
+                self.batch //= 2
+                self.logger.warn(f"out of memory: going on with {self.batch} tiles at once")
+                if self.device == "cuda":
+                    torch.cuda.empty_cache()
+
+    def _effective(self, defect: str, settings: Settings) -> dict:
+        """Settings in force for one defect: the given ones, else the manifest's."""
+        fact = self.weights.facts[defect]
+        manifest = {
+            "iterations": fact.iterations,
+            "threshold": fact.threshold,
+            "cam_threshold": fact.cam_threshold,
+            "snap": fact.snap is not None,
+            "shape": "polygon",
+            "tolerance_px": fact.tolerance_px,
+            "hole_share": fact.hole_share,
+        }
+        given = {key: value for key, value in asdict(settings).items() if key in manifest and value is not None}
+        effective = manifest | given
+        effective["snap"] = effective["snap"] and fact.snap is not None
+        return effective
+
+
+def choose_device(environ: Mapping[str, str]) -> str:
+    """ADVCAM_DEVICE, else the GPU where there is one."""
+    wanted = environ.get("ADVCAM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted not in ("cpu", "cuda"):
+        raise RequestError(f"ADVCAM_DEVICE is {wanted!r}; allowed are cpu and cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RequestError("ADVCAM_DEVICE is 'cuda' but torch sees no GPU; set cpu, or give the container a GPU")
+    return wanted
+
+
+def max_pixels_from(environ: Mapping[str, str]) -> int:
+    """ADVCAM_MAX_MEGAPIXELS in pixels, MAX_MEGAPIXELS by default."""
+    text = environ.get("ADVCAM_MAX_MEGAPIXELS") or str(MAX_MEGAPIXELS)
+    try:
+        megapixels = float(text)
+        if not 0 < megapixels <= 1000:
+            raise ValueError
+    except ValueError:
+        raise RequestError(f"ADVCAM_MAX_MEGAPIXELS is {text!r}; a number above 0, at most 1000, is needed") from None
+    return int(megapixels * 1e6)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory did not suffice, on the GPU or the host."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

@@ -1,0 +1,130 @@
+"""function.yaml and function-gpu.yaml: as CVAT and Nuclio demand, in step with each other and the code."""
+
+import ast
+import copy
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from defectcam import serve
+from defectcam.request import Settings
+
+ROOT = Path(__file__).parents[1]
+CPU, GPU = (yaml.safe_load((ROOT / name).read_text()) for name in ("function.yaml", "function-gpu.yaml"))
+LABELS = json.loads(CPU["metadata"]["annotations"]["spec"])
+ATTRIBUTES = [attribute for label in LABELS for attribute in label["attributes"]]
+TRIGGER = CPU["spec"]["triggers"]["myHttpTrigger"]
+CVAT_TIMEOUT_S = 120  # of one call, CVAT_NUCLIO_DEFAULT_TIMEOUT
+
+
+def test_names_are_what_cvat_takes():
+    metadata = CPU["metadata"]
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", metadata["name"])
+    assert metadata["namespace"] == "cvat"
+    assert metadata["annotations"]["type"] == "detector"
+    assert len(metadata["annotations"]["name"]) <= 24, "CVAT cuts longer names"
+    assert all(isinstance(value, str) for value in metadata["annotations"].values())
+    assert CPU["spec"]["description"], "CVAT's list of functions fails without one"
+
+
+def test_labels_are_the_defects_and_unprocessed():
+    assert [label["name"] for label in LABELS] == ["crack", "spalling", "rust", "unprocessed"]
+    assert [label["type"] for label in LABELS] == ["polygon", "polygon", "polygon", "tag"]
+    for label in LABELS[:3]:
+        names = [attribute["name"] for attribute in label["attributes"]]
+        assert names == ["confidence", "iterations", "proposal"]
+    assert [attribute["name"] for attribute in LABELS[3]["attributes"]] == ["reason"]
+
+
+def test_spec_has_nothing_that_would_break_cvats_list_of_functions():
+    for label in LABELS:
+        assert set(label) == {"name", "type", "attributes"}
+        names = [attribute["name"] for attribute in label["attributes"]]
+        assert len(set(names)) == len(names)
+    for attribute in ATTRIBUTES:
+        assert set(attribute) == {"name", "input_type", "values"}
+        assert attribute["values"] and all(isinstance(value, str) for value in attribute["values"])
+        assert attribute["name"] != "score", "CVAT's COCO export treats this name specially"
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES, ids=lambda attribute: attribute["name"])
+def test_attributes_fit_their_input_type(attribute):
+    values = attribute["values"]
+    if attribute["name"] == "confidence":
+        assert (attribute["input_type"], values) == ("number", ["0", "100", "1"])  # least, greatest, step
+    elif attribute["name"] == "iterations":
+        assert attribute["input_type"] == "select"
+        assert values[0] == "2", "the first is the default of labels made from the model"
+        assert len(set(values)) == len(values)
+        assert all(value == "auto" or 0 <= int(value) <= 50 for value in values)
+    else:
+        assert (attribute["input_type"], values) == ("text", [""])
+
+
+def test_gpu_file_differs_only_where_it_must():
+    cpu, gpu = copy.deepcopy(CPU["spec"]), copy.deepcopy(GPU["spec"])
+    assert "resources" not in cpu
+    assert gpu.pop("resources") == {"limits": {"nvidia.com/gpu": 1}}
+    assert cpu["build"].pop("image") + "-gpu" == gpu["build"].pop("image")
+    cpu_pip, gpu_pip = (spec["build"]["directives"].pop("postCopy")[0]["value"] for spec in (cpu, gpu))
+    assert cpu_pip.replace("--extra-index-url https://download.pytorch.org/whl/cpu ", "") == gpu_pip
+    assert cpu["env"].pop(0) == {"name": "ADVCAM_DEVICE", "value": "cpu"}
+    assert gpu["env"].pop(0) == {"name": "ADVCAM_DEVICE", "value": "cuda"}
+    assert cpu == gpu
+    assert CPU["metadata"] == GPU["metadata"]
+
+
+def test_time_limits_leave_room_for_each_other():
+    event_timeout_s = int(CPU["spec"]["eventTimeout"].removesuffix("s"))
+    assert event_timeout_s >= 2 * CVAT_TIMEOUT_S, "Nuclio's clock is coarse"
+    queue_s = TRIGGER["workerAvailabilityTimeoutMilliseconds"] / 1000
+    assert CVAT_TIMEOUT_S - 20 <= queue_s < CVAT_TIMEOUT_S, "wait nearly as long as CVAT does"
+    assert CPU["spec"]["readinessTimeoutSeconds"] >= 120, "not below Nuclio's default"
+
+
+def test_body_limit_holds_the_largest_photo():
+    rgba_16_bit = 5000 * 5000 * 4 * 2
+    in_its_envelope = rgba_16_bit * 4 / 3 + 1000  # base64, and the keys
+    assert TRIGGER["attributes"]["maxRequestBodySize"] > in_its_envelope
+
+
+def test_serve_has_the_same_limits():
+    assert TRIGGER["numWorkers"] == 1
+    assert serve.MAX_BODY_BYTES == TRIGGER["attributes"]["maxRequestBodySize"]
+    assert serve.QUEUE_SECONDS * 1000 == TRIGGER["workerAvailabilityTimeoutMilliseconds"]
+
+
+def test_handler_and_init_context_exist():
+    module, handler = CPU["spec"]["handler"].split(":")
+    tree = ast.parse((ROOT / f"{module}.py").read_text())  # not imported: that would load PyTorch
+    functions = {node.name: len(node.args.args) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert functions[handler] == 2
+    assert functions["init_context"] == 1
+
+
+def test_environment_has_only_variables_that_are_read():
+    read = {f"ADVCAM_{field.name.upper()}" for field in fields(Settings)}
+    read |= {"ADVCAM_DEVICE", "ADVCAM_MAX_MEGAPIXELS", "ADVCAM_WEIGHTS"}
+    for name in ("function.yaml", "function-gpu.yaml"):
+        assert set(re.findall(r"\bADVCAM_\w+", (ROOT / name).read_text())) <= read  # the commented ones too
+    assert all(isinstance(variable["value"], str) for variable in CPU["spec"]["env"])
+
+
+def test_commented_settings_are_valid_yaml():
+    for name in ("function.yaml", "function-gpu.yaml"):
+        lines = re.findall(r"^    # (- \{.*)$", (ROOT / name).read_text(), re.MULTILINE)
+        variables = yaml.safe_load("\n".join(lines))
+        assert len(variables) >= 6
+        assert all(set(variable) == {"name", "value"} for variable in variables)
+        assert all(isinstance(variable["value"], str) for variable in variables)
+
+
+def test_processor_comes_back_after_a_crash():
+    assert CPU["spec"]["platform"]["attributes"] == {
+        "restartPolicy": {"name": "always", "maximumRetryCount": 3},
+        "mountMode": "volume",
+    }
