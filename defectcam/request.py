@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"RIFF")
 ITERATIONS_MAX = 50
 SHAPES = ("polygon", "mask")
 STRIP_PIXELS = 1 << 20
@@ -149,6 +150,8 @@ def decode_image(image_bytes: bytes, max_pixels: int) -> np.ndarray:
     except ImageError:
         raise
     except UnidentifiedImageError:
+        if image_bytes.startswith(SIGNATURES):  # a TIFF's directory is often its end: gone when it is cut
+            raise ImageError("image broken or unsupported: its header cannot be read") from None
         raise ImageError("image format unknown: JPEG, PNG, TIFF, BMP or WebP needed") from None
     except Image.DecompressionBombError as error:  # Pillow's own limit, met first; its text has the size
         limit = 2 * Image.MAX_IMAGE_PIXELS
@@ -274,7 +277,6 @@ def _turn_upright(image: Image.Image) -> None:
 
 def _rgb_array(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of a loaded image of any mode, strip by strip: no second full-size copy on the way."""
-    image.info.pop("transparency", None)  # else converting a palette tries to carry it over, and may fail
     rgb = np.empty((image.height, image.width, 3), np.uint8)
     deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
     if deep:

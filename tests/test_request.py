@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from defectcam.request import ImageError, RequestError, Settings, decode_image, parse_request, settings_from_env
+from defectcam.request import (
+    ImageError,
+    RequestError,
+    Settings,
+    decode_image,
+    parse_request,
+    settings_from_env,
+)
+
+# pytest swaps the warning filters around every test, the one in request.py included
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 
 DEFECTS = ("crack", "spalling", "rust")
 LIMIT_PIXELS = 100_000_000
@@ -43,8 +53,9 @@ BODY = json.dumps({"image": BASE64, "iterations": 3}).encode()
 
 @pytest.mark.parametrize(
     "body",
-    [json.loads(BODY), BODY, BODY.decode(), bytearray(BODY), memoryview(BODY), memoryview(BODY * 2)[: len(BODY)],
-     b"\xef\xbb\xbf" + BODY, "\ufeff" + BODY.decode(), b" \r\n" + BODY + b"\n"],
+    [json.loads(BODY), BODY, BODY.decode(), bytearray(BODY), memoryview(BODY),
+     memoryview(BODY * 2)[: len(BODY)], b"\xef\xbb\xbf" + BODY, "\ufeff" + BODY.decode(),
+     b" \r\n" + BODY + b"\n"],
     ids=["dict", "bytes", "str", "bytearray", "memoryview", "view-part", "bom", "bom-str", "blanks"],
 )  # fmt: skip
 def test_every_form_of_body_says_the_same(body):
@@ -56,9 +67,11 @@ def test_every_form_of_body_says_the_same(body):
 
 @pytest.mark.parametrize(
     "body",
-    [None, b"", "", {}, [], [BODY.decode()], 3, True, object(), b"null", b"3", b'"text"', b"[{}]", b"{", b"\xff\xfe\x00",
-     BODY[:-1], BODY + b"x", BODY.decode().encode("utf-16"), b"[" * 200_000, b'{"image":' * 200_000,
-     b'{"image": "QUJD", "iterations": ' + b"9" * 5000 + b"}", {3: 4, None: 5}, "\ud800", b'{"image": "\xff"}'],
+    [None, b"", "", {}, [], [BODY.decode()], 3, True, object(), b"null", b"3", b'"text"', b"[{}]", b"{",
+     b"\xff\xfe\x00", BODY[:-1], BODY + b"x", BODY.decode().encode("utf-16"), b"[" * 200_000,
+     b'{"image":' * 200_000,
+     b'{"image": "QUJD", "iterations": ' + b"9" * 5000 + b"}", {3: 4, None: 5}, "\ud800",
+     b'{"image": "\xff"}'],
     ids=lambda body: repr(body)[:20],
 )  # fmt: skip
 def test_no_envelope_is_refused(body):
@@ -68,14 +81,20 @@ def test_no_envelope_is_refused(body):
 
 
 def test_a_refused_body_of_many_megabytes_is_not_copied_into_the_message():
-    assert len(refusal(b"\xff" * 30_000_000)) < 300
+    body = b"\xff" * 30_000_000
+    tracemalloc.start()
+    try:
+        assert len(refusal(body)) < 300
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000  # its repr alone would be 120 MB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
     "image",
-    ["", " \n", "not base64!", "QUJ*", "QUJD\x00", "Q", "QUJDR", "=", "====", "QQ==QUJD", "Q=Q=", "QU-_", "äöü",
-     "\ud800", "data:image/png;base64,", "data:text/plain;base64,QUJD", "data:image/png,QUJD", 3, True, b"QUJD",
-     ["QUJD"], {"a": 1}, 10**5000],
+    ["", " \n", "not base64!", "QUJ*", "QUJD\x00", "Q", "QUJDR", "=", "====", "QQ==QUJD", "Q=Q=", "QU-_",
+     "äöü", "\ud800", "data:image/png;base64,", "data:text/plain;base64,QUJD", "data:image/png,QUJD",
+     3, True, b"QUJD", ["QUJD"], {"a": 1}, 10**5000],
     ids=lambda image: repr(image)[:20] if image != 10**5000 else "10**5000",
 )  # fmt: skip
 def test_image_that_is_no_base64_is_refused(image):
@@ -92,7 +111,8 @@ def test_missing_image_is_named_so():
 @pytest.mark.parametrize(
     "form",
     [lambda text: text, lambda text: text.rstrip("="), lambda text: "data:image/jpeg;base64," + text,
-     lambda text: "\n data:image/svg+xml;charset=utf-8;base64,\n" + text, lambda text: "\r\n".join(text) + "\n",
+     lambda text: "\n data:image/svg+xml;charset=utf-8;base64,\n" + text,
+     lambda text: "\r\n".join(text) + "\n",
      lambda text: " " + text[:9] + "\t" + text[9:].rstrip("=")],
     ids=["plain", "unpadded", "data-url", "odd-data-url", "line-breaks", "blanks"],
 )  # fmt: skip
@@ -103,7 +123,8 @@ def test_base64_in_all_its_forms(form, length):
 
 
 def test_unknown_keys_are_reported_sorted():
-    request = parse(pos_points=[[1, 2]], neg_points=[], obj_bbox=None, Iterations=4, zoom=float("nan"), threshold=0.5)
+    unknown = {"pos_points": [[1, 2]], "neg_points": [], "obj_bbox": None, "Iterations": 4, "zoom": np.nan}
+    request = parse(threshold=0.5, **unknown)
     assert request.ignored == ("Iterations", "neg_points", "obj_bbox", "pos_points", "zoom")
     assert request.settings == Settings(threshold=0.5)
 
@@ -151,11 +172,12 @@ ALLOWED = {
 BAD = {
     "iterations": [-1, 51, 4.0, 4.5, True, False, "4", "abc", "AUTO", "", [4], {}, 10**5000, float("nan"),
                    float("inf"), -(10**5000), "\ud800"],
-    "threshold": [-0.01, 1.01, 2, True, False, "0.5", "", [], float("nan"), float("inf"), float("-inf"), 10**5000],
+    "threshold": [-0.01, 1.01, 2, True, False, "0.5", "", [], float("nan"), float("inf"), float("-inf"),
+                  10**5000],
     "cam_threshold": [-1e-9, 1.0000001, False, "0", {}, float("nan"), 10**400],
     "snap": [0, 1, "true", "", 1.0, [], 10**5000],
-    "defects": [[], "", ",", "crack,", ["crack", ""], "moss", ["crack", "moss"], "Crack", ["crack", 3], [["crack"]],
-                [None], 3, True, {"crack": 1}, [10**5000], float("nan")],
+    "defects": [[], "", ",", "crack,", ["crack", ""], "moss", ["crack", "moss"], "Crack", ["crack", 3],
+                [["crack"]], [None], 3, True, {"crack": 1}, [10**5000], float("nan")],
     "shape": ["Polygon", "box", "", 1, True, ["mask"], {}],
     "tolerance_px": [-0.1, 20.5, True, "1", float("nan"), [1]],
     "hole_share": [-0.1, 1.1, True, "1", float("nan"), {}],
@@ -177,7 +199,11 @@ def test_bad_setting_is_refused_by_name_value_and_what_is_allowed(key):
             assert shown == repr(value)
 
 
-@pytest.mark.parametrize("value", ["x" * 10**6, ["x" * 100] * 100, {f"{i}" * 20: "y" * 99 for i in range(99)}])
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, ["x" * 100] * 100, {f"{i}" * 20: "y" * 99 for i in range(99)}],
+    ids=["str", "list", "dict"],
+)
 def test_long_values_are_shortened_in_the_message(value):
     message = refusal({"image": BASE64, "iterations": value})
     assert len(message) <= len("iterations is , but must be ") + 80 + len(ALLOWED["iterations"])
@@ -208,15 +234,18 @@ def test_threshold_zero_counts_as_absent(zero):
 @pytest.mark.parametrize(
     ("variable", "text", "expected"),
     [
-        ("ADVCAM_ITERATIONS", "4", {"iterations": 4}), ("ADVCAM_ITERATIONS", " auto ", {"iterations": "auto"}),
+        ("ADVCAM_ITERATIONS", "4", {"iterations": 4}),
+        ("ADVCAM_ITERATIONS", " auto ", {"iterations": "auto"}),
         ("ADVCAM_THRESHOLD", "0.4", {"threshold": 0.4}), ("ADVCAM_THRESHOLD", "0", {"threshold": 0.0}),
         ("ADVCAM_CAM_THRESHOLD", "1e-1", {"cam_threshold": 0.1}),
         ("ADVCAM_SNAP", "true", {"snap": True}), ("ADVCAM_SNAP", "False", {"snap": False}),
         ("ADVCAM_SNAP", "1", {"snap": True}), ("ADVCAM_SNAP", "0", {"snap": False}),
         ("ADVCAM_DEFECTS", "rust, crack", {"defects": ("rust", "crack")}),
         ("ADVCAM_SHAPE", "mask", {"shape": "mask"}),
-        ("ADVCAM_TOLERANCE_PX", "2", {"tolerance_px": 2.0}), ("ADVCAM_HOLE_SHARE", "0.05", {"hole_share": 0.05}),
-        ("ADVCAM_ITERATIONS", "", {}), ("ADVCAM_SNAP", " ", {}), ("ADVCAM_SIZE", "4", {}), ("iterations", "4", {}),
+        ("ADVCAM_TOLERANCE_PX", "2", {"tolerance_px": 2.0}),
+        ("ADVCAM_HOLE_SHARE", "0.05", {"hole_share": 0.05}),
+        ("ADVCAM_ITERATIONS", "", {}), ("ADVCAM_SNAP", " ", {}), ("ADVCAM_SIZE", "4", {}),
+        ("iterations", "4", {}),
     ],
 )  # fmt: skip
 def test_environment(variable, text, expected):
@@ -231,7 +260,8 @@ def test_environment(variable, text, expected):
     ("key", "texts"),
     [("iterations", ["abc", "4.0", "51", "-1", "true", "9" * 5000, "[" * 100_000, "null", "NaN"]),
      ("threshold", ["1.5", "NaN", "Infinity", "half", "true", "0,5"]), ("cam_threshold", ["-0.1"]),
-     ("snap", ["yes", "2", "null", "1.0"]), ("defects", ["crack,moss", ",", "all"]), ("shape", ["box", "Mask"]),
+     ("snap", ["yes", "2", "null", "1.0"]), ("defects", ["crack,moss", ",", "all"]),
+     ("shape", ["box", "Mask"]),
      ("tolerance_px", ["21", "2px"]), ("hole_share", ["2", "5%"])],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -249,8 +279,9 @@ def test_bad_environment_is_refused_by_variable_value_and_what_is_allowed(key, t
 
 def test_envelope_fuzz_raises_request_errors_only():
     rng = random.Random(1)
-    atoms = [None, True, 0, 1, -1, 4.0, 1e308, float("nan"), float("inf"), 10**4400, "", "auto", "crack", "mask",
-             "QUJD", "\ud800", "\x00", [], {}, ["crack"], [[]], {"a": []}, b"QUJD", object()]  # fmt: skip
+    atoms = [None, True, 0, 1, -1, 4.0, 1e308, float("nan"), float("inf"), 10**4400, "", "auto", "crack",
+             "mask", "QUJD", "\ud800", "\x00", [], {}, ["crack"], [[]], {"a": []}, b"QUJD",
+             object()]  # fmt: skip
     keys = ["image", *ALLOWED, "obj_bbox", "", "\ud800", 3, None, ("a",)]
     accepted = 0
     for _ in range(2000):
@@ -258,7 +289,7 @@ def test_envelope_fuzz_raises_request_errors_only():
         body["image"] = rng.choice(["QUJD", "QUJD", "QUJD", rng.choice(atoms)])
         accepted += passes(body)
     for _ in range(2000):
-        text = bytearray(b'\xef\xbb\xbf{"image": "QUJD", "iterations": 4, "threshold": 0.5, "defects": ["rust"]}')
+        text = bytearray(b'\xef\xbb\xbf{"image": "QUJD", "iterations": 4, "snap": true, "defects": ["rust"]}')
         for _ in range(rng.randrange(1, 4)):
             text[rng.randrange(len(text))] = rng.choice(b'"\\{}[],:0123e-.\xff\x00uNI ')
         accepted += passes(bytes(text))
@@ -308,7 +339,8 @@ def png(width, height, bits=8, colour=2, pixels=b""):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 RNG = np.random.default_rng(7)
@@ -323,9 +355,10 @@ RAMP = np.stack([np.tile(np.arange(64) * 4, (48, 1)), np.repeat(np.arange(48)[:,
 
 @pytest.mark.parametrize(
     ("file_format", "options"),
-    [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}),
-     ("TIFF", {"compression": "tiff_deflate"}), ("PNG", {"interlace": 1})],
-    ids=["png", "bmp", "webp", "tiff", "tiff-lzw", "tiff-deflate", "png-2"],
+    [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True}), ("TIFF", {}),
+     ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "tiff_deflate"}),
+     ("TIFF", {"big_tiff": True})],
+    ids=["png", "bmp", "webp", "tiff", "tiff-lzw", "tiff-deflate", "big-tiff"],
 )  # fmt: skip
 def test_lossless_formats_give_the_very_pixels(file_format, options):
     assert np.array_equal(decode(encode(Image.fromarray(RGB), file_format, **options)), RGB)
@@ -350,8 +383,7 @@ def with_alpha(image):
 
 
 def palette_image():
-    image = Image.fromarray(GREY % 4, "P") if False else Image.new("P", (21, 13))
-    image.putdata((GREY % 4).ravel().tolist())
+    image = Image.frombytes("P", (21, 13), (GREY % 4).tobytes())
     image.putpalette([0, 0, 0, 250, 10, 20, 30, 240, 50, 60, 70, 230])
     return image
 
@@ -391,8 +423,8 @@ def test_alpha_is_dropped_from_colour(file_format, options):
 
 @pytest.mark.parametrize(
     ("file_format", "options"),
-    [("PNG", {}), ("PNG", {"transparency": 1}), ("PNG", {"transparency": bytes([0, 99, 255, 7])}), ("TIFF", {}),
-     ("BMP", {})],
+    [("PNG", {}), ("PNG", {"transparency": 1}), ("PNG", {"transparency": bytes([0, 99, 255, 7])}),
+     ("TIFF", {}), ("BMP", {})],
     ids=["png", "png-transparent-entry", "png-transparent-table", "tiff", "bmp"],
 )  # fmt: skip
 def test_palette(file_format, options):
@@ -409,8 +441,14 @@ def test_transparent_colour_is_dropped(image):
 @pytest.mark.parametrize("file_format", ["TIFF", "JPEG"])
 def test_cmyk_ink_darkens(file_format):
     # PIL writes CMYK JPEGs as Adobe does, inverted; whoever misses that returns the negative
-    inks = {(0, 0, 0, 0): (255, 255, 255), (255, 0, 0, 0): (0, 255, 255), (0, 255, 0, 0): (255, 0, 255),
-            (0, 0, 255, 0): (255, 255, 0), (0, 0, 0, 255): (0, 0, 0), (0, 0, 0, 128): (127, 127, 127)}  # fmt: skip
+    inks = {
+        (0, 0, 0, 0): (255, 255, 255),
+        (255, 0, 0, 0): (0, 255, 255),
+        (0, 255, 0, 0): (255, 0, 255),
+        (0, 0, 255, 0): (255, 255, 0),
+        (0, 0, 0, 255): (0, 0, 0),
+        (0, 0, 0, 128): (127, 127, 127),
+    }
     for ink, colour in inks.items():
         data = encode(Image.new("CMYK", (16, 16), ink), file_format)
         assert b"Adobe" in data or file_format == "TIFF"
@@ -423,11 +461,15 @@ def test_ycbcr_tiff():
 
 
 def test_lab_tiff():
-    for lab, colour in [((255, 128, 128), (255, 255, 255)), ((0, 128, 128), (0, 0, 0))]:
-        image = Image.fromarray(np.full((3, 4, 3), lab, np.uint8)).copy()
-        data = encode(Image.frombytes("LAB", image.size, image.tobytes()), "TIFF")
+    # the last is sRGB's red: L* 54.3 of 100 as 138 of 255, a* 80.8 and b* 69.9 with 128 added
+    for lab, colour in [
+        ((255, 128, 128), (255, 255, 255)),
+        ((0, 128, 128), (0, 0, 0)),
+        ((138, 209, 198), (255, 0, 0)),
+    ]:
+        data = encode(Image.new("LAB", (4, 3), lab), "TIFF")
         assert Image.open(io.BytesIO(data)).mode == "LAB"
-        assert np.abs(decode(data).astype(int) - colour).max() <= 4
+        assert np.abs(decode(data).astype(int) - colour).max() <= 6
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
@@ -461,12 +503,13 @@ def test_16_bit_big_endian_tiff():
         (np.array([[-3e38, 3e38], [1.5e38, 0]], np.float32), [[0, 255], [128, 0]]),
         (np.zeros((2, 2), np.uint16), [[0, 0], [0, 0]]),
     ],
-    ids=["int", "int-negative", "int-all-negative", "int-zero", "float", "nan-inf", "all-nan", "tiny", "huge", "u16-zero"],
+    ids=["int", "int-negative", "int-all-negative", "int-zero", "float", "nan-inf", "all-nan", "tiny", "huge",
+         "u16-zero"],
 )  # fmt: skip
 def test_deep_grey_is_scaled_by_its_maximum(values, expected):
     with np.errstate(all="raise"):
         decoded = decode(encode(Image.fromarray(values), "TIFF"))
-    assert np.abs(decoded.astype(int) - stack(expected)).max() <= (1 if 127.5 in np.ravel(expected) else 0)
+    assert np.array_equal(decoded, stack(expected))
 
 
 def test_deep_grey_has_one_scale_for_the_whole_image():
@@ -477,9 +520,8 @@ def test_deep_grey_has_one_scale_for_the_whole_image():
 
 
 def test_16_bit_colour_keeps_its_upper_byte():
-    pixels = b"".join(b"\x00" + np.repeat(row, 2, axis=1).tobytes() for row in RGB)  # v * 257 in 16 bits
-    assert len(pixels) == 13 * (1 + 21 * 6)
-    pixels = b"".join(b"\x00" + (row.astype(">u2") * 257).astype(">u2").tobytes() for row in RGB)
+    deep = RGB.astype(">u2") * 256 + 200
+    pixels = b"".join(b"\x00" + row.astype(">u2").tobytes() for row in deep)
     assert np.array_equal(decode(png(21, 13, bits=16, pixels=pixels)), RGB)
 
 
@@ -499,7 +541,8 @@ def test_first_frame_of_several(file_format):
 
 
 def test_first_picture_of_a_multi_picture_jpeg():
-    data = encode(Image.fromarray(RAMP), "MPO", save_all=True, append_images=[Image.fromarray(255 - RAMP)], quality=95)
+    second = Image.fromarray(255 - RAMP)
+    data = encode(Image.fromarray(RAMP), "MPO", save_all=True, append_images=[second], quality=95)
     assert np.abs(decode(data).astype(int) - RAMP).mean() < 3
 
 
@@ -538,18 +581,33 @@ def test_exif_orientation_of_a_jpeg(orientation):
     assert np.array_equal(decode(turned), UPRIGHT[orientation](decode(plain)))
 
 
+def exif_block(tag, kind, count, value):
+    """An EXIF block with one tag, written by hand so that it may be wrong."""
+    return b"Exif\0\0II*\0" + struct.pack("<IHHHI4sI", 8, 1, tag, kind, count, value, 0)
+
+
 @pytest.mark.parametrize(
     "block",
-    [b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00rubbish", b"Exif\x00\x00MM\x00*" + b"\xff" * 40,
-     b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x63\x00\x00\x00\x00\x00\x00\x00",
-     b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x02\x00\x03\x00\x00\x00ab\x00\x00\x00\x00\x00\x00"],
-    ids=["empty", "offset-outside", "rubbish", "all-ones", "orientation-99", "orientation-text"],
-)  # fmt: skip
+    [
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0rubbish",
+        b"Exif\0\0MM\0*" + b"\xff" * 40,
+        exif_block(0x0112, 3, 1, b"\x63\0\0\0"),
+        exif_block(0x0112, 2, 3, b"ab\0\0"),
+        exif_block(0x0112, 3, 2, b"\x06\0\x03\0")[:-6],
+    ],
+    ids=["empty", "offset-outside", "rubbish", "all-ones", "orientation-99", "orientation-text", "cut"],
+)
 def test_broken_exif_does_not_cost_the_image(block):
     plain = decode(encode(Image.fromarray(RAMP), "JPEG"))
     assert np.array_equal(decode(encode(Image.fromarray(RAMP), "JPEG", exif=block)), plain)
-    encode_png = encode(Image.fromarray(RGB), "PNG", exif=block)
-    assert np.array_equal(decode(encode_png), RGB)
+    assert np.array_equal(decode(encode(Image.fromarray(RGB), "PNG", exif=block)), RGB)
+
+
+def test_the_handmade_exif_block_is_read():
+    data = encode(Image.fromarray(RGB), "PNG", exif=exif_block(0x0112, 3, 1, b"\x06\0\0\0"))
+    assert np.array_equal(decode(data), UPRIGHT[6](RGB))
 
 
 # ---- images: size ----
@@ -557,7 +615,8 @@ def test_broken_exif_does_not_cost_the_image(block):
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 def test_50_megapixels(file_format):
-    data = encode(Image.new("RGB", (8000, 6250), (10, 200, 30)), file_format)
+    options = {"compress_level": 1} if file_format == "PNG" else {}
+    data = encode(Image.new("RGB", (8000, 6250), (10, 200, 30)), file_format, **options)
     rgb = decode(data)
     assert rgb.shape == (6250, 8000, 3)
     assert np.abs(rgb[::500, ::500].astype(int) - (10, 200, 30)).max() <= 2
@@ -598,7 +657,7 @@ def test_decompression_bomb_is_refused_before_any_pixel(data, reason):
 
 
 def test_bomb_allocates_nothing_outside_python_either():
-    """tracemalloc does not see Pillow's pixels: peak memory of a process of its own, with and without the bomb."""
+    """tracemalloc does not see Pillow's pixels: peak memory of a process of its own."""
     script = (
         "import sys, resource; from defectcam.request import decode_image, ImageError\n"
         "decode_image(bytes.fromhex(sys.argv[1]), 10)\n"
@@ -607,7 +666,8 @@ def test_bomb_allocates_nothing_outside_python_either():
         "except ImageError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib)\n"
     )
     small, bomb = encode(Image.new("RGB", (2, 2)), "PNG"), png(12_000, 10_000)
-    done = subprocess.run([sys.executable, "-c", script, small.hex(), bomb.hex()], capture_output=True, text=True)
+    command = [sys.executable, "-c", script, small.hex(), bomb.hex()]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert int(done.stdout) < 10_000, done.stderr
 
 
@@ -653,7 +713,7 @@ def test_other_formats_are_refused(file_format):
     assert image_refusal(encode(Image.fromarray(RGB), file_format)) == UNKNOWN
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"text", b"<html>", b"%PDF-1.4", PAYLOAD, b"\x89PNG\r\n\x1a\n"], ids=repr)
+@pytest.mark.parametrize("data", [b"", b"\x00", b"text", b"<html>", b"%PDF-1.4", PAYLOAD])
 def test_no_image_is_refused(data):
     assert image_refusal(data) == UNKNOWN
 
@@ -681,12 +741,13 @@ def test_truncated_files_are_refused_or_whole(name):
     """Cut anywhere: an error, or every pixel where only the trailer is gone; never an image half grey."""
     data = FILES[name]
     whole = decode(data)
+    ends = [*range(4, len(data) - 12, len(data) // 60), *range(len(data) - 12, len(data))]
     refused = 0
-    for end in sorted({*np.linspace(0, len(data) - 1, 60).astype(int).tolist(), *range(len(data) - 12, len(data))}):
+    for end in ends:
         try:
             assert np.array_equal(decode(data[:end]), whole)
         except ImageError as error:
-            assert str(error).startswith("image ") and "unknown" not in str(error) or end < len(data) // 2
+            assert str(error).startswith("image broken")
             refused += 1
     assert refused > 50
 
@@ -711,9 +772,12 @@ def test_reason_of_a_broken_image_starts_with_the_words_cvat_shows():
     assert image_refusal(data[: len(data) // 2]).startswith("image broken: ")
 
 
-@pytest.mark.parametrize("error", [OSError(), SyntaxError("x"), struct.error("x"), zlib.error("x"), OverflowError("x"),
-                                   TypeError("x"), EOFError(), KeyError("x"), RecursionError("x"),
-                                   ValueError("\x00\ud800" + "x" * 999)], ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [OSError(), SyntaxError("x"), struct.error("x"), zlib.error("x"), OverflowError("x"), TypeError("x"),
+     EOFError(), KeyError("x"), RecursionError("x"), ValueError("\x00\ud800" + "x" * 999)],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
 def test_whatever_pillow_raises_is_an_image_error(monkeypatch, error):
     def load(self):
         raise error
@@ -725,8 +789,9 @@ def test_whatever_pillow_raises_is_an_image_error(monkeypatch, error):
 
 
 def test_pillows_warnings_stay_out_of_the_log():
-    exif_block = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x0f\x01\x02\x00\xff\x00\x00\x00\xff\x00\x00\x00"
-    data = encode(Image.new("RGB", (8, 8)), "JPEG", exif=exif_block)
+    data = encode(Image.new("RGB", (8, 8)), "JPEG", exif=exif_block(0x010F, 2, 255, b"\xff\0\0\0"))
+    with pytest.warns(UserWarning):
+        Image.open(io.BytesIO(data)).getexif()
     script = (
         "import sys; from defectcam.request import decode_image\n"
         "print(decode_image(bytes.fromhex(sys.argv[1]), 64).shape)"

@@ -1,0 +1,60 @@
+"""Shared fixtures: a small network with random weights, the shipped weights, the real photos where they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from defectcam.network import DefectNet
+from defectcam.training.clicks import photo_path, split_stems
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+
+def random_network(seed: int = 0, downsamplings: int = 2, dtype: torch.dtype = torch.float64) -> DefectNet:
+    """A frozen network whose BatchNorm has seen data, so that its maps have structure and positive parts."""
+    torch.manual_seed(seed)
+    network = DefectNet((16, 16, 8, 8)[: downsamplings + 1], downsamplings)
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(4, 3, 64, 64))
+    return network.to(dtype).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def network() -> DefectNet:
+    return random_network()
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """Function (set, split, defect or None) -> [(stem, image_rgb, mask or None)] of the real photos."""
+    if not DATA.exists():
+        pytest.skip("the real photos (../shared/data) are not on this machine")
+
+    def load(set_name: str, split: str = "val", defect: str | None = None, limit: int | None = None):
+        found = []
+        for stem in split_stems(DATA, set_name, split)[:limit]:
+            image = cv2.cvtColor(cv2.imread(str(photo_path(DATA / set_name, stem))), cv2.COLOR_BGR2RGB)
+            path = DATA / set_name / "masks" / str(defect) / f"{stem}.png"
+            mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 127 if path.exists() else None
+            found.append((stem, image, mask))
+        return found
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def textured_image() -> np.ndarray:
+    """(150, 203, 3) uint8 RGB with structure at several scales."""
+    rng = np.random.default_rng(5)
+    coarse = cv2.resize(rng.integers(0, 255, (12, 16, 3), np.uint8), (203, 150), interpolation=cv2.INTER_CUBIC)
+    noise = rng.integers(-40, 40, (150, 203, 3))
+    return np.clip(coarse.astype(int) + noise, 0, 255).astype(np.uint8)

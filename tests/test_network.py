@@ -1,0 +1,56 @@
+"""The architecture keeps its promises: resolution, size, reach, and no dead layers."""
+
+import pytest
+import torch
+
+from defectcam.network import DefectNet
+from tests.conftest import random_network
+
+
+@pytest.mark.parametrize("downsamplings", [1, 2, 3])
+@pytest.mark.parametrize("height, width", [(1, 1), (5, 3), (64, 64), (101, 77)])
+def test_score_map_has_the_input_size(downsamplings, height, width):
+    network = random_network(downsamplings=downsamplings)
+    images = torch.randn(2, 3, height, width, dtype=torch.float64)
+    assert network.score_map(images).shape == (2, height, width)
+
+
+@pytest.mark.parametrize("downsamplings", [1, 2, 3])
+def test_halo_covers_the_reach_of_every_pixel(downsamplings):
+    network = random_network(downsamplings=downsamplings)
+    size = 2 * network.halo_px + 40
+    assert network.halo_px % network.stride_px == 0
+    images = torch.randn(1, 3, size, size, dtype=torch.float64, requires_grad=True)
+    score = network.score_map(images)
+    centre = size // 2
+    for y, x in [(centre, centre), (centre + 1, centre + 3), (centre + 2, centre + 1)]:  # phases of the stride
+        (gradient,) = torch.autograd.grad(score[0, y, x], images, retain_graph=True)
+        ys, xs = gradient[0].abs().sum(0).nonzero(as_tuple=True)
+        reach = max(y - ys.min(), ys.max() - y, x - xs.min(), xs.max() - x)
+        assert 0 < reach <= network.halo_px
+
+
+def test_every_parameter_is_used():
+    network = DefectNet().train()
+    network(torch.randn(2, 3, 32, 32)).sum().backward()
+    unused = [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert unused == []
+    assert sum(parameter.numel() for parameter in network.parameters()) < 2e6
+
+
+def test_logit_is_the_mean_of_the_score_map_plus_bias_and_equals_pooling_then_linear():
+    network = random_network()
+    images = torch.randn(3, 3, 40, 52, dtype=torch.float64)
+    features = network.decoder(network.encoder(images))
+    pooled = network.head(features.mean(dim=(2, 3)))[:, 0]
+    torch.testing.assert_close(network(images), pooled)
+
+
+@pytest.mark.parametrize("arguments", [{"downsamplings": 4}, {"decoder_channels": (8, 8)}])
+def test_impossible_architectures_are_refused(arguments):
+    with pytest.raises(ValueError, match="downsamplings|decoder_channels"):
+        DefectNet(**arguments)
+
+
+def test_paper_stride():
+    assert DefectNet().encoder.conv1.stride == (1, 1)
