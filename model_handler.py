@@ -23,7 +23,7 @@ from defectcam.proposals import Component, cvat_shape, find_components
 from defectcam.request import ImageError, Request, RequestError, Settings, decode_image, settings_from_env
 from defectcam.snap import snap
 from defectcam.tiling import climbed_map, stitched_score_map
-from defectcam.weights import DefectWeights, load_weights
+from defectcam.weights import DefectWeights, load_weights, read_manifest
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 MAX_MEGAPIXELS = 64  # 8000 x 8000; the arrays of a photo this large take about 1.5 GB beside the network's
@@ -63,8 +63,6 @@ class ModelHandler:
     @classmethod
     def from_env(cls, environ: Mapping[str, str], logger) -> ModelHandler:
         """Configure from ADVCAM_* variables; a bad value raises RequestError naming variable and remedy."""
-        from defectcam.weights import read_manifest
-
         folder = Path(environ.get("ADVCAM_WEIGHTS") or WEIGHTS_DIR)
         _, facts = read_manifest(folder)
         settings = settings_from_env(environ, list(facts))
@@ -127,15 +125,15 @@ class ModelHandler:
                 shapes.append(
                     cvat_shape(
                         component,
-                        defect,
-                        confidence,
-                        effective["iterations"],
-                        digest,
-                        effective["shape"],
-                        effective["tolerance_px"],
-                        effective["hole_share"],
-                        width,
-                        height,
+                        defect=defect,
+                        confidence=confidence,
+                        iterations=effective["iterations"],
+                        digest=digest,
+                        shape=effective["shape"],
+                        tolerance_px=effective["tolerance_px"],
+                        hole_share=effective["hole_share"],
+                        image_width=width,
+                        image_height=height,
                     )
                 )
         return shapes
@@ -146,7 +144,7 @@ class ModelHandler:
         """Components of one defect with their confidence (0..1), those below the threshold left out."""
         effective = self._effective(defect, settings)
         fact, bias = self.weights.facts[defect], float(self.weights.networks[defect].head.bias[0])
-        maps = self.maps(image_rgb, defect, effective["iterations"])
+        maps = self.maps(image_rgb, defect, effective["iterations"], effective["cam_threshold"])
         mask = binarise(maps.climbed, effective["cam_threshold"], fact.closing_radius_px, fact.min_area_px)
         if effective["snap"]:
             mask = snap(image_rgb, mask, fact.snap)
@@ -160,7 +158,7 @@ class ModelHandler:
                 found.append((component, confidence))
         return found
 
-    def maps(self, image_rgb: np.ndarray, defect: str, iterations: int) -> Maps:
+    def maps(self, image_rgb: np.ndarray, defect: str, iterations: int | str, cam_threshold: float) -> Maps:
         """Score map and climbed map of a photo; halves the batch as long as memory does not suffice."""
         network: DefectNet = self.weights.networks[defect]
         fact: DefectWeights = self.weights.facts[defect]
@@ -174,6 +172,7 @@ class ModelHandler:
                     iterations,
                     fact.climb_parameters,
                     fact.cam_max,
+                    cam_threshold,
                     fact.window_px,
                     fact.gate,
                     self.batch,

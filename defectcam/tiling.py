@@ -11,8 +11,10 @@ crop or a shift changes nothing away from its edges.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from defectcam.climb import ClimbParameters, climb
 from defectcam.network import DefectNet
 
 CORE_PX = 512  # with the halo 624 px: 1.5 times the arithmetic of no halo, about 1 GB while climbing
+AUTO_MAX_STEPS = 8  # "auto": at most so many steps,
+AUTO_GROWTH = 0.02  # and no further one after a step that extended a tile's region by less than this share
 GATE_SPACING_PX = 32  # the window probability changes slowly: a look every 32 px finds its maximum well enough
 
 
@@ -118,9 +122,10 @@ def climbed_map(
     network: DefectNet,
     image_rgb: np.ndarray,
     score_map: np.ndarray,
-    steps: int,
+    iterations: int | str,
     parameters: ClimbParameters,
     cam_max: Sequence[float],
+    cam_threshold: float,
     window_px: int,
     gate: float,
     batch: int = 1,
@@ -132,7 +137,8 @@ def climbed_map(
 
     Args:
         score_map: from `stitched_score_map`.
-        steps: T.
+        iterations: T, or "auto": each tile climbs until a step extends its region above `cam_threshold` by
+            less than AUTO_GROWTH, AUTO_MAX_STEPS steps at most.
         cam_max: divisor of the sum of T + 1 maps at index T; continued in a straight line beyond its end.
         window_px, gate: see `tiles_to_climb`.
 
@@ -140,18 +146,43 @@ def climbed_map(
         (H, W) float32, >= 0.
     """
     result = np.maximum(score_map, 0) / np.float32(cam_max[0])
-    if steps == 0:
+    if iterations == 0:
         return result
     tiles = tile_grid(*score_map.shape, network.halo_px, network.stride_px, core_px)
     bias = float(network.head.bias[0])
     tiles = tiles_to_climb(tiles, score_sums(score_map), bias, window_px, gate)
-    divisor = cam_max_at(cam_max, steps)
     for some, images in _batches(image_rgb, tiles, batch, network):
-        summed = sum(climb(network, images, steps, parameters))
-        for tile, total in zip(some, summed):
+        maps = climb(network, images, AUTO_MAX_STEPS if iterations == "auto" else iterations, parameters)
+        summed = _normalised_sums(maps, cam_max)
+        if iterations == "auto":
+            final = _until_it_adds_nothing(summed, cam_threshold)
+        else:
+            (final,) = deque(summed, maxlen=1)
+        for tile, normalised in zip(some, final):
             y0, y1, x0, x1 = tile.core
-            result[y0:y1, x0:x1] = tile.core_of(total).float().cpu().numpy() / divisor
+            result[y0:y1, x0:x1] = tile.core_of(normalised).float().cpu().numpy()
     return result
+
+
+def _normalised_sums(maps: Iterable[torch.Tensor], cam_max: Sequence[float]) -> Iterator[torch.Tensor]:
+    """The result for T = 0, 1, ...: the sum of the maps up to T in units of its typical maximum, (N, H, W)."""
+    for steps, total in enumerate(accumulate(maps)):
+        yield total / float(cam_max_at(cam_max, steps))
+
+
+def _until_it_adds_nothing(results: Iterator[torch.Tensor], cam_threshold: float) -> torch.Tensor:
+    """For every image of the batch its result at the first step that extends its region by hardly anything."""
+    chosen = next(results)
+    area = (chosen > cam_threshold).sum(dim=(1, 2))
+    climbing = torch.ones_like(area, dtype=torch.bool)
+    for result in results:
+        chosen = torch.where(climbing[:, None, None], result, chosen)
+        larger = (result > cam_threshold).sum(dim=(1, 2))
+        climbing &= larger > (1 + AUTO_GROWTH) * area
+        area = larger
+        if not climbing.any():
+            break
+    return chosen
 
 
 def cam_max_at(cam_max: Sequence[float], steps: int) -> np.float32:

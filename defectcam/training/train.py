@@ -3,9 +3,9 @@
 AdamW, binary cross-entropy on balanced crops, the best checkpoint by F-measure on val. Everything a run draws
 comes from its seed, and a run that was killed goes on from its last checkpoint (written every minute).
 
-Example, the crack weights of this repository (see weights/README.md):
-    python -m defectcam.training.train --defect crack --data ../shared/data --sets deepcrack,uav75 \\
-        --none-sets phinet_labelled --crop-px 96 --batch 16 --lr 1e-3 --steps 800 --out out/train/crack
+Example:
+    defectcam train --defect crack --data ../shared/data --sets deepcrack,uav75 --crop-px 96 --batch 16 \\
+        --lr 1e-3 --head-lr 1e-2 --steps 800 --out out/train/crack
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def train(args: argparse.Namespace) -> dict:
             state["seconds"] = earlier + saved - started
             save_checkpoint(checkpoint, network, optimiser, state)
     record = {
-        "command": "python -m defectcam.training.train " + shlex.join(sys.argv[1:]),
+        "command": "defectcam train " + shlex.join(sys.argv[2:]),
         "defect": args.defect,
         "clicks_sha256": hashlib.sha256(repr(train_clicks).encode()).hexdigest(),
         "positive_clicks": len(crops.positives),
@@ -184,7 +184,7 @@ def names(text: str) -> list[str]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m defectcam.training.train",
+        prog="defectcam train",
         description=__doc__.split("\n\n")[0],
         epilog=__doc__.split("\n\n")[-1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -211,6 +211,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    done = train(parse_args())
+def main(argv: list[str] | None = None) -> None:
+    """The command `defectcam train`."""
+    done = train(parse_args(argv))
     print(f"best F-measure on val {done['best_val_f']:.3f} after {done['minutes']} minutes")

@@ -1,0 +1,38 @@
+# Every target sets up what it needs; `make install` alone builds .venv.
+PYTHON ?= python3.11
+VENV := .venv/bin
+IMAGE ?= docs/sample.jpg
+ITERATIONS ?=
+PORT ?= 8080
+DEFECT ?= crack
+DATA ?= ../shared/data
+# The sets the shipped crack weights were trained on; see weights/README.md.
+SETS ?= deepcrack,rissbilder_volker,uav75
+
+.PHONY: help install demo test serve train
+help:
+	@echo "make install                          build .venv with exact versions"
+	@echo "make demo IMAGE=photo ITERATIONS=4    proposals for one photo, as JSON and picture, in out/demo"
+	@echo "make test                             all tests"
+	@echo "make serve PORT=8080                  the function over HTTP, without Nuclio"
+	@echo "make train DEFECT=crack DATA=folder SETS=a,b   train a classifier from clicks, in out/train"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is needed; or name another 3.11 with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[runtime,train,dev]'
+	@touch $@
+
+demo: install
+	@$(VENV)/python -m defectcam demo "$(IMAGE)" $(if $(ITERATIONS),--iterations $(ITERATIONS))
+
+test: install
+	$(VENV)/python -m pytest
+
+serve: install
+	$(VENV)/python -m defectcam serve --port $(PORT)
+
+train: install
+	$(VENV)/python -m defectcam train --defect $(DEFECT) --data $(DATA) --sets $(SETS) --out out/train/$(DEFECT)

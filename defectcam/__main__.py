@@ -1,0 +1,29 @@
+"""The one command line, `defectcam COMMAND ...`; a command's part is imported when it is called."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": ("defectcam.demo", "proposals for one photo as JSON and picture"),
+    "serve": ("defectcam.serve", "the function over HTTP, without Nuclio"),
+    "train": ("defectcam.training.train", "train a defect's classifier from clicks"),
+    "calibrate": ("defectcam.training.calibrate", "choose a defect's thresholds on val, write the manifest"),
+}
+
+
+def main() -> None:
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in COMMANDS:
+        importlib.import_module(COMMANDS[command][0]).main(sys.argv[2:])
+        return
+    lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
+    usage = "\n".join(["usage: defectcam COMMAND ... (defectcam COMMAND --help says more)", *lines])
+    example = "example:\n  defectcam demo docs/sample.jpg --iterations 4"
+    if command in ("-h", "--help"):
+        print(f"{usage}\n{example}")
+    else:
+        sys.exit(f"unknown command {command!r}\n{usage}")
+
+
+if __name__ == "__main__":
+    main()

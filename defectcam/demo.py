@@ -1,0 +1,68 @@
+"""`defectcam demo`: one photo through the handler that Nuclio calls, without Nuclio, Docker or CVAT."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import nuclio_sdk
+import nuclio_sdk.logger
+
+from defectcam.overlay import draw_shapes
+from defectcam.request import ImageError, decode_image
+from defectcam.serve import load_main
+
+
+def call_handler(envelope: dict) -> tuple[int, object]:
+    """Start the function in this process and send it one request; returns status and answer."""
+    function = load_main()
+    logger = nuclio_sdk.Logger(logging.INFO)
+    logger.set_handler("default", sys.stderr, nuclio_sdk.logger.HumanReadableFormatter())
+    context = nuclio_sdk.Context(logger)
+    function.init_context(context)
+    event = nuclio_sdk.Event(body=envelope, content_type="application/json", method="POST")
+    response = function.handler(context, event)
+    return response.status_code, json.loads(response.body)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `defectcam demo`."""
+    parser = argparse.ArgumentParser(
+        prog="defectcam demo",
+        description="Proposals for one photo as CVAT JSON and as an overlay picture.",
+        epilog="example:\n  defectcam demo bridge.jpg --iterations 4 --out out/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", type=Path, help="the photo: JPEG, PNG, TIFF, BMP or WebP")
+    parser.add_argument("--iterations", help='climbing steps, 0 to 50 or "auto" (default: each defect\'s own)')
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        image_bytes = args.image.read_bytes()
+    except OSError as error:
+        sys.exit(f"cannot read the photo {args.image}: {error.strerror}")
+    envelope = {"image": base64.b64encode(image_bytes).decode()}
+    if args.iterations:
+        envelope["iterations"] = int(args.iterations) if args.iterations.isdecimal() else args.iterations
+    status, answer = call_handler(envelope)
+    if status != 200:
+        sys.exit(f"the function refused: {answer['error']}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    shapes_path = args.out / f"{args.image.stem}.json"
+    shapes_path.write_text(json.dumps(answer, indent=1) + "\n")
+    count = sum(shape["type"] != "tag" for shape in answer)
+    print(f"{count} proposals for {args.image}")
+    print(f"CVAT JSON: {shapes_path.resolve()}")
+    try:
+        image_rgb = decode_image(image_bytes, max_pixels=10**9)
+    except ImageError as error:
+        sys.exit(f"no overlay: {error}")
+    overlay_path = args.out / f"{args.image.stem}.png"
+    cv2.imwrite(str(overlay_path), cv2.cvtColor(draw_shapes(image_rgb, answer), cv2.COLOR_RGB2BGR))
+    print(f"overlay:   {overlay_path.resolve()}")

@@ -1,0 +1,1 @@
+"""Measures, simulated annotator and Eq. 3 (paper 4.3). Offline half."""

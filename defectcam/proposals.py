@@ -1,0 +1,245 @@
+"""Proposals: the mask of one defect -> components -> the polygons or masks that CVAT stores.
+
+Coordinates. Pixels are (x, y), x to the right, y down, pixel (0, 0) at the upper left. A polygon runs through
+the pixels it encloses, border included: a component whose columns are 3..7 has its leftmost points at x = 3.0
+and its rightmost ones at x = 7.48. So its points, truncated or rounded, are pixels of the component, and
+cv2.fillPoly, which paints the border too, gives the component back; PIL's ImageDraw.polygon all but does.
+Rasterisers that sample pixel centres at (x + 0.5, y + 0.5), pycocotools among them, lose the last row and
+column of every part, which is much of a thin crack; shape "mask" is exact everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import permutations
+
+import cv2
+import numpy as np
+from shapely import Polygon, constrained_delaunay_triangles, get_coordinates
+from skimage.measure import find_contours
+
+# The outline passes 0.24 px outside the centres of the component's border pixels, then moves by as much to
+# the right and down: it fills [i, i + 0.48] of pixel i, rounds and truncates to i, and never has zero width.
+OUTLINE_LEVEL = 0.76
+OUTLINE_SHIFT_PX = 0.24
+
+# What a polygon must share with its component. Wide components have it at a tolerance of 1 px or more; cracks
+# a few pixels wide do not, so their tolerance shrinks step by step, down to where it saves no more points.
+MIN_IOU = 0.95
+TOLERANCE_STEP = 0.8
+FINEST_TOLERANCE_PX = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """One 8-connected region of a mask.
+
+    Attributes:
+        mask: (h, w) bool, the tight crop around the region; holes are False.
+        left: column of the crop's first column in the image, px.
+        top: row of the crop's first row in the image, px.
+    """
+
+    mask: np.ndarray
+    left: int
+    top: int
+
+    @property
+    def area_px(self) -> int:
+        """Number of pixels."""
+        return int(np.count_nonzero(self.mask))
+
+    @property
+    def box_xyxy(self) -> tuple[int, int, int, int]:
+        """First column, first row, last column, last row in the image, all inclusive, px."""
+        height, width = self.mask.shape
+        return self.left, self.top, self.left + width - 1, self.top + height - 1
+
+
+def find_components(mask: np.ndarray) -> list[Component]:
+    """Splits a mask into its 8-connected components.
+
+    Args:
+        mask: (height, width) bool, or any numbers where non-zero means defect.
+
+    Returns:
+        The components, sorted by top, left and area.
+
+    Raises:
+        ValueError: the mask has not two dimensions.
+    """
+    mask = np.ascontiguousarray(mask, dtype=bool)
+    if mask.ndim != 2:
+        raise ValueError(f"a mask has two dimensions, not {mask.ndim}")
+    if not mask.any():
+        return []
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    components = []
+    for index in range(1, count):
+        left, top, width, height = (int(value) for value in stats[index, :4])
+        crop = labels[top : top + height, left : left + width] == index
+        components.append(Component(crop, left, top))
+    return sorted(components, key=lambda component: (component.top, component.left, component.area_px))
+
+
+def polygon_points_xy(
+    component: Component, tolerance_px: float, hole_share: float, image_width: int, image_height: int
+) -> list[float]:
+    """Outlines a component by one polygon; the holes that matter are cut free along zero-width bridges.
+
+    Args:
+        component: the region.
+        tolerance_px: how far the simplified outline may leave the exact one, px, 0 or more. It is reduced for
+            a component that would otherwise agree with its polygon at an IoU below 0.95.
+        hole_share: holes are filled, smallest first, as long as together they have at most this share of the
+            component's area; 0 keeps all, infinity none. Above 0.03 that IoU may be missed.
+        image_width: px.
+        image_height: px.
+
+    Returns:
+        [x0, y0, x1, y1, ...] in px of the image as told at the top of this module, two decimals, inside the
+        image. Three points or more, no point twice in a row, the last not the first. Without holes the ring
+        is valid; a bridge runs from a point of the outline to a point of the hole and back again.
+
+    Raises:
+        ValueError: a negative or undefined tolerance or share, or a component that leaves the image.
+    """
+    if not 0 <= tolerance_px < math.inf or not hole_share >= 0:
+        raise ValueError(f"tolerance_px {tolerance_px!r} or hole_share {hole_share!r} is not 0 or more")
+    left, top, right, bottom = component.box_xyxy
+    if left < 0 or top < 0 or right >= image_width or bottom >= image_height:
+        raise ValueError(f"component {component.box_xyxy} leaves the {image_width} x {image_height} image")
+    polygon = _simplified(_outline(component.mask, hole_share), component.mask, tolerance_px)
+    points = _single_ring(polygon.normalize())
+    return [round(value, 2) for x, y in points for value in (x + left, y + top)]
+
+
+def mask_crop(component: Component) -> list[int]:
+    """The component as CVAT's mask: its box row by row as 0 and 1, then x0, y0, x1, y1 inclusive, px."""
+    return component.mask.astype(int).ravel().tolist() + list(component.box_xyxy)
+
+
+def proposal_id(component: Component, defect: str, digest: str) -> str:
+    """Names a proposal: 8 hex digits, the same whenever all arguments are.
+
+    Args:
+        component: the region.
+        defect: its label.
+        digest: stands for all else the proposal depends on: the image's pixels, weights and settings.
+    """
+    key = repr((digest, defect, component.box_xyxy)).encode() + np.packbits(component.mask).tobytes()
+    return hashlib.blake2s(key, digest_size=4).hexdigest()
+
+
+def cvat_shape(
+    component: Component,
+    *,
+    defect: str,
+    confidence: float,
+    iterations: int | str,
+    digest: str,
+    shape: str,
+    tolerance_px: float,
+    hole_share: float,
+    image_width: int,
+    image_height: int,
+) -> dict:
+    """One element of the answer to CVAT.
+
+    Args:
+        component: the region.
+        defect: the label.
+        confidence: 0..1; what lies beyond is clipped.
+        iterations: climbing steps the region was found with, as the label's select attribute lists them.
+        digest: see `proposal_id`.
+        shape: "polygon" or "mask". A mask carries the polygon too, for CVAT's "Convert masks to polygons".
+        tolerance_px, hole_share, image_width, image_height: see `polygon_points_xy`.
+
+    Returns:
+        label, type, points, mask (only for masks) and attributes, all built-in types ready for JSON. CVAT
+        keeps attribute values only if they are strings and, for a number attribute, digits alone.
+
+    Raises:
+        ValueError: confidence is not finite, an unknown shape, and as `polygon_points_xy`.
+    """
+    if not math.isfinite(confidence):
+        raise ValueError(f"confidence is a finite number, not {confidence!r}")
+    if shape not in ("polygon", "mask"):
+        raise ValueError(f'shape is "polygon" or "mask", not {shape!r}')
+    attributes = {
+        "confidence": round(100 * min(max(float(confidence), 0.0), 1.0)),
+        "iterations": iterations,
+        "proposal": proposal_id(component, defect, digest),
+    }
+    element = {
+        "label": defect,
+        "type": shape,
+        "points": polygon_points_xy(component, tolerance_px, hole_share, image_width, image_height),
+        "attributes": [{"name": name, "value": str(value)} for name, value in attributes.items()],
+    }
+    if shape == "mask":
+        element["mask"] = mask_crop(component)
+    return element
+
+
+def _outline(mask: np.ndarray, hole_share: float) -> Polygon:
+    """The exact outline of a component's (h, w) mask in crop coordinates, without the holes to be filled."""
+    # "high" joins pixels that touch at a corner, so an 8-connected component has exactly one outer ring.
+    rings_yx = find_contours(np.pad(mask, 1).astype(float), OUTLINE_LEVEL, fully_connected="high")
+    rings = [Polygon(np.round(ring[:, ::-1] - 1 + OUTLINE_SHIFT_PX, 2)) for ring in rings_yx]
+    *holes, shell = sorted(rings, key=lambda ring: ring.area)
+    filled_px = np.cumsum([hole.area for hole in holes])
+    first = np.searchsorted(filled_px, hole_share * np.count_nonzero(mask), side="right")
+    return Polygon(shell.exterior, [hole.exterior for hole in holes[first:]])
+
+
+def _simplified(outline: Polygon, mask: np.ndarray, tolerance_px: float) -> Polygon:
+    """The outline at the largest tolerance, tolerance_px at most, that is sound and agrees with the mask."""
+    # Where the holes filled have used up the promise, simplifying still gets a share of its own.
+    enough = min(MIN_IOU, _iou(outline, mask) - 0.02)
+    while tolerance_px >= FINEST_TOLERANCE_PX:
+        polygon = outline.simplify(tolerance_px, preserve_topology=True)
+        # Rings may touch in a valid polygon, but then a point would not tell its ring.
+        if polygon.is_valid and polygon.boundary.is_simple and _iou(polygon, mask) >= enough:
+            return polygon
+        tolerance_px *= TOLERANCE_STEP
+    return outline.simplify(0, preserve_topology=True)
+
+
+def _iou(polygon: Polygon, mask: np.ndarray) -> float:
+    """Intersection over union, 0..1, of a polygon in crop coordinates, painted, and the (h, w) mask."""
+    rings_xy = (get_coordinates(ring) for ring in (polygon.exterior, *polygon.interiors))
+    rings = [np.rint(ring_xy).astype(np.int32) for ring_xy in rings_xy]
+    painted = cv2.fillPoly(np.zeros(mask.shape, np.uint8), rings, 1).view(bool)
+    return np.count_nonzero(painted & mask) / np.count_nonzero(painted | mask)
+
+
+def _single_ring(polygon: Polygon) -> list[tuple[float, float]]:
+    """The polygon's points as one open ring, each hole tied in by the shortest way there and back."""
+    path, *holes = (list(ring.coords)[:-1] for ring in (polygon.exterior, *polygon.interiors))
+    if not holes:
+        return path
+    # Edges of a triangulation cross neither each other nor a ring and lead from each ring to its neighbours.
+    ring_of = {point: number for number, ring in enumerate([path, *holes]) for point in ring}
+    links = defaultdict(set)
+    for triangle in constrained_delaunay_triangles(polygon).geoms:
+        for start, end in permutations(triangle.exterior.coords[:3], 2):
+            if ring_of[start] != ring_of[end]:
+                links[ring_of[start]].add((math.dist(start, end), start, end))
+    joined, reachable = {0}, sorted(links[0])
+    while len(joined) <= len(holes):
+        _, start, end = heappop(reachable)
+        number = ring_of[end]
+        if number in joined:
+            continue
+        joined.add(number)
+        for link in links[number]:
+            heappush(reachable, link)
+        hole = holes[number - 1]
+        first, after = hole.index(end), path.index(start) + 1
+        path[after:after] = [*hole[first:], *hole[: first + 1], start]
+    return path
