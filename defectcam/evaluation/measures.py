@@ -14,6 +14,8 @@ import numpy as np
 
 SMALLEST_COMPONENT_PX = 30
 OUTLINE_TOLERANCE_PX = 2.0
+F1_TOLERANCE_PX = 2
+TOUCHING_PX = 3  # a proposal this near a component is taken for a proposal of it
 MORPHOLOGY_RADII_PX = (0, -10, -6, -3, -1, 1, 3, 6)
 GROUPS = (0.95, 0.75, 0.5)  # Eq. 3: shares of time saved that the groups start at and weigh
 
@@ -28,15 +30,15 @@ def f1_2px(proposed: np.ndarray, truth: np.ndarray) -> float:
     """F1 with 2 px tolerance: pixels count as right within a 5 x 5 dilation of the other mask."""
     if not proposed.any() or not truth.any():
         return float(not proposed.any() and not truth.any())
-    precision = np.count_nonzero(proposed & _dilated_2px(truth)) / np.count_nonzero(proposed)
-    recall = np.count_nonzero(truth & _dilated_2px(proposed)) / np.count_nonzero(truth)
+    precision = np.count_nonzero(proposed & _dilated(truth, F1_TOLERANCE_PX)) / np.count_nonzero(proposed)
+    recall = np.count_nonzero(truth & _dilated(proposed, F1_TOLERANCE_PX)) / np.count_nonzero(truth)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def false_components(proposed: np.ndarray, truth: np.ndarray) -> int:
     """Proposed components that touch no ground truth dilated by 2 px."""
     count, labels = cv2.connectedComponents(proposed.astype(np.uint8), connectivity=8)
-    touching = np.unique(labels[_dilated_2px(truth) & proposed])
+    touching = np.unique(labels[_dilated(truth, F1_TOLERANCE_PX) & proposed])
     return count - 1 - len(touching)
 
 
@@ -74,8 +76,9 @@ def relative_time_saving_of_groups(instances: int, counts: Sequence[int]) -> flo
     return sum(group * count for group, count in zip(GROUPS, counts)) / instances if instances else 0.0
 
 
-def _dilated_2px(mask: np.ndarray) -> np.ndarray:
-    return cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+def _dilated(mask: np.ndarray, radius_px: int) -> np.ndarray:
+    """Grown by a square: every pixel within `radius_px` rows and columns of the mask."""
+    return cv2.dilate(mask.astype(np.uint8), np.ones((2 * radius_px + 1,) * 2, np.uint8)) > 0
 
 
 def _morphed(mask: np.ndarray, radius_px: int) -> np.ndarray:
@@ -118,7 +121,7 @@ def _saved(proposed: np.ndarray, truth: np.ndarray, defect: str, extra_clicks: i
         outlines = _outlines(own)
         vertices = [cv2.approxPolyDP(line[:, None], OUTLINE_TOLERANCE_PX, True)[:, 0] for line in outlines]
         from_scratch = max(3, sum(map(len, vertices)))
-        touching = np.unique(proposed_labels[_dilated_2px(own)])
+        touching = np.unique(proposed_labels[_dilated(own, TOUCHING_PX)])
         touching = touching[touching > 0]
         if not len(touching):
             saved.append(0.0)

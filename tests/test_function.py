@@ -1,0 +1,335 @@
+"""The function with its shipped weights over real HTTP, with what CVAT sends and what it never would."""
+
+import asyncio
+import base64
+import gc
+import io
+import json
+import logging
+import os
+import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from defectcam import serve
+from defectcam.request import Settings
+from model_handler import ModelHandler
+from tests.conftest import ROOT
+
+LOG = logging.getLogger("test")
+
+
+def encoded(image_rgb: np.ndarray, kind: str = "PNG", **options) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image_rgb).save(buffer, kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def sample_rgb() -> np.ndarray:
+    """The part of the sample photo with its crack, small enough for a CPU."""
+    return np.asarray(Image.open(ROOT / "docs" / "sample.jpg").convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def url():
+    """A running server of the real function."""
+    app = serve.create_app(serve.load_main())
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.05)
+        assert thread.is_alive()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}/"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with httpx.Client(base_url=url, timeout=300) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def spec():
+    """Labels of function.yaml: name -> (type, {attribute: (input type, values)})."""
+    import yaml
+
+    labels = json.loads(yaml.safe_load((ROOT / "function.yaml").read_text())["metadata"]["annotations"]["spec"])
+    return {
+        label["name"]: (label["type"], {a["name"]: (a["input_type"], a["values"]) for a in label["attributes"]})
+        for label in labels
+    }
+
+
+def check_answer(answer: object, spec: dict, width: int, height: int) -> None:
+    """What CVAT stores without harm, by every rule it is known to have."""
+    assert isinstance(answer, list)
+    for shape in answer:
+        label_type, attributes = spec[shape["label"]]
+        for attribute in shape["attributes"]:
+            assert isinstance(attribute["value"], str)
+            input_type, values = attributes[attribute["name"]]
+            if input_type == "number":
+                assert attribute["value"].isdecimal() and 0 <= int(attribute["value"]) <= 100
+            if input_type == "select":
+                assert attribute["value"] in values
+        if shape["type"] == "tag":
+            assert shape["label"] == "unprocessed" and label_type == "tag"
+            continue
+        assert {a["name"] for a in shape["attributes"]} == {"confidence", "iterations", "proposal"}
+        xs, ys = shape["points"][::2], shape["points"][1::2]
+        assert len(xs) == len(ys) >= 3 and len(set(zip(xs, ys))) >= 3
+        assert all(0 <= x <= width for x in xs) and all(0 <= y <= height for y in ys)
+        if shape["type"] == "mask":
+            *flat, left, top, right, bottom = shape["mask"]
+            assert len(flat) == (right - left + 1) * (bottom - top + 1) and set(flat) <= {0, 1} and any(flat)
+            assert 0 <= left <= right < width and 0 <= top <= bottom < height
+        else:
+            assert shape["type"] == "polygon"
+
+
+@pytest.mark.parametrize("path", ["", "anything/else"])
+def test_get_tells_what_runs_here(client, path):
+    answer = client.get(path).json()
+    assert "crack" in answer["defects"] and answer["device"] in ("cpu", "cuda")
+    assert answer["version"] and answer["weights"]
+    assert answer["defaults"]["crack"]["iterations"] in range(51)
+    assert answer["limits"]["max_megapixels"] >= 50
+
+
+def test_a_detector_request_as_cvat_sends_it(client, spec, sample_rgb):
+    body = {"image": encoded(sample_rgb, "JPEG", quality=95)}
+    answers = [client.post("", json=body) for _ in range(2)]
+    assert all(answer.status_code == 200 for answer in answers)
+    assert answers[0].content == answers[1].content  # the same answer for the same input
+    assert answers[0].headers["content-type"] == "application/json"
+    height, width = sample_rgb.shape[:2]
+    check_answer(answers[0].json(), spec, width, height)
+    assert any(shape["label"] == "crack" for shape in answers[0].json())
+
+
+def test_iterations_shape_and_defects_of_the_request_hold(client, spec, sample_rgb):
+    crop = np.ascontiguousarray(sample_rgb[:512, :640])
+    body = {"image": encoded(crop), "iterations": 1, "shape": "mask", "defects": ["crack"], "threshold": 0.01}
+    answer = client.post("", json=body).json()
+    check_answer(answer, spec, 640, 512)
+    assert answer and {shape["type"] for shape in answer} == {"mask"}
+    for shape in answer:
+        assert {"name": "iterations", "value": "1"} in shape["attributes"]
+
+
+def test_snap_false_is_the_papers_region_and_holds_what_snapping_cuts_out(sample_rgb):
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), 10**8, LOG)
+    crop = np.ascontiguousarray(sample_rgb[:512, :640])
+
+    def painted(**given):
+        mask = np.zeros(crop.shape[:2], bool)
+        for component, _ in model.components(crop, "crack", Settings(iterations=0, threshold=0.01, **given)):
+            x0, y0, x1, y1 = component.box_xyxy
+            mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
+        return mask
+
+    region, snapped = painted(snap=False), painted(snap=True)
+    assert snapped.any() and not (snapped & ~region).any()
+    assert snapped.sum() < region.sum()
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json; charset=utf-8", "Application/JSON", "text/plain", None], ids=str
+)
+def test_any_content_type_will_do(client, content_type):
+    small = {"image": encoded(np.full((40, 50, 3), 128, np.uint8)), "iterations": 0}
+    headers = {"content-type": content_type} if content_type else {}
+    answer = client.post("", content=json.dumps(small).encode(), headers=headers)
+    assert (answer.status_code, answer.json()) == (200, [])
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (b"", ["body", "JSON"]),
+        (b"{", ["body", "JSON"]),
+        (b"[1]", ["body", "JSON"]),
+        (b"\xff\xfe", ["body", "JSON"]),
+        (b"{}", ["image", "missing"]),
+        (b'{"image": "no base64!"}', ["image", "no base64!"]),
+        (b'{"image": "aGk=", "iterations": "abc"}', ["iterations", "abc", "0 to 50"]),
+        (b'{"image": "aGk=", "iterations": 51}', ["iterations", "51", "0 to 50"]),
+        (b'{"image": "aGk=", "iterations": -1}', ["iterations", "-1"]),
+        (b'{"image": "aGk=", "iterations": 2.5}', ["iterations", "2.5"]),
+        (b'{"image": "aGk=", "iterations": true}', ["iterations", "True"]),
+        (b'{"image": "aGk=", "threshold": 1.5}', ["threshold", "1.5", "0 to 1"]),
+        (b'{"image": "aGk=", "threshold": NaN}', ["threshold", "nan"]),
+        (b'{"image": "aGk=", "defects": ["graffiti"]}', ["defects", "graffiti", "crack"]),
+        (b'{"image": "aGk=", "shape": "circle"}', ["shape", "circle", "polygon"]),
+        (b'{"image": "aGk=", "snap": "maybe"}', ["snap", "maybe"]),
+        (b"[" * 100_000, ["body"]),
+    ],
+)
+def test_impossible_envelopes_get_400_that_names_key_value_and_remedy(client, body, words):
+    for content_type in ("application/json", "text/plain"):
+        answer = client.post("", content=body, headers={"content-type": content_type})
+        assert answer.status_code == 400
+        for word in words:
+            assert word in answer.json()["error"]
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH"])
+def test_other_methods_without_a_body_are_refused_not_fatal(client, method):
+    assert client.request(method, "").status_code == 400
+
+
+def test_photos_that_cannot_be_processed_get_a_tag_with_the_reason(client, spec):
+    good = base64.b64decode(encoded(np.zeros((64, 64, 3), np.uint8)))
+    for data, word in [(b"hello", "format unknown"), (good[: len(good) // 2], "broken"), (bomb(), "too large")]:
+        answer = client.post("", json={"image": base64.b64encode(data).decode()})
+        assert answer.status_code == 200
+        (tag,) = answer.json()
+        check_answer([tag], spec, 64, 64)
+        assert tag["type"] == "tag" and word in tag["attributes"][0]["value"]
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that claims 60000 x 60000 pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (300, 1), (7, 5)])
+def test_tiny_photos_are_answered(client, spec, height, width):
+    image = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    answer = client.post("", json={"image": encoded(image), "iterations": 2, "cam_threshold": 0, "threshold": 0.001})
+    assert answer.status_code == 200
+    check_answer(answer.json(), spec, width, height)
+
+
+def test_ten_at_once_wait_for_their_turn(url, sample_rgb):
+    bodies = [
+        {"image": encoded(np.ascontiguousarray(sample_rgb[i : i + 96, 200:360])), "iterations": 1, "threshold": 0.01}
+        for i in range(10)
+    ]
+    with httpx.Client(base_url=url, timeout=300) as client:
+        alone = [client.post("", json=body).json() for body in bodies]
+    with ThreadPoolExecutor(10) as pool:
+        together = list(pool.map(lambda body: httpx.post(url, json=body, timeout=300), bodies))
+    assert [answer.status_code for answer in together] == [200] * 10
+    assert [answer.json() for answer in together] == alone
+
+
+def test_many_requests_leave_no_memory_behind(client):
+    small = encoded(np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8))
+    bodies = [{"image": small, "iterations": 1}, {"image": small[:400]}, {"image": 5}]
+
+    def resident_mb() -> float:
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+    def send(count):
+        for number in range(count):
+            client.post("", json=bodies[number % 3])
+
+    send(60)
+    before = resident_mb()
+    send(300)
+    assert resident_mb() - before < 60
+
+
+def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(monkeypatch):
+    import model_handler
+
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), 10**8, LOG)
+    model.batch = 8
+    batches = []
+    real = model_handler.stitched_score_map
+
+    def short_of_memory(network, image_rgb, batch):
+        batches.append(batch)
+        if batch > limit:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+        return real(network, image_rgb, batch)
+
+    monkeypatch.setattr(model_handler, "stitched_score_map", short_of_memory)
+    image = np.full((32, 32, 3), 90, np.uint8)
+    request = model_handler.Request(base64.b64decode(encoded(image)), Settings(iterations=0), ())
+    limit = 2
+    assert model.answer(request) == []
+    assert batches[:3] == [8, 4, 2]
+    limit = 0
+    (tag,) = model.answer(request)
+    assert tag["label"] == "unprocessed" and "out of memory" in tag["attributes"][0]["value"]
+    limit = 2
+    assert model.answer(request) == []  # the worker lives on
+
+
+def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("model_handler.binarise", fail)
+    answer = client.post("", json={"image": encoded(np.zeros((8, 8, 3), np.uint8))})
+    assert answer.status_code == 200
+    assert answer.json()[0]["label"] == "unprocessed"
+    monkeypatch.undo()
+    assert client.post("", json={"image": encoded(np.zeros((8, 8, 3), np.uint8))}).json() == []
+
+
+@pytest.mark.parametrize(
+    "environ, words",
+    [
+        ({"ADVCAM_ITERATIONS": "many"}, ["ADVCAM_ITERATIONS", "many", "0 to 50"]),
+        ({"ADVCAM_DEVICE": "tpu"}, ["ADVCAM_DEVICE", "tpu", "cpu"]),
+        ({"ADVCAM_MAX_MEGAPIXELS": "-1"}, ["ADVCAM_MAX_MEGAPIXELS", "-1"]),
+        ({"ADVCAM_WEIGHTS": "/nowhere"}, ["/nowhere", "manifest.json"]),
+        ({"ADVCAM_DEFECTS": "crack,moss"}, ["ADVCAM_DEFECTS", "moss", "crack"]),
+    ],
+)
+def test_a_wrong_deployment_does_not_start(environ, words):
+    with pytest.raises(Exception) as error:
+        ModelHandler.from_env(environ, LOG)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_settings_come_from_request_then_env_then_manifest():
+    model = ModelHandler.from_env({"ADVCAM_ITERATIONS": "7", "ADVCAM_DEVICE": "cpu"}, LOG)
+    fact = model.weights.facts["crack"]
+    assert model.describe()["defaults"]["crack"]["iterations"] == 7
+    assert model._effective("crack", Settings(iterations=3))["iterations"] == 3
+    assert model._effective("crack", Settings())["iterations"] == fact.iterations
+    assert model._effective("crack", Settings())["cam_threshold"] == fact.cam_threshold
+
+
+def test_defaults_of_the_manifest_are_offered_by_the_function_file(spec):
+    model = ModelHandler.from_env({"ADVCAM_DEVICE": "cpu"}, LOG)
+    for defect, fact in model.weights.facts.items():
+        values = spec[defect][1]["iterations"][1]
+        assert values[0] == str(fact.iterations)  # "From model" makes the first one the task's default
+
+
+def test_runtime_half_imports_nothing_of_the_offline_half():
+    import subprocess
+    import sys
+
+    code = "import main, sys; print([n for n in sys.modules if n.startswith('defectcam.') and n.count('.') > 1])"
+    code += "; print([n for n in ('tqdm.auto', 'defectcam.training', 'defectcam.evaluation') if n in sys.modules])"
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, cwd=ROOT)
+    first, second = out.stdout.split("\n")[:2]
+    assert first == "[]" and "defectcam" not in second, out.stderr

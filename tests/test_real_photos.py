@@ -1,0 +1,71 @@
+"""What the shipped weights do on real photos: quiet where nothing is, the same whatever the frame."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from defectcam.evaluation.measures import f1_2px, iou
+from defectcam.request import Settings
+from model_handler import ModelHandler
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ModelHandler(ROOT / "weights", "cpu", Settings(), 10**8, logging.getLogger("test"))
+
+
+def crack_mask(model, image_rgb, **given) -> np.ndarray:
+    mask = np.zeros(image_rgb.shape[:2], bool)
+    for component, _ in model.components(np.ascontiguousarray(image_rgb), "crack", Settings(**given)):
+        x0, y0, x1, y1 = component.box_xyxy
+        mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
+    return mask
+
+
+@pytest.fixture(scope="module")
+def wall(photos) -> np.ndarray:
+    """Four real photos of cracked concrete side by side, 1088 x 768: larger than a tile."""
+    images = [image for _, image, _ in photos("deepcrack", limit=4)]
+    return np.vstack([np.hstack(images[:2]), np.hstack(images[2:])])
+
+
+def test_photos_without_the_defect_get_no_proposals(model, photos):
+    healthy = [image for _, image, mask in photos("phinet_labelled", defect="crack") if not mask.any()]
+    assert len(healthy) >= 20
+    healthy += [image[:448, :640] for _, image, _ in photos("steelbridge440", limit=10)]
+    quiet = sum(not crack_mask(model, image).any() for image in healthy)
+    assert quiet >= 0.9 * len(healthy)
+
+
+def test_an_interior_crop_and_the_full_photo_agree(model, wall):
+    full = crack_mask(model, wall)
+    top, left, bottom, right = 100, 150, 700, 1000
+    crop = crack_mask(model, wall[top:bottom, left:right])
+    margin = 100  # nearer to its edge a crop cannot know what the photo knows
+    inner = crop[margin:-margin, margin:-margin]
+    wanted = full[top + margin : bottom - margin, left + margin : right - margin]
+    assert wanted.sum() > 500
+    assert iou(inner, wanted) >= 0.9
+
+
+def test_a_photo_shifted_by_half_a_tile_agrees_with_itself(model, wall):
+    full, shifted = crack_mask(model, wall), crack_mask(model, wall[:, 256:])
+    margin = 100
+    assert iou(shifted[:, margin:], full[:, 256 + margin :]) >= 0.9
+
+
+def test_crack_outlines_are_worth_keeping(model, photos):
+    """Far below what the model card states, far above what the plain map gives: a wrong turn shows here."""
+    snapped, plain = [], []
+    for _, image, mask in photos("deepcrack", defect="crack", limit=8):
+        snapped.append(f1_2px(crack_mask(model, image), mask))
+        plain.append(f1_2px(crack_mask(model, image, snap=False, iterations=0), mask))
+    assert np.mean(snapped) >= 0.5 and np.mean(snapped) > np.mean(plain)
+
+
+def test_results_do_not_depend_on_earlier_requests(model, wall):
+    first = crack_mask(model, wall[:384, :544])
+    crack_mask(model, wall[384:, 544:])
+    assert np.array_equal(first, crack_mask(model, wall[:384, :544]))

@@ -1,0 +1,168 @@
+"""Clicks, crops and a training run on a small set made here; a killed run goes on as if nothing had happened."""
+
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from defectcam.training import train
+from defectcam.training.clicks import Click, patch_bounds, read_clicks, simulate_clicks, write_clicks
+from defectcam.training.crops import CROPS_PER_CLICK, CropDataset
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Eight photos, 96 x 128, of noise; the six called crack* have a dark line and its mask."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "walls" / "images").mkdir(parents=True)
+    (folder / "walls" / "masks" / "crack").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    stems = [f"crack{i}" for i in range(6)] + ["plain0", "plain1"]
+    for i, stem in enumerate(stems):
+        photo = rng.integers(120, 180, (96, 128, 3), np.uint8)
+        mask = np.zeros((96, 128), np.uint8)
+        if stem.startswith("crack"):
+            cv2.line(mask, (20 + 5 * i, 0), (40, 95), 255, 3)
+            photo[mask > 0] = 20
+        cv2.imwrite(str(folder / "walls" / "images" / f"{stem}.png"), photo)
+        cv2.imwrite(str(folder / "walls" / "masks" / "crack" / f"{stem}.png"), mask)
+    splits = {"walls": {"train": stems[:4] + stems[6:7], "val": stems[4:6] + stems[7:]}}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    return folder
+
+
+def clicks_of(data_dir, split="train", seed=0):
+    return simulate_clicks(data_dir, "walls", split, "crack", patch_px=32, none_per_photo=5, seed=seed)
+
+
+def mask_of(data_dir, click):
+    stem = click.photo_group.split("/")[1]
+    return cv2.imread(str(data_dir / "walls" / "masks" / "crack" / f"{stem}.png"), 0) > 0
+
+
+def test_simulated_clicks_say_what_a_person_would(data_dir):
+    clicks = clicks_of(data_dir)
+    positives = [click for click in clicks if click.defect == "crack"]
+    assert [click.photo_group for click in positives] == [f"walls/crack{i}" for i in range(4)]  # one per component
+    assert all(mask_of(data_dir, click)[click.y, click.x] for click in positives)
+    nones = [click for click in clicks if click.defect == "none"]
+    assert len(nones) > 10 and {click.absent for click in nones} == {"crack"}
+    for click in nones:
+        x0, x1 = patch_bounds(click.x, 32, 128)
+        y0, y1 = patch_bounds(click.y, 32, 96)
+        assert (x1 - x0, y1 - y0) == (32, 32)
+        assert not mask_of(data_dir, click)[y0:y1, x0:x1].any()
+    assert clicks == clicks_of(data_dir) and clicks != clicks_of(data_dir, seed=1)
+
+
+def test_clicks_survive_writing_and_reading(data_dir, tmp_path):
+    write_clicks(tmp_path / "clicks.csv", clicks_of(data_dir))
+    assert read_clicks(tmp_path / "clicks.csv") == clicks_of(data_dir)
+    (tmp_path / "own.csv").write_text("image,x,y,defect\na.jpg,3,4,crack\nb.jpg,many,4,none\n")
+    with pytest.raises(ValueError, match="own.csv line 3.*many"):
+        read_clicks(tmp_path / "own.csv")
+    (tmp_path / "own.csv").write_text("image,x,y,defect\na.jpg,3,4,crack\n")
+    assert read_clicks(tmp_path / "own.csv") == [Click("a.jpg", 3, 4, "crack")]
+
+
+def test_crops_hold_their_click_and_negatives_hold_no_defect(data_dir):
+    crops = CropDataset(clicks_of(data_dir), 32, seed=0, augment=False)
+    labels = [crops[draw][1] for draw in range(40)]
+    assert labels == [1.0, 0.0] * 20
+    for draw in range(40):
+        image, label = crops[draw]
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+        assert (image.min() < 60) == bool(label)  # the line is dark, nothing else is
+
+
+def test_every_positive_click_gives_five_crops_an_epoch(data_dir):
+    crops = CropDataset(clicks_of(data_dir), 32, seed=0, augment=False)
+    assert crops.draws_per_epoch == 2 * CROPS_PER_CLICK * 4
+    assert not torch.equal(crops[0][0], crops[crops.draws_per_epoch][0])  # the next epoch has other positions
+
+
+def test_augmented_crops_differ_but_are_the_same_for_the_same_seed(data_dir):
+    first, again, other = (CropDataset(clicks_of(data_dir), 32, seed, True) for seed in (0, 0, 1))
+    for draw in range(10):
+        assert torch.equal(first[draw][0], again[draw][0])
+    assert any(not torch.equal(first[draw][0], other[draw][0]) for draw in range(10))
+
+
+def test_a_photo_smaller_than_the_crop_is_scaled_up_to_it(data_dir):
+    crops = CropDataset(clicks_of(data_dir), 160, seed=0, augment=False)
+    assert crops[0][0].shape == (3, 160, 160)
+
+
+def test_clicks_of_one_kind_alone_are_refused(data_dir):
+    with pytest.raises(ValueError, match="none-clicks; got 4 and 0"):
+        CropDataset([click for click in clicks_of(data_dir) if click.defect == "crack"], 32, 0, False)
+
+
+def test_f_measure():
+    assert train.f_measure(np.array([1.0, 2, -1, 3]), np.array([1.0, 0, 1, 1])) == pytest.approx(2 / 3)
+    assert train.f_measure(np.array([-1.0]), np.array([1.0])) == 0
+
+
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "VAL_CROPS", 8)
+
+    def run(out, steps_before_the_kill=None):
+        arguments = f"--defect crack --data {data_dir} --sets walls --crop-px 32 --batch 4 --steps 6 --lr 1e-3"
+        arguments += f" --decoder 8,8,8 --val-every 3 --head-lr 1e-2 --out {out}"
+        args = train.parse_args(arguments.split())
+        if steps_before_the_kill is None:
+            return train.train(args)
+        monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
+        monkeypatch.setattr(train, "tqdm", KilledAfter(steps_before_the_kill))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(args)
+        monkeypatch.undo()
+        monkeypatch.setattr(train, "VAL_CROPS", 8)
+
+    class KilledAfter(train.tqdm):
+        def __init__(self, *args, **kwargs):
+            if args and isinstance(args[0], int):
+                self.limit = args[0]
+            else:
+                super().__init__(*args, **kwargs)
+
+        def __call__(self, loader, **kwargs):
+            bar = KilledAfter(loader, **kwargs)
+            bar.limit = self.limit
+            return bar
+
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if number == self.limit:
+                    raise KeyboardInterrupt
+                yield batch
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "killed", steps_before_the_kill=4)
+    assert not (tmp_path / "killed" / "record.json").exists()
+    resumed = run(tmp_path / "killed")
+    assert [entry["step"] for entry in resumed["history"]] == [3, 6]
+    for name, value in load_file(tmp_path / "whole" / "last.safetensors").items():
+        other = load_file(tmp_path / "killed" / "last.safetensors")[name]
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4)
+    assert whole["clicks_sha256"] == resumed["clicks_sha256"]
+    assert json.loads((tmp_path / "whole" / "record.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("command", ["", "demo", "serve", "train", "calibrate"])
+def test_every_command_helps_with_an_example(command):
+    arguments = [sys.executable, "-m", "defectcam", *([command] if command else []), "--help"]
+    out = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    assert out.returncode == 0 and "xample" in out.stdout and "defectcam" in out.stdout
+
+
+def test_an_unknown_command_is_named():
+    out = subprocess.run([sys.executable, "-m", "defectcam", "dance"], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode != 0 and "dance" in out.stderr and "serve" in out.stderr
