@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,13 +21,26 @@ from defectcam.cam import probability, score_sums, window_logits
 from defectcam.network import DefectNet
 from defectcam.postprocess import binarise
 from defectcam.proposals import Component, cvat_shape, find_components
-from defectcam.request import ImageError, Request, RequestError, Settings, decode_image, settings_from_env
+from defectcam.request import (
+    ITERATIONS_MAX,
+    ImageError,
+    Request,
+    RequestError,
+    Settings,
+    decode_image,
+    settings_from_env,
+)
 from defectcam.snap import snap
-from defectcam.tiling import climbed_map, stitched_score_map
+from defectcam.tiling import TimeLimitError, climbed_map, stitched_score_map
 from defectcam.weights import DefectWeights, load_weights, read_manifest
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
-MAX_MEGAPIXELS = 64  # 8000 x 8000; the arrays of a photo this large take about 1.5 GB beside the network's
+MAX_MEGAPIXELS = 64  # 8000 x 8000
+TIME_LIMIT_S = 100  # CVAT gives up after 120 s, and the answer must travel too
+MAX_OUTLINE_PX = 500_000  # longer outlines of one component take minutes to simplify and no one could edit them
+MAX_MASK_PIXELS = 32_000_000  # of all boxes together: CVAT's masks are lists of numbers, 2 bytes each in JSON
+PILLOW_LIMIT_MP = 178  # Pillow refuses larger images by itself
+CHUNK_PIXELS = 1_000_000
 BATCH = {"cpu": 1, "cuda": 8}  # tiles at once: a CPU gains nothing from more
 
 
@@ -46,17 +60,32 @@ class ModelHandler:
         device: "cuda" or "cpu".
         settings: of the deployment; the request's come before them, the manifest's after.
         max_pixels: larger photos are not processed.
+        time_limit_s: a photo that takes longer is not answered with proposals but with the reason.
         logger: with `info`, `warn` and `error`, as Nuclio's.
 
     Raises:
         WeightsError: weights that must not be used.
     """
 
-    def __init__(self, weights_dir: Path, device: str, settings: Settings, max_pixels: int, logger) -> None:
+    def __init__(
+        self,
+        weights_dir: Path,
+        device: str,
+        settings: Settings,
+        logger,
+        max_pixels: int = MAX_MEGAPIXELS * 1_000_000,
+        time_limit_s: float = TIME_LIMIT_S,
+    ) -> None:
+        # The same photo must give the same answer, and proposals keep their names: no TF32, no search for the
+        # fastest algorithm of the day.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
         self.weights = load_weights(weights_dir, device)
         self.device = device
         self.settings = settings
         self.max_pixels = max_pixels
+        self.time_limit_s = time_limit_s
         self.logger = logger
         self.batch = BATCH[device]
 
@@ -66,7 +95,9 @@ class ModelHandler:
         folder = Path(environ.get("ADVCAM_WEIGHTS") or WEIGHTS_DIR)
         _, facts = read_manifest(folder)
         settings = settings_from_env(environ, list(facts))
-        return cls(folder, choose_device(environ), settings, max_pixels_from(environ), logger)
+        max_pixels = int(1e6 * positive_number(environ, "ADVCAM_MAX_MEGAPIXELS", MAX_MEGAPIXELS, PILLOW_LIMIT_MP))
+        time_limit_s = positive_number(environ, "ADVCAM_TIME_LIMIT", TIME_LIMIT_S, 86_400)
+        return cls(folder, choose_device(environ), settings, logger, max_pixels, time_limit_s)
 
     @property
     def defects(self) -> list[str]:
@@ -82,7 +113,11 @@ class ModelHandler:
             "defects": self.defects,
             "device": self.device,
             "defaults": {defect: self._effective(defect, self.settings) for defect in self.defects},
-            "limits": {"max_megapixels": self.max_pixels / 1e6, "iterations": [0, 50]},
+            "limits": {
+                "max_megapixels": self.max_pixels / 1e6,
+                "time_limit_s": self.time_limit_s,
+                "iterations": [0, ITERATIONS_MAX],
+            },
         }
 
     def answer(self, request: Request) -> list[dict]:
@@ -92,10 +127,19 @@ class ModelHandler:
         started = time.monotonic()
         try:
             image_rgb = decode_image(request.image_bytes, self.max_pixels)
-            shapes = self.propose(image_rgb, request.settings)
+            shapes = self.propose(image_rgb, request.settings, started + self.time_limit_s)
         except ImageError as error:
             self.logger.error(f"unprocessed: {error}")
             return self.unprocessed(str(error))
+        except TimeLimitError:
+            reason = f"too slow: over {self.time_limit_s:g} s; use a GPU, a region of interest or fewer iterations"
+            self.logger.error(f"unprocessed: {reason}")
+            return self.unprocessed(reason)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self.logger.error(f"unprocessed: out of memory: {error}")
+            return self.unprocessed("out of memory: use a smaller image or a region of interest")
         height, width = image_rgb.shape[:2]
         self.logger.info(f"{len(shapes)} proposals on {width} x {height} in {time.monotonic() - started:.1f} s")
         return shapes
@@ -105,23 +149,32 @@ class ModelHandler:
         attributes = [{"name": "reason", "value": reason[:4096]}]  # CVAT fails a run over a longer text
         return [{"label": "unprocessed", "type": "tag", "attributes": attributes}]
 
-    def propose(self, image_rgb: np.ndarray, settings: Settings) -> list[dict]:
+    def propose(self, image_rgb: np.ndarray, settings: Settings, deadline: float = math.inf) -> list[dict]:
         """Proposals for one photo as CVAT shapes, defect by defect, each from top to bottom.
 
         Args:
             image_rgb: (H, W, 3) uint8.
             settings: None fields mean the manifest's value for each defect.
+            deadline: on the clock of time.monotonic, s.
 
         Raises:
-            ImageError: out of memory even with one tile at a time.
+            ImageError: out of memory even with one tile at a time, or proposals nobody could use.
+            TimeLimitError: the deadline passed.
         """
         height, width = image_rgb.shape[:2]
         pixels_digest = hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest()
-        shapes = []
+        shapes, mask_pixels = [], 0
         for defect in settings.defects or self.defects:
             effective = self._effective(defect, settings)
             digest = json.dumps([pixels_digest, image_rgb.shape, self.weights.facts[defect].sha256, effective])
-            for component, confidence in self.components(image_rgb, defect, settings):
+            for component, confidence in self.components(image_rgb, defect, settings, deadline):
+                if time.monotonic() > deadline:
+                    raise TimeLimitError
+                if outline_length_px(component.mask) > MAX_OUTLINE_PX:
+                    raise ImageError("outline too ragged to edit: raise cam_threshold, or leave snap on")
+                mask_pixels += component.mask.size if effective["shape"] == "mask" else 0
+                if mask_pixels > MAX_MASK_PIXELS:
+                    raise ImageError("masks too large for CVAT: use shape polygon, or a region of interest")
                 shapes.append(
                     cvat_shape(
                         component,
@@ -139,54 +192,56 @@ class ModelHandler:
         return shapes
 
     def components(
-        self, image_rgb: np.ndarray, defect: str, settings: Settings
+        self, image_rgb: np.ndarray, defect: str, settings: Settings, deadline: float = math.inf
     ) -> list[tuple[Component, float]]:
         """Components of one defect with their confidence (0..1), those below the threshold left out."""
         effective = self._effective(defect, settings)
         fact, bias = self.weights.facts[defect], float(self.weights.networks[defect].head.bias[0])
-        maps = self.maps(image_rgb, defect, effective["iterations"], effective["cam_threshold"])
+        maps = self.maps(image_rgb, defect, effective, deadline)
         mask = binarise(maps.climbed, effective["cam_threshold"], fact.closing_radius_px, fact.min_area_px)
         if effective["snap"]:
             mask = snap(image_rgb, mask, fact.snap)
         sums = score_sums(maps.score)
         found = []
         for component in find_components(mask):
-            ys, xs = np.nonzero(component.mask)
-            logits = window_logits(sums, bias, ys + component.top, xs + component.left, fact.window_px)
-            confidence = float(probability(logits.mean()))
+            confidence = component_confidence(component, sums, bias, fact.window_px)
             if confidence >= effective["threshold"]:
                 found.append((component, confidence))
         return found
 
-    def maps(self, image_rgb: np.ndarray, defect: str, iterations: int | str, cam_threshold: float) -> Maps:
+    def maps(self, image_rgb: np.ndarray, defect: str, effective: dict, deadline: float = math.inf) -> Maps:
         """Score map and climbed map of a photo; halves the batch as long as memory does not suffice."""
         network: DefectNet = self.weights.networks[defect]
         fact: DefectWeights = self.weights.facts[defect]
+        gate = min(fact.gate, effective["threshold"] / 2)  # whoever asks for faint proposals has them climbed
+        batch = self.batch
         while True:
             try:
-                score = stitched_score_map(network, image_rgb, self.batch)
+                score = stitched_score_map(network, image_rgb, batch, deadline=deadline)
                 climbed = climbed_map(
                     network,
                     image_rgb,
                     score,
-                    iterations,
+                    effective["iterations"],
                     fact.climb_parameters,
                     fact.cam_max,
-                    cam_threshold,
+                    effective["cam_threshold"],
                     fact.window_px,
-                    fact.gate,
-                    self.batch,
+                    gate,
+                    batch,
+                    deadline=deadline,
                 )
                 return Maps(score, climbed)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                if self.batch == 1:
-                    raise ImageError(f"out of memory on {self.device}, one tile at a time") from error
-                self.batch //= 2
-                self.logger.warn(f"out of memory: going on with {self.batch} tiles at once")
-                if self.device == "cuda":
-                    torch.cuda.empty_cache()
+            # Here, and not above, the failed attempt's tensors are gone.
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            if batch == 1:
+                raise ImageError(f"out of memory on {self.device}, one tile at a time")
+            batch //= 2
+            self.logger.warn(f"out of memory: once more with {batch} tiles at once")
 
     def _effective(self, defect: str, settings: Settings) -> dict:
         """Settings in force for one defect: the given ones, else the manifest's."""
@@ -216,16 +271,31 @@ def choose_device(environ: Mapping[str, str]) -> str:
     return wanted
 
 
-def max_pixels_from(environ: Mapping[str, str]) -> int:
-    """ADVCAM_MAX_MEGAPIXELS in pixels, MAX_MEGAPIXELS by default."""
-    text = environ.get("ADVCAM_MAX_MEGAPIXELS") or str(MAX_MEGAPIXELS)
+def positive_number(environ: Mapping[str, str], variable: str, default: float, largest: float) -> float:
+    """A number above 0 from the environment, or the default; RequestError for anything else."""
+    text = environ.get(variable) or str(default)
     try:
-        megapixels = float(text)
-        if not 0 < megapixels <= 1000:
+        number = float(text)
+        if not 0 < number <= largest:
             raise ValueError
     except ValueError:
-        raise RequestError(f"ADVCAM_MAX_MEGAPIXELS is {text!r}; a number above 0, at most 1000, is needed") from None
-    return int(megapixels * 1e6)
+        raise RequestError(f"{variable} is {text!r}, but must be a number above 0, at most {largest:g}") from None
+    return number
+
+
+def component_confidence(component: Component, sums: np.ndarray, bias: float, window_px: int) -> float:
+    """The classifier's probability (0..1) for the window around a component: its pixels' mean logit."""
+    total, rows = 0.0, max(1, CHUNK_PIXELS // component.mask.shape[1])
+    for start in range(0, len(component.mask), rows):  # in chunks: pixel lists of a large region are large
+        ys, xs = np.nonzero(component.mask[start : start + rows])
+        ys, xs = ys + component.top + start, xs + component.left
+        total += float(window_logits(sums, bias, ys, xs, window_px).sum())
+    return float(probability(np.float64(total / component.area_px)))
+
+
+def outline_length_px(mask: np.ndarray) -> int:
+    """Pixel edges between the mask and its outside, the crop's rim left out."""
+    return np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -233,4 +303,5 @@ def out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    phrases = ("out of memory", "can't allocate memory", "not enough memory", "insufficient memory", "alloc_failed")
+    return any(phrase in text for phrase in phrases)

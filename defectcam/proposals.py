@@ -27,10 +27,12 @@ from skimage.measure import find_contours
 OUTLINE_LEVEL = 0.76
 OUTLINE_SHIFT_PX = 0.24
 
-# What a polygon must share with its component. Wide components have it at a tolerance of 1 px or more; cracks
-# a few pixels wide do not, so their tolerance shrinks step by step, down to where it saves no more points.
+# What a polygon should share with its component. Wide components have it at a tolerance of 1 px or more; cracks
+# a few pixels wide do not, so their tolerance shrinks step by step, but never below half of what was asked for:
+# an outline that is a chain of dots agrees perfectly and nobody can edit it.
 MIN_IOU = 0.95
 TOLERANCE_STEP = 0.8
+LEAST_TOLERANCE_SHARE = 0.5
 FINEST_TOLERANCE_PX = 0.2
 
 
@@ -93,8 +95,9 @@ def polygon_points_xy(
 
     Args:
         component: the region.
-        tolerance_px: how far the simplified outline may leave the exact one, px, 0 or more. It is reduced for
-            a component that would otherwise agree with its polygon at an IoU below 0.95.
+        tolerance_px: how far the simplified outline may leave the exact one, px, 0 or more. It is reduced, to
+            half at the least, for a component that would otherwise agree with its polygon at an IoU below 0.95;
+            further only where the polygon would cross itself.
         hole_share: holes are filled, smallest first, as long as together they have at most this share of the
             component's area; 0 keeps all, infinity none. Above 0.03 that IoU may be missed.
         image_width: px.
@@ -201,11 +204,13 @@ def _simplified(outline: Polygon, mask: np.ndarray, tolerance_px: float) -> Poly
     """The outline at the largest tolerance, tolerance_px at most, that is sound and agrees with the mask."""
     # Where the holes filled have used up the promise, simplifying still gets a share of its own.
     enough = min(MIN_IOU, _iou(outline, mask) - 0.02)
+    finest_px = LEAST_TOLERANCE_SHARE * tolerance_px
     while tolerance_px >= FINEST_TOLERANCE_PX:
         polygon = outline.simplify(tolerance_px, preserve_topology=True)
         # Rings may touch in a valid polygon, but then a point would not tell its ring.
-        if polygon.is_valid and polygon.boundary.is_simple and _iou(polygon, mask) >= enough:
-            return polygon
+        if polygon.is_valid and polygon.boundary.is_simple:
+            if tolerance_px * TOLERANCE_STEP < finest_px or _iou(polygon, mask) >= enough:
+                return polygon
         tolerance_px *= TOLERANCE_STEP
     return outline.simplify(0, preserve_topology=True)
 

@@ -25,6 +25,8 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+
 ITERATIONS_MAX = 50
 SHAPES = ("polygon", "mask")
 STRIP_PIXELS = 1 << 20
+IGNORED_KEYS_SHOWN = 10
+LARGEST_TIFF_TILE_PIXELS = 1 << 20
 
 # Pillow warns of odd metadata and of images above 89 MP; neither concerns the caller. The filter is set once,
 # here: warnings.catch_warnings around each decode would swap process-wide state under other threads.
@@ -59,7 +61,7 @@ class Request:
 
     image_bytes: bytes  # the image file, not empty, not decoded yet
     settings: Settings  # the request's own keys, completed by the defaults given
-    ignored: tuple[str, ...]  # sorted unknown keys of the envelope, for the log
+    ignored: tuple[str, ...]  # unknown keys of the envelope for the log: sorted, shortened, the first ten
 
 
 def settings_from_env(environ: Mapping[str, str], defects: Sequence[str]) -> Settings:
@@ -116,7 +118,8 @@ def parse_request(body: object, defaults: Settings, defects: Sequence[str]) -> R
         if key == "threshold" and value == 0:
             continue
         given[key] = value
-    ignored = sorted(key for key in envelope if isinstance(key, str) and key != "image" and key not in rules)
+    unknown = sorted(key for key in envelope if isinstance(key, str) and key != "image" and key not in rules)
+    ignored = [_printable(key) for key in unknown[:IGNORED_KEYS_SHOWN]]
     return Request(image_bytes, dataclasses.replace(defaults, **given), tuple(ignored))
 
 
@@ -144,6 +147,7 @@ def decode_image(image_bytes: bytes, max_pixels: int) -> np.ndarray:
             size = f"{width_px} x {height_px} px"
             if width_px * height_px > max_pixels:
                 raise _too_large(width_px * height_px, max_pixels)
+            _check_tiff_tiles(image)
             image.load()
             _turn_upright(image)
             return _rgb_array(image)
@@ -234,9 +238,9 @@ def _base64_bytes(value: object) -> bytes:
     """The bytes that the envelope's `image` stands for."""
     if isinstance(value, str):
         head = re.match(r"\s*data:image/[^,]{1,80};base64,", value)
-        text = "".join((value[head.end() :] if head else value).split())
         try:
-            image_bytes = binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
+            text = (value[head.end() :] if head else value).encode("ascii").translate(None, b" \t\r\n\v\f")
+            image_bytes = binascii.a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
         except ValueError:
             image_bytes = b""
         if image_bytes:
@@ -263,6 +267,14 @@ def _printable(text: str) -> str:
 
 def _too_large(pixels: int, limit: int) -> ImageError:
     return ImageError(f"image too large: {pixels / 1e6:g} MP, limit {limit / 1e6:g} MP")
+
+
+def _check_tiff_tiles(image: Image.Image) -> None:
+    """A TIFF is decoded tile by tile, and its tiles may be far larger than the image they are cut from."""
+    tags = getattr(image, "tag_v2", {})
+    tile_pixels = int(tags.get(322, 0)) * int(tags.get(323, 0))  # TileWidth, TileLength
+    if tile_pixels > max(image.width * image.height, LARGEST_TIFF_TILE_PIXELS):
+        raise ImageError(f"image too large: TIFF tiles of {tile_pixels / 1e6:g} MP")
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from defectcam.postprocess import drop_small
+from defectcam.tiling import tile_grid
 
 WINDOW_PX = 151  # neighbourhood whose texture a ridge must stand out from
 FAINTEST_GREY_LEVELS = 6.0  # darker than the surroundings by less than this nobody sees
@@ -26,55 +27,57 @@ def snap(image_rgb: np.ndarray, region: np.ndarray, parameters: dict) -> np.ndar
             "min_area_px"}.
 
     Returns:
-        (H, W) bool, a subset of the region (up to the closing of gaps within it).
-
-    Raises:
-        ValueError: for a method that is not known.
+        (H, W) bool, a subset of the region: a pixel belongs to a line if it reaches half of `sharpness` and hangs
+        together with one that reaches all of it (hysteresis); small gaps are closed.
     """
+    weak, strong = np.zeros(region.shape, np.uint8), np.zeros(region.shape, bool)
+    for tile in tile_grid(*region.shape, halo_px=_reach_px(parameters), stride_px=1):
+        (y0, y1, x0, x1), (top, bottom, left, right) = tile.core, tile.outer
+        inside = region[y0:y1, x0:x1]
+        if inside.any():
+            height = tile.core_of(_ridge_height(image_rgb[top:bottom, left:right], parameters["width_px"]))
+            weak[y0:y1, x0:x1] = inside & (height >= parameters["sharpness"] / 2)
+            strong[y0:y1, x0:x1] = inside & (height >= parameters["sharpness"])
+    count, labels = cv2.connectedComponents(weak, connectivity=8)
+    keep = np.zeros(count, bool)
+    keep[np.unique(labels[strong])] = True
+    keep[0] = False
+    lines = keep[labels].astype(np.uint8)
+    if parameters["closing_radius_px"] > 0:
+        size = 2 * parameters["closing_radius_px"] + 1
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+        lines = cv2.morphologyEx(lines, cv2.MORPH_CLOSE, disc)
+    return drop_small((lines > 0) & region, parameters["min_area_px"])
+
+
+def check_parameters(parameters: dict) -> None:
+    """Raise ValueError, naming the field, for parameters that `snap` could not work with."""
+    wanted = {"method", "width_px", "sharpness", "closing_radius_px", "min_area_px"}
+    if set(parameters) != wanted:
+        raise ValueError(f"snap must have the fields {sorted(wanted)}, not {sorted(parameters)}")
     if parameters["method"] != "dark_ridges":
         raise ValueError(f"snap method must be 'dark_ridges', not {parameters['method']!r}")
-    if not region.any():
-        return region
-    snapped = np.zeros_like(region)
-    margin = WINDOW_PX // 2 + parameters["width_px"]
-    for y0, y1, x0, x1 in _boxes(region, margin):
-        part = region[y0:y1, x0:x1]
-        snapped[y0:y1, x0:x1] |= _dark_ridges(image_rgb[y0:y1, x0:x1], part, parameters)
-    return drop_small(snapped, parameters["min_area_px"])
+    for name in sorted(wanted - {"method"}):
+        if not isinstance(parameters[name], (int, float)) or not 0 <= parameters[name] < 1000:
+            raise ValueError(f"snap {name} must be a number from 0 to 1000, not {parameters[name]!r}")
 
 
-def _dark_ridges(image_rgb: np.ndarray, region: np.ndarray, parameters: dict) -> np.ndarray:
-    """Dark lines up to `width_px` wide that stand out from the texture around them, by hysteresis.
+def _ridge_height(image_rgb: np.ndarray, width_px: int) -> np.ndarray:
+    """How far a dark line up to `width_px` wide stands out from the texture around it, (H, W) float32.
 
-    The response is a black top-hat (closing minus image) of the smoothed grey image, in units of its standard
-    deviation in the neighbourhood: a pixel belongs to a line if it reaches half of `sharpness` and hangs together
-    with one that reaches all of it.
+    The black top-hat (closing minus image) of the smoothed grey image, in units of its standard deviation in the
+    neighbourhood; 0 where the line is too faint to be seen.
     """
     grey = cv2.GaussianBlur(cv2.cvtColor(image_rgb, cv2.COLOR_RGB2GRAY), (0, 0), 1.0)
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (parameters["width_px"],) * 2)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width_px, width_px))
     response = cv2.morphologyEx(grey, cv2.MORPH_BLACKHAT, disc).astype(np.float32)
     mean = cv2.blur(response, (WINDOW_PX, WINDOW_PX))
     deviation = np.sqrt(np.maximum(cv2.blur(response * response, (WINDOW_PX, WINDOW_PX)) - mean * mean, 0))
     height = (response - mean) / (deviation + 1)
-    height[(response < FAINTEST_GREY_LEVELS) | ~region] = 0
-    weak = (height >= parameters["sharpness"] / 2).astype(np.uint8)
-    count, labels = cv2.connectedComponents(weak, connectivity=8)
-    keep = np.zeros(count, bool)
-    keep[np.unique(labels[height >= parameters["sharpness"]])] = True
-    keep[0] = False
-    lines = keep[labels]
-    if parameters["closing_radius_px"] > 0:
-        size = 2 * parameters["closing_radius_px"] + 1
-        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
-        lines = (cv2.morphologyEx(lines.astype(np.uint8), cv2.MORPH_CLOSE, disc) > 0) & region
-    return lines
+    height[response < FAINTEST_GREY_LEVELS] = 0
+    return height
 
 
-def _boxes(region: np.ndarray, margin_px: int) -> list[tuple[int, int, int, int]]:
-    """(y0, y1, x0, x1) around every component of a region, with a margin: what lies between them is not looked at."""
-    height, width = region.shape
-    _, _, stats, _ = cv2.connectedComponentsWithStats(region.astype(np.uint8), connectivity=8)
-    return [
-        (max(y - margin_px, 0), min(y + h + margin_px, height), max(x - margin_px, 0), min(x + w + margin_px, width))
-        for x, y, w, h, _ in stats[1:].tolist()
-    ]
+def _reach_px(parameters: dict) -> int:
+    """How far around a pixel its ridge height looks: the neighbourhood, the top-hat twice, the smoothing."""
+    return WINDOW_PX // 2 + 2 * (parameters["width_px"] // 2) + 4

@@ -11,6 +11,8 @@ crop or a shift changes nothing away from its edges.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,10 @@ AUTO_GROWTH = 0.02  # and no further one after a step that extended a tile's reg
 GATE_SPACING_PX = 32  # the window probability changes slowly: a look every 32 px finds its maximum well enough
 
 
+class TimeLimitError(RuntimeError):
+    """The deadline passed before the photo was done."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """Half-open boxes (y0, y1, x0, x1) in the photo: the core, and the core with its halo."""
@@ -36,7 +42,7 @@ class Tile:
     core: tuple[int, int, int, int]
     outer: tuple[int, int, int, int]
 
-    def core_of(self, outer_map: torch.Tensor) -> torch.Tensor:
+    def core_of(self, outer_map: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
         """Cut the core out of a map (..., H, W) of the outer box."""
         (y0, y1, x0, x1), (top, _, left, _) = self.core, self.outer
         return outer_map[..., y0 - top : y1 - top, x0 - left : x1 - left]
@@ -82,21 +88,30 @@ def _batches(image_rgb: np.ndarray, tiles: Sequence[Tile], batch: int, network: 
 
 @torch.no_grad()
 def stitched_score_map(
-    network: DefectNet, image_rgb: np.ndarray, batch: int = 1, core_px: int = CORE_PX
+    network: DefectNet,
+    image_rgb: np.ndarray,
+    batch: int = 1,
+    core_px: int = CORE_PX,
+    deadline: float = math.inf,
 ) -> np.ndarray:
     """Signed score map of a whole photo, tile by tile.
 
     Args:
         image_rgb: (H, W, 3) uint8.
         batch: tiles at once; changes speed and memory, not the result.
+        deadline: on the clock of time.monotonic, s.
 
     Returns:
         (H, W) float32.
+
+    Raises:
+        TimeLimitError: the deadline passed.
     """
     height, width = image_rgb.shape[:2]
     stitched = np.empty((height, width), np.float32)
     tiles = tile_grid(height, width, network.halo_px, network.stride_px, core_px)
     for some, images in _batches(image_rgb, tiles, batch, network):
+        _check_time(deadline)
         for tile, score in zip(some, network.score_map(images)):
             y0, y1, x0, x1 = tile.core
             stitched[y0:y1, x0:x1] = tile.core_of(score).float().cpu().numpy()
@@ -130,6 +145,7 @@ def climbed_map(
     gate: float,
     batch: int = 1,
     core_px: int = CORE_PX,
+    deadline: float = math.inf,
 ) -> np.ndarray:
     """Climbed activation map of a whole photo, on a scale where 1 is the typical maximum of a defect.
 
@@ -141,9 +157,13 @@ def climbed_map(
             less than AUTO_GROWTH, AUTO_MAX_STEPS steps at most.
         cam_max: divisor of the sum of T + 1 maps at index T; continued in a straight line beyond its end.
         window_px, gate: see `tiles_to_climb`.
+        deadline: on the clock of time.monotonic, s.
 
     Returns:
         (H, W) float32, >= 0.
+
+    Raises:
+        TimeLimitError: the deadline passed.
     """
     result = np.maximum(score_map, 0) / np.float32(cam_max[0])
     if iterations == 0:
@@ -153,7 +173,7 @@ def climbed_map(
     tiles = tiles_to_climb(tiles, score_sums(score_map), bias, window_px, gate)
     for some, images in _batches(image_rgb, tiles, batch, network):
         maps = climb(network, images, AUTO_MAX_STEPS if iterations == "auto" else iterations, parameters)
-        summed = _normalised_sums(maps, cam_max)
+        summed = _normalised_sums(_in_time(maps, deadline), cam_max)
         if iterations == "auto":
             final = _until_it_adds_nothing(summed, cam_threshold)
         else:
@@ -162,6 +182,18 @@ def climbed_map(
             y0, y1, x0, x1 = tile.core
             result[y0:y1, x0:x1] = tile.core_of(normalised).float().cpu().numpy()
     return result
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TimeLimitError
+
+
+def _in_time(maps: Iterable[torch.Tensor], deadline: float) -> Iterator[torch.Tensor]:
+    """The same maps, with a look at the clock before each step."""
+    for current_map in maps:
+        _check_time(deadline)
+        yield current_map
 
 
 def _normalised_sums(maps: Iterable[torch.Tensor], cam_max: Sequence[float]) -> Iterator[torch.Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors.torch import load
 
 from defectcam.climb import ClimbParameters
 from defectcam.network import DefectNet
+from defectcam.snap import check_parameters
 
 
 class WeightsError(RuntimeError):
@@ -144,17 +144,40 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_facts(fact: DefectWeights) -> None:
-    def need(holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(rule)
+    """Raise ValueError, naming the field, for a value the function could not work with."""
 
-    need(Path(fact.file).name == fact.file, f"file must be a name without folders, not {fact.file!r}")
-    for name in ("gate", "threshold", "cam_threshold", "salient_share", "hole_share"):
-        need(0 <= getattr(fact, name) <= 1, f"{name} must be in 0..1, not {getattr(fact, name)!r}")
-    need(len(fact.cam_max) > 0 and all(0 < c < math.inf for c in fact.cam_max), "cam_max must be positive numbers")
-    need(fact.window_px >= 1, f"window_px must be at least 1, not {fact.window_px!r}")
-    need(0 <= fact.iterations <= 50, f"iterations must be in 0..50, not {fact.iterations!r}")
-    need(fact.closing_radius_px >= 0 and fact.min_area_px >= 0, "closing_radius_px and min_area_px must be >= 0")
+    def need(name: str, values: object, low: float, high: float, kind: type = float) -> None:
+        for value in values if isinstance(values, tuple) else (values,):
+            right = type(value) is int or (kind is float and type(value) is float)
+            if not right or not low <= value <= high:  # NaN lies in no range
+                what = "an integer" if kind is int else "a number"
+                raise ValueError(f"{name} must be {what} in {low:g}..{high:g}, not {value!r}")
+
+    if not isinstance(fact.file, str) or Path(fact.file).name != fact.file:
+        raise ValueError(f"file must be a name without folders, not {fact.file!r}")
+    for name in ("gate", "threshold", "cam_threshold", "salient_share", "hole_share", "mean_rgb"):
+        need(name, getattr(fact, name), 0, 1)
+    need("std_rgb", fact.std_rgb, 1e-3, 1)
+    for name, least, most in [
+        ("window_px", 1, 100_000),
+        ("iterations", 0, 50),
+        ("closing_radius_px", 0, 1000),
+        ("min_area_px", 0, 10**9),
+        ("downsamplings", 1, 3),
+        ("decoder_channels", 1, 4096),
+    ]:
+        need(name, getattr(fact, name), least, most, int)
+    need("tolerance_px", fact.tolerance_px, 0, 20)
+    for name in ("xi", "penalty_weight"):
+        need(name, getattr(fact, name), 0, 1e6)
+    need("cam_max", fact.cam_max, 1e-9, 1e9)
+    if not fact.cam_max or list(fact.cam_max) != sorted(fact.cam_max):
+        raise ValueError(f"cam_max must be numbers that do not decrease, not {fact.cam_max!r}")
+    for name in ("mean_rgb", "std_rgb"):
+        if len(getattr(fact, name)) != 3:
+            raise ValueError(f"{name} must have three numbers, not {getattr(fact, name)!r}")
+    if fact.snap is not None:
+        check_parameters(fact.snap)
 
 
 def _load_verified(network: DefectNet, path: Path, sha256: str) -> None:

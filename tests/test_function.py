@@ -18,7 +18,9 @@ import uvicorn
 from PIL import Image
 
 from defectcam import serve
-from defectcam.request import Settings
+from defectcam.cam import probability, score_sums, window_logits
+from defectcam.proposals import Component
+from defectcam.request import ImageError, Request, Settings
 from model_handler import ModelHandler
 from tests.conftest import ROOT
 
@@ -129,7 +131,7 @@ def test_iterations_shape_and_defects_of_the_request_hold(client, spec, sample_r
 
 
 def test_snap_false_is_the_papers_region_and_holds_what_snapping_cuts_out(sample_rgb):
-    model = ModelHandler(ROOT / "weights", "cpu", Settings(), 10**8, LOG)
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG)
     crop = np.ascontiguousarray(sample_rgb[:512, :640])
 
     def painted(**given):
@@ -254,28 +256,77 @@ def test_many_requests_leave_no_memory_behind(client):
 def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(monkeypatch):
     import model_handler
 
-    model = ModelHandler(ROOT / "weights", "cpu", Settings(), 10**8, LOG)
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG)
     model.batch = 8
     batches = []
     real = model_handler.stitched_score_map
 
-    def short_of_memory(network, image_rgb, batch):
+    def short_of_memory(network, image_rgb, batch, deadline):
         batches.append(batch)
         if batch > limit:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
-        return real(network, image_rgb, batch)
+        return real(network, image_rgb, batch, deadline=deadline)
 
     monkeypatch.setattr(model_handler, "stitched_score_map", short_of_memory)
     image = np.full((32, 32, 3), 90, np.uint8)
-    request = model_handler.Request(base64.b64decode(encoded(image)), Settings(iterations=0), ())
+    request = Request(base64.b64decode(encoded(image)), Settings(iterations=0), ())
     limit = 2
     assert model.answer(request) == []
-    assert batches[:3] == [8, 4, 2]
+    assert batches == [8, 4, 2]
     limit = 0
     (tag,) = model.answer(request)
     assert tag["label"] == "unprocessed" and "out of memory" in tag["attributes"][0]["value"]
     limit = 2
     assert model.answer(request) == []  # the worker lives on
+
+
+def test_a_photo_that_takes_too_long_is_answered_in_time(sample_rgb):
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=0.5)
+    request = Request(base64.b64decode(encoded(sample_rgb)), Settings(iterations=50, threshold=0.0), ())
+    (tag,) = model.answer(request)
+    assert tag["attributes"][0]["value"].startswith("too slow: over 0.5 s")
+    small = Request(base64.b64decode(encoded(sample_rgb[:16, :16])), Settings(iterations=0), ())
+    assert model.answer(small) == []
+
+
+@pytest.mark.parametrize("shape, reason", [("polygon", "too ragged"), ("mask", "masks too large")])
+def test_proposals_nobody_could_use_are_refused_with_the_remedy(monkeypatch, shape, reason):
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG)
+    mask = np.ones((6000, 6000), bool)
+    if shape == "polygon":
+        mask = np.zeros((1400, 1400), bool)
+        mask[::2] = mask[:, 0] = True  # a comb
+    component = Component(mask, 0, 0)
+    monkeypatch.setattr(model, "components", lambda *_: [(component, 0.9)])
+    with pytest.raises(ImageError, match=reason):
+        model.propose(np.zeros((*mask.shape, 3), np.uint8), Settings(defects=("crack",), shape=shape))
+
+
+def test_faint_proposals_that_are_asked_for_are_climbed_too(monkeypatch):
+    import model_handler
+
+    gates = []
+    real = model_handler.climbed_map
+    monkeypatch.setattr(model_handler, "climbed_map", lambda *a, **k: (gates.append(a[8]), real(*a, **k))[1])
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG)
+    image = np.full((16, 16, 3), 90, np.uint8)
+    model.propose(image, Settings())
+    model.propose(image, Settings(threshold=0.02))
+    assert gates == [model.weights.facts["crack"].gate, 0.01]
+
+
+def test_confidence_is_the_classifiers_for_the_window_around_the_component(monkeypatch):
+    import model_handler
+
+    rng = np.random.default_rng(3)
+    score = rng.normal(size=(60, 70)).astype(np.float32)
+    mask = rng.random((20, 30)) > 0.5
+    ys, xs = np.nonzero(mask)
+    wanted = probability(window_logits(score_sums(score), 0.3, ys + 7, xs + 9, 16).mean())
+    for chunk in (1, 50, 10**6):
+        monkeypatch.setattr(model_handler, "CHUNK_PIXELS", chunk)
+        found = model_handler.component_confidence(Component(mask, 9, 7), score_sums(score), 0.3, 16)
+        assert found == pytest.approx(wanted)
 
 
 def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):
@@ -295,7 +346,8 @@ def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):
     [
         ({"ADVCAM_ITERATIONS": "many"}, ["ADVCAM_ITERATIONS", "many", "0 to 50"]),
         ({"ADVCAM_DEVICE": "tpu"}, ["ADVCAM_DEVICE", "tpu", "cpu"]),
-        ({"ADVCAM_MAX_MEGAPIXELS": "-1"}, ["ADVCAM_MAX_MEGAPIXELS", "-1"]),
+        ({"ADVCAM_MAX_MEGAPIXELS": "-1"}, ["ADVCAM_MAX_MEGAPIXELS", "-1", "178"]),
+        ({"ADVCAM_TIME_LIMIT": "soon"}, ["ADVCAM_TIME_LIMIT", "soon"]),
         ({"ADVCAM_WEIGHTS": "/nowhere"}, ["/nowhere", "manifest.json"]),
         ({"ADVCAM_DEFECTS": "crack,moss"}, ["ADVCAM_DEFECTS", "moss", "crack"]),
     ],

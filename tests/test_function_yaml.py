@@ -58,7 +58,6 @@ def test_attributes_fit_their_input_type(attribute):
         assert (attribute["input_type"], values) == ("number", ["0", "100", "1"])  # least, greatest, step
     elif attribute["name"] == "iterations":
         assert attribute["input_type"] == "select"
-        assert values[0] == "2", "the first is the default of labels made from the model"
         assert len(set(values)) == len(values)
         assert all(value == "auto" or 0 <= int(value) <= 50 for value in values)
     else:
@@ -70,8 +69,6 @@ def test_gpu_file_differs_only_where_it_must():
     assert "resources" not in cpu
     assert gpu.pop("resources") == {"limits": {"nvidia.com/gpu": 1}}
     assert cpu["build"].pop("image") + "-gpu" == gpu["build"].pop("image")
-    cpu_pip, gpu_pip = (spec["build"]["directives"].pop("postCopy")[0]["value"] for spec in (cpu, gpu))
-    assert cpu_pip.replace("--extra-index-url https://download.pytorch.org/whl/cpu ", "") == gpu_pip
     assert cpu["env"].pop(0) == {"name": "ADVCAM_DEVICE", "value": "cpu"}
     assert gpu["env"].pop(0) == {"name": "ADVCAM_DEVICE", "value": "cuda"}
     assert cpu == gpu
@@ -108,7 +105,7 @@ def test_handler_and_init_context_exist():
 
 def test_environment_has_only_variables_that_are_read():
     read = {f"ADVCAM_{field.name.upper()}" for field in fields(Settings)}
-    read |= {"ADVCAM_DEVICE", "ADVCAM_MAX_MEGAPIXELS", "ADVCAM_WEIGHTS"}
+    read |= {"ADVCAM_DEVICE", "ADVCAM_MAX_MEGAPIXELS", "ADVCAM_TIME_LIMIT", "ADVCAM_WEIGHTS"}
     for name in ("function.yaml", "function-gpu.yaml"):
         assert set(re.findall(r"\bADVCAM_\w+", (ROOT / name).read_text())) <= read  # the commented ones too
     assert all(isinstance(variable["value"], str) for variable in CPU["spec"]["env"])

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture(scope="module")
 def model():
-    return ModelHandler(ROOT / "weights", "cpu", Settings(), 10**8, logging.getLogger("test"))
+    return ModelHandler(ROOT / "weights", "cpu", Settings(), logging.getLogger("test"))
 
 
 def crack_mask(model, image_rgb, **given) -> np.ndarray:

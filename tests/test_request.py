@@ -799,3 +799,37 @@ def test_pillows_warnings_stay_out_of_the_log():
     command = [sys.executable, "-W", "always", "-c", script, data.hex()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "(8, 8, 3)\n" and "Warning" not in done.stderr
+
+
+def test_tiff_tiles_larger_than_their_image_are_refused_before_they_are_decoded():
+    """A file of a few kB whose one tile unpacks to 200 MB."""
+    import struct
+    import zlib
+
+    side = 8192
+    tile = zlib.compress(bytes(side * side * 3), 9)
+    entries = [
+        (256, 4, 16), (257, 4, 16), (258, 3, 8), (259, 3, 8), (262, 3, 2), (277, 3, 3),
+        (322, 4, side), (323, 4, side), (324, 4, 0), (325, 4, len(tile)),
+    ]  # fmt: skip
+    start = 8 + 2 + 12 * len(entries) + 4
+    directory = struct.pack("<H", len(entries))
+    for tag, kind, value in entries:
+        directory += struct.pack("<HHII", tag, kind, 1, start if tag == 324 else value)
+    data = b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<I", 0) + tile
+    with pytest.raises(ImageError, match="TIFF tiles of 67.1"):
+        decode_image(data, 10**8)
+
+
+def test_whitespace_in_base64_costs_no_memory_to_speak_of():
+    import tracemalloc
+
+    text = "AAA " * 2_000_000
+    tracemalloc.start()
+    try:
+        request = parse_request({"image": text}, Settings(), ["crack"])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(request.image_bytes) == 4_500_000
+    assert peak < 5 * len(text)

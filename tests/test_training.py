@@ -113,10 +113,12 @@ def test_f_measure():
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "VAL_CROPS", 8)
 
-    def run(out, steps_before_the_kill=None):
+    def arguments_of(data_dir, out):
         arguments = f"--defect crack --data {data_dir} --sets walls --crop-px 32 --batch 4 --steps 6 --lr 1e-3"
-        arguments += f" --decoder 8,8,8 --val-every 3 --head-lr 1e-2 --out {out}"
-        args = train.parse_args(arguments.split())
+        return f"{arguments} --decoder 8,8,8 --val-every 3 --head-lr 1e-2 --out {out}"
+
+    def run(out, steps_before_the_kill=None):
+        args = train.parse_args(arguments_of(data_dir, out).split())
         if steps_before_the_kill is None:
             return train.train(args)
         monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
@@ -153,6 +155,8 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data_dir, tmp_path,
         other = load_file(tmp_path / "killed" / "last.safetensors")[name]
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4)
     assert whole["clicks_sha256"] == resumed["clicks_sha256"]
+    with pytest.raises(SystemExit, match="other seed"):  # never goes on with another run's checkpoint
+        train.train(train.parse_args(f"{arguments_of(data_dir, tmp_path / 'whole')} --seed 1".split()))
     assert json.loads((tmp_path / "whole" / "record.json").read_text())["seed"] == 0
 
 

@@ -29,14 +29,11 @@ class CropDataset(Dataset):
         crop_px: side of the square crops.
         seed: together with the draw's number fixes every crop.
         augment: flips, quarter turns, scale, brightness, contrast, colour, blur, noise; off for validation.
-        image_scale: photos are resized by this factor first (1 = as they are).
 
     Items: (image_rgb (3, crop_px, crop_px) uint8 tensor, label 0.0 or 1.0).
     """
 
-    def __init__(
-        self, clicks: list[Click], crop_px: int, seed: int, augment: bool, image_scale: float = 1.0
-    ) -> None:
+    def __init__(self, clicks: list[Click], crop_px: int, seed: int, augment: bool) -> None:
         self.positives = [click for click in clicks if click.defect != "none"]
         self.negatives = [click for click in clicks if click.defect == "none"]
         if not self.positives or not self.negatives:
@@ -47,7 +44,6 @@ class CropDataset(Dataset):
         self.crop_px = crop_px
         self.seed = seed
         self.augment = augment
-        self.image_scale = image_scale
         self._photos: dict[str, np.ndarray] = {}
         self._colour = v2.Compose(
             [
@@ -68,10 +64,6 @@ class CropDataset(Dataset):
             photo = cv2.imread(path, cv2.IMREAD_COLOR)
             if photo is None:
                 raise FileNotFoundError(f"cannot read the photo {path}")
-            if self.image_scale != 1:
-                photo = cv2.resize(
-                    photo, None, fx=self.image_scale, fy=self.image_scale, interpolation=cv2.INTER_AREA
-                )
             self._photos[path] = cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
         return self._photos[path]
 
@@ -85,7 +77,7 @@ class CropDataset(Dataset):
         else:  # evenly from the none-clicks: every photo's turn comes, whatever its number of clicks
             click = self.negatives[int(rng.integers(len(self.negatives)))]
         photo = self.photo_rgb(click.image)
-        x, y = int(click.x * self.image_scale), int(click.y * self.image_scale)
+        x, y = click.x, click.y
         size = self.crop_px
         if self.augment and positive:
             size = int(round(size * rng.uniform(0.75, 1.25)))

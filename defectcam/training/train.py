@@ -106,8 +106,8 @@ def train(args: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
     train_clicks, val_clicks = gather_clicks(args, "train"), gather_clicks(args, "val")
-    crops = CropDataset(train_clicks, args.crop_px, args.seed, augment=True, image_scale=args.image_scale)
-    val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False, image_scale=args.image_scale)
+    crops = CropDataset(train_clicks, args.crop_px, args.seed, augment=True)
+    val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False)
 
     network = DefectNet(args.decoder, args.downsamplings, encoder_weights=args.encoder_weights)
     if args.init:
@@ -122,10 +122,14 @@ def train(args: argparse.Namespace) -> dict:
         lr=args.lr,
         weight_decay=1e-2,
     )
-    state = {"step": 0, "best_f": -1.0, "seconds": 0.0, "history": []}
+    facts = run_facts(args, train_clicks)
+    state = {"facts": facts, "step": 0, "best_f": -1.0, "seconds": 0.0, "history": []}
     checkpoint = args.out / "last.safetensors"
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, network, optimiser)
+        if state["facts"] != facts:
+            changed = sorted(name for name in facts if facts[name] != state["facts"].get(name))
+            sys.exit(f"{args.out} holds a run with other {', '.join(changed)}: choose another --out, or remove it")
         print(f"going on from step {state['step']} of {checkpoint}", file=sys.stderr)
 
     draws = range(state["step"] * args.batch, args.steps * args.batch)
@@ -164,17 +168,36 @@ def train(args: argparse.Namespace) -> dict:
             save_checkpoint(checkpoint, network, optimiser, state)
     record = {
         "command": "defectcam train " + shlex.join(sys.argv[2:]),
-        "defect": args.defect,
-        "clicks_sha256": hashlib.sha256(repr(train_clicks).encode()).hexdigest(),
+        **facts,
         "positive_clicks": len(crops.positives),
         "none_clicks": len(crops.negatives),
-        "seed": args.seed,
         "minutes": round(state["seconds"] / 60, 1),
         "best_val_f": state["best_f"],
         "history": state["history"],
     }
     (args.out / "record.json").write_text(json.dumps(record, indent=1))
     return record
+
+
+def run_facts(args: argparse.Namespace, clicks: list[Click]) -> dict:
+    """What a run is defined by; a checkpoint of another run is never gone on from."""
+    labels = [(click.photo_group, click.x, click.y, click.defect) for click in clicks]
+    return {
+        "defect": args.defect,
+        "sets": args.sets,
+        "none_sets": args.none_sets,
+        "clicks_sha256": hashlib.sha256(repr(labels).encode()).hexdigest(),
+        "init_sha256": hashlib.sha256(args.init.read_bytes()).hexdigest() if args.init else None,
+        "encoder_weights": args.encoder_weights,
+        "decoder": list(args.decoder),
+        "downsamplings": args.downsamplings,
+        "crop_px": args.crop_px,
+        "batch": args.batch,
+        "lr": args.lr,
+        "head_lr": args.head_lr,
+        "steps": args.steps,
+        "seed": args.seed,
+    }
 
 
 def names(text: str) -> list[str]:
@@ -195,7 +218,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--none-sets", type=names, default=[], help="sets that give none-clicks alone")
     parser.add_argument("--none-per-photo", type=int, default=6, help="none-clicks per photo (default 6)")
     parser.add_argument("--crop-px", type=int, default=320, help="side of a crop (default 320, the paper's)")
-    parser.add_argument("--image-scale", type=float, default=1.0, help="resize photos first (default 1)")
     parser.add_argument("--batch", type=int, default=32, help="crops per step (default 32, the paper's)")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4, the paper's)")
     parser.add_argument("--head-lr", type=float, help="peak learning rate of the head (default: --lr)")
