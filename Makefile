@@ -1,13 +1,14 @@
 # Every target sets up what it needs; `make install` alone builds .venv.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv/bin
 IMAGE ?= docs/sample.jpg
 ITERATIONS ?=
 PORT ?= 8080
 DEFECT ?= crack
 DATA ?= ../shared/data
-# The sets the shipped crack weights were trained on; see weights/README.md.
 SETS ?= deepcrack,rissbilder_volker,uav75
+# Further options of `defectcam train --help`; weights/README.md has those of the shipped weights.
+ARGS ?=
 
 .PHONY: help install demo test serve train
 help:
@@ -20,7 +21,8 @@ help:
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is needed; or name another 3.11 with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+		|| { echo "Python 3.11 or 3.12 is needed, not '$(PYTHON)': name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[runtime,train,dev]'
 	@touch $@
@@ -35,4 +37,4 @@ serve: install
 	$(VENV)/python -m defectcam serve --port $(PORT)
 
 train: install
-	$(VENV)/python -m defectcam train --defect $(DEFECT) --data $(DATA) --sets $(SETS) --out out/train/$(DEFECT)
+	$(VENV)/python -m defectcam train --defect $(DEFECT) --data $(DATA) --sets $(SETS) $(ARGS) --out out/train/$(DEFECT)

@@ -17,10 +17,17 @@ import numpy as np
 import torch
 
 from defectcam import __version__
-from defectcam.cam import probability, score_sums, window_logits
+from defectcam.cam import score_sums
 from defectcam.network import DefectNet
 from defectcam.postprocess import binarise
-from defectcam.proposals import Component, cvat_shape, find_components
+from defectcam.proposals import (
+    Component,
+    component_confidence,
+    component_features,
+    cvat_shape,
+    find_components,
+    outline_length_px,
+)
 from defectcam.request import (
     ITERATIONS_MAX,
     ImageError,
@@ -40,7 +47,6 @@ TIME_LIMIT_S = 100  # CVAT gives up after 120 s, and the answer must travel too
 MAX_OUTLINE_PX = 500_000  # longer outlines of one component take minutes to simplify and no one could edit them
 MAX_MASK_PIXELS = 32_000_000  # of all boxes together: CVAT's masks are lists of numbers, 2 bytes each in JSON
 PILLOW_LIMIT_MP = 178  # Pillow refuses larger images by itself
-CHUNK_PIXELS = 1_000_000
 BATCH = {"cpu": 1, "cuda": 8}  # tiles at once: a CPU gains nothing from more
 
 
@@ -204,7 +210,8 @@ class ModelHandler:
         sums = score_sums(maps.score)
         found = []
         for component in find_components(mask):
-            confidence = component_confidence(component, sums, bias, fact.window_px)
+            features = component_features(component, sums, bias, fact.window_px)
+            confidence = component_confidence(features, fact.confidence_weights)
             if confidence >= effective["threshold"]:
                 found.append((component, confidence))
         return found
@@ -281,21 +288,6 @@ def positive_number(environ: Mapping[str, str], variable: str, default: float, l
     except ValueError:
         raise RequestError(f"{variable} is {text!r}, but must be a number above 0, at most {largest:g}") from None
     return number
-
-
-def component_confidence(component: Component, sums: np.ndarray, bias: float, window_px: int) -> float:
-    """The classifier's probability (0..1) for the window around a component: its pixels' mean logit."""
-    total, rows = 0.0, max(1, CHUNK_PIXELS // component.mask.shape[1])
-    for start in range(0, len(component.mask), rows):  # in chunks: pixel lists of a large region are large
-        ys, xs = np.nonzero(component.mask[start : start + rows])
-        ys, xs = ys + component.top + start, xs + component.left
-        total += float(window_logits(sums, bias, ys, xs, window_px).sum())
-    return float(probability(np.float64(total / component.area_px)))
-
-
-def outline_length_px(mask: np.ndarray) -> int:
-    """Pixel edges between the mask and its outside, the crop's rim left out."""
-    return np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
 
 
 def out_of_memory(error: Exception) -> bool:

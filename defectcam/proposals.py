@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import permutations
@@ -22,10 +23,14 @@ import numpy as np
 from shapely import Polygon, constrained_delaunay_triangles, get_coordinates
 from skimage.measure import find_contours
 
+from defectcam.cam import probability, window_logits
+
 # The outline passes 0.24 px outside the centres of the component's border pixels, then moves by as much to
 # the right and down: it fills [i, i + 0.48] of pixel i, rounds and truncates to i, and never has zero width.
 OUTLINE_LEVEL = 0.76
 OUTLINE_SHIFT_PX = 0.24
+
+CHUNK_PIXELS = 1_000_000
 
 # What a polygon should share with its component. Wide components have it at a tolerance of 1 px or more; cracks
 # a few pixels wide do not, so their tolerance shrinks step by step, but never below half of what was asked for:
@@ -86,6 +91,43 @@ def find_components(mask: np.ndarray) -> list[Component]:
         crop = labels[top : top + height, left : left + width] == index
         components.append(Component(crop, left, top))
     return sorted(components, key=lambda component: (component.top, component.left, component.area_px))
+
+
+def component_features(component: Component, sums: np.ndarray, bias: float, window_px: int) -> tuple[float, float]:
+    """What a component's confidence is made of: its evidence and its length.
+
+    Args:
+        component: the proposal.
+        sums: `score_sums` of the photo's score map.
+        bias: of the classifier's head.
+        window_px: side of the windows.
+
+    Returns:
+        The mean, over the component's pixels, of the classifier's logit for the window around each; and log2 of
+        the component's length (its box's diagonal) in px.
+    """
+    total, rows = 0.0, max(1, CHUNK_PIXELS // component.mask.shape[1])
+    for start in range(0, len(component.mask), rows):  # in chunks: pixel lists of a large region are large
+        ys, xs = np.nonzero(component.mask[start : start + rows])
+        ys, xs = ys + component.top + start, xs + component.left
+        total += float(window_logits(sums, bias, ys, xs, window_px).sum())
+    return total / component.area_px, math.log2(math.hypot(*component.mask.shape))
+
+
+def component_confidence(features: tuple[float, float], weights: Sequence[float]) -> float:
+    """Probability (0..1) that a component is a defect: logistic regression fitted on val proposals.
+
+    Args:
+        features: of `component_features`.
+        weights: of the logit, of the length, and the intercept.
+    """
+    logit, log2_length = features
+    return float(probability(np.float64(weights[0] * logit + weights[1] * log2_length + weights[2])))
+
+
+def outline_length_px(mask: np.ndarray) -> int:
+    """Pixel edges between the mask and its outside, the crop's rim left out."""
+    return np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
 
 
 def polygon_points_xy(

@@ -35,6 +35,7 @@ class DefectWeights:
         decoder_channels, downsamplings, mean_rgb, std_rgb: the network, see `DefectNet`.
         window_px: side of the window whose probability gates and gives confidences.
         gate: window probability from which a tile is climbed, 0..1.
+        confidence_weights: see `component_confidence`.
         threshold: minimum confidence of a proposal, 0..1.
         iterations: T where nobody sets it.
         xi, penalty_weight, salient_share: see `ClimbParameters`.
@@ -54,6 +55,7 @@ class DefectWeights:
     std_rgb: tuple[float, ...]
     window_px: int
     gate: float
+    confidence_weights: tuple[float, ...]
     threshold: float
     iterations: int
     xi: float
@@ -173,7 +175,8 @@ def _check_facts(fact: DefectWeights) -> None:
     need("cam_max", fact.cam_max, 1e-9, 1e9)
     if not fact.cam_max or list(fact.cam_max) != sorted(fact.cam_max):
         raise ValueError(f"cam_max must be numbers that do not decrease, not {fact.cam_max!r}")
-    for name in ("mean_rgb", "std_rgb"):
+    need("confidence_weights", fact.confidence_weights, -1e6, 1e6)
+    for name in ("mean_rgb", "std_rgb", "confidence_weights"):
         if len(getattr(fact, name)) != 3:
             raise ValueError(f"{name} must have three numbers, not {getattr(fact, name)!r}")
     if fact.snap is not None:

@@ -17,8 +17,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from defectcam import serve
-from defectcam.cam import probability, score_sums, window_logits
+from defectcam import proposals, serve
+from defectcam.cam import score_sums, window_logits
 from defectcam.proposals import Component
 from defectcam.request import ImageError, Request, Settings
 from model_handler import ModelHandler
@@ -315,18 +315,17 @@ def test_faint_proposals_that_are_asked_for_are_climbed_too(monkeypatch):
     assert gates == [model.weights.facts["crack"].gate, 0.01]
 
 
-def test_confidence_is_the_classifiers_for_the_window_around_the_component(monkeypatch):
-    import model_handler
-
+def test_confidence_comes_from_the_windows_around_the_component_and_its_length(monkeypatch):
     rng = np.random.default_rng(3)
     score = rng.normal(size=(60, 70)).astype(np.float32)
     mask = rng.random((20, 30)) > 0.5
     ys, xs = np.nonzero(mask)
-    wanted = probability(window_logits(score_sums(score), 0.3, ys + 7, xs + 9, 16).mean())
+    wanted = window_logits(score_sums(score), 0.3, ys + 7, xs + 9, 16).mean()
     for chunk in (1, 50, 10**6):
-        monkeypatch.setattr(model_handler, "CHUNK_PIXELS", chunk)
-        found = model_handler.component_confidence(Component(mask, 9, 7), score_sums(score), 0.3, 16)
-        assert found == pytest.approx(wanted)
+        monkeypatch.setattr(proposals, "CHUNK_PIXELS", chunk)
+        found = proposals.component_features(Component(mask, 9, 7), score_sums(score), 0.3, 16)
+        assert found == pytest.approx((wanted, np.log2(np.hypot(20, 30))))
+    assert proposals.component_confidence((2.0, 8.0), (0.5, 0.25, -3.0)) == pytest.approx(0.5)
 
 
 def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):
