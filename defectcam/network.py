@@ -62,9 +62,9 @@ class DefectNet(nn.Module):
     def halo_px(self) -> int:
         """Pixels around a region that its score map depends on, rounded up to a multiple of `stride_px`.
 
-        The convolutions reach 20, 54 and 154 px; a test checks that by differentiating through the network.
+        The convolutions reach 21, 57 and 161 px; a test checks that by differentiating through the network.
         """
-        return {1: 20, 2: 56, 3: 160}[self.downsamplings]
+        return {1: 24, 2: 60, 3: 168}[self.downsamplings]
 
     @property
     def stride_px(self) -> int:

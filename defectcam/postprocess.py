@@ -28,7 +28,9 @@ def binarise(normalised_map: np.ndarray, cam_threshold: float, closing_radius_px
 
 def drop_small(mask: np.ndarray, min_area_px: int) -> np.ndarray:
     """The mask (H, W) bool without its 8-connected components of fewer than `min_area_px` pixels."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    if not mask.any():  # OpenCV crashes the process on an array without pixels
+        return np.zeros_like(mask)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     keep = stats[:, cv2.CC_STAT_AREA] >= min_area_px
     keep[0] = False
-    return keep[labels] if count > 1 else np.zeros_like(mask)
+    return keep[labels]

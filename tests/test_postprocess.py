@@ -7,9 +7,9 @@ from defectcam.postprocess import binarise, drop_small
 
 def test_closing_joins_a_broken_crack_and_small_noise_goes():
     normalised = np.zeros((60, 80), np.float32)
-    normalised[30, 5:38] = normalised[30, 41:75] = 0.3  # a crack with a gap of 3 px
+    normalised[28:33, 5:38] = normalised[28:33, 41:75] = 0.3  # a crack with a gap of 3 px
     normalised[5:7, 5:7] = 0.9  # noise of 4 px
-    mask = binarise(normalised, 0.1, closing_radius_px=2, min_area_px=10)
+    mask = binarise(normalised, 0.1, closing_radius_px=4, min_area_px=10)
     assert mask[30, 5:75].all()
     assert not mask[:10].any()
     assert not binarise(normalised, 0.1, 0, 10)[30, 39]

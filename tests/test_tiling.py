@@ -34,7 +34,7 @@ def test_stitched_equals_whole(textured_image, downsamplings, height, width, cor
 @pytest.mark.parametrize("height, width", [(1, 1), (511, 513), (5000, 5000), (1025, 640), (3, 4000)])
 def test_cores_cover_every_pixel_once(height, width):
     covered = np.zeros((height, width), np.uint8)
-    for tile in tile_grid(height, width, halo_px=56, stride_px=4):
+    for tile in tile_grid(height, width, halo_px=60, stride_px=4):
         y0, y1, x0, x1 = tile.core
         covered[y0:y1, x0:x1] += 1
         assert y0 % 4 == 0 and x0 % 4 == 0 and tile.outer[0] % 4 == 0 and tile.outer[2] % 4 == 0
