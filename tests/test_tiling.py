@@ -18,10 +18,18 @@ def whole_score_map(network, image_rgb):
         return network.score_map(network.normalise(images))[0].numpy()
 
 
-@pytest.mark.parametrize("downsamplings", [1, 2, 3])
 @pytest.mark.parametrize(
-    "height, width, core_px",
-    [(150, 203, 64), (150, 203, 40), (149, 202, 50), (33, 61, 64), (1, 1, 64), (1, 203, 64), (150, 2, 64)],
+    "downsamplings, height, width, core_px",
+    [
+        (2, 150, 203, 64),
+        (2, 149, 202, 90),
+        (2, 33, 61, 64),
+        (2, 1, 1, 64),
+        (2, 1, 203, 64),
+        (2, 150, 2, 64),
+        (1, 150, 203, 64),
+        (3, 150, 203, 128),
+    ],
 )
 def test_stitched_equals_whole(textured_image, downsamplings, height, width, core_px):
     network = random_network(downsamplings=downsamplings, dtype=torch.float32)
