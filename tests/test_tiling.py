@@ -124,10 +124,11 @@ def test_auto_is_one_of_the_fixed_results_and_the_first_that_adds_hardly_anythin
 @pytest.mark.parametrize("iterations", [2, "auto"])
 def test_batch_of_tiles_changes_nothing(textured_image, iterations):
     network = random_network()  # float64: a random network magnifies the rounding of float32
-    score = stitched_score_map(network, textured_image, core_px=40)
+    image = np.ascontiguousarray(textured_image[:80, :90])
+    score = stitched_score_map(network, image, core_px=40)
     arguments = (iterations, PARAMETERS, (1.0, 2.0, 3.0), 0.1, 320, 0.0)
-    one = climbed_map(network, textured_image, score, *arguments, batch=1, core_px=40)
-    five = climbed_map(network, textured_image, score, *arguments, batch=5, core_px=40)
+    one = climbed_map(network, image, score, *arguments, batch=1, core_px=40)
+    five = climbed_map(network, image, score, *arguments, batch=5, core_px=40)
     assert np.abs(one - five).max() <= 1e-6 * one.max()
 
 

@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data_dir, tmp_path,
         other = load_file(tmp_path / "killed" / "last.safetensors")[name]
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4)
     assert whole["clicks_sha256"] == resumed["clicks_sha256"]
-    with pytest.raises(SystemExit, match="other seed"):  # never goes on with another run's checkpoint
+    with pytest.raises(SystemExit, match="other clicks_sha256, seed"):  # never goes on with another run's checkpoint
         train.train(train.parse_args(f"{arguments_of(data_dir, tmp_path / 'whole')} --seed 1".split()))
     assert json.loads((tmp_path / "whole" / "record.json").read_text())["seed"] == 0
 
