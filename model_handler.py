@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from defectcam.request import (
     settings_from_env,
 )
 from defectcam.snap import snap
-from defectcam.tiling import TimeLimitError, climbed_map, stitched_score_map
+from defectcam.tiling import TimeLimitError, at_photo_scale, at_working_scale, climbed_map, stitched_score_map
 from defectcam.weights import DefectWeights, load_weights, read_manifest
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -52,7 +52,8 @@ BATCH = {"cpu": 1, "cuda": 8}  # tiles at once: a CPU gains nothing from more
 
 @dataclass(frozen=True)
 class Maps:
-    """What the network says of one photo and defect: score map and climbed, normalised map, (H, W) float32."""
+    """What the network says of one photo and defect, at working scale: score map and climbed, normalised map,
+    (H, W) float32."""
 
     score: np.ndarray
     climbed: np.ndarray
@@ -203,21 +204,20 @@ class ModelHandler:
         """Components of one defect with their confidence (0..1), those below the threshold left out."""
         effective = self._effective(defect, settings)
         fact, bias = self.weights.facts[defect], float(self.weights.networks[defect].head.bias[0])
-        maps = self.maps(image_rgb, defect, effective, deadline)
-        mask = binarise(maps.climbed, effective["cam_threshold"], fact.closing_radius_px, fact.min_area_px)
-        if effective["snap"]:
-            mask = snap(image_rgb, mask, fact.snap)
-        sums = score_sums(maps.score)
-        found = []
-        for component in find_components(mask):
-            features = component_features(component, sums, bias, fact.window_px)
-            confidence = component_confidence(features, fact.confidence_weights)
-            if confidence >= effective["threshold"]:
-                found.append((component, confidence))
-        return found
+        working_image = at_working_scale(image_rgb, fact.working_scale)
+        maps = self.maps(working_image, defect, effective, deadline)
+
+        def outline_logits(wanted: np.ndarray) -> np.ndarray:
+            outline = self.weights.outlines[defect]
+            scores = stitched_score_map(outline, working_image, deadline=deadline, region=wanted)
+            return scores + outline.head.bias.item()
+
+        mask = defect_mask(working_image, maps.climbed, fact, effective, outline_logits, deadline)
+        mask = at_photo_scale(mask, *image_rgb.shape[:2])
+        return confident_components(mask, maps.score, bias, fact, effective["threshold"])
 
     def maps(self, image_rgb: np.ndarray, defect: str, effective: dict, deadline: float = math.inf) -> Maps:
-        """Score map and climbed map of a photo; halves the batch as long as memory does not suffice."""
+        """Score map and climbed map of a photo at working scale; halves the batch as long as memory does not suffice."""
         network: DefectNet = self.weights.networks[defect]
         fact: DefectWeights = self.weights.facts[defect]
         gate = min(fact.gate, effective["threshold"] / 2)  # whoever asks for faint proposals has them climbed
@@ -266,6 +266,33 @@ class ModelHandler:
         effective = manifest | given
         effective["snap"] = effective["snap"] and fact.snap is not None
         return effective
+
+
+def defect_mask(
+    working_image: np.ndarray,
+    climbed: np.ndarray,
+    fact: DefectWeights,
+    effective: dict,
+    outline_logits: Callable[[np.ndarray], np.ndarray],
+    deadline: float = math.inf,
+) -> np.ndarray:
+    """From the climbed map to the defect's pixels, (H, W) bool at working scale: theta, closing, area, snap."""
+    mask = binarise(climbed, effective["cam_threshold"], fact.closing_radius_px, fact.min_area_px)
+    return snap(working_image, mask, fact.snap, outline_logits, deadline) if effective["snap"] else mask
+
+
+def confident_components(
+    mask: np.ndarray, score: np.ndarray, bias: float, fact: DefectWeights, threshold: float
+) -> list[tuple[Component, float]]:
+    """The components of a mask at photo scale with their confidence (0..1), those below `threshold` left out."""
+    sums = score_sums(score)
+    found = []
+    for component in find_components(mask):
+        features = component_features(component, sums, bias, fact.window_px, fact.working_scale)
+        confidence = component_confidence(features, fact.confidence_weights)
+        if confidence >= threshold:
+            found.append((component, confidence))
+    return found
 
 
 def choose_device(environ: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ COMMANDS = {
     "demo": ("defectcam.demo", "proposals for one photo as JSON and picture"),
     "serve": ("defectcam.serve", "the function over HTTP, without Nuclio"),
     "train": ("defectcam.training.train", "train a defect's classifier from clicks"),
+    "train-outline": ("defectcam.training.outline", "train a defect's outline network from masks or proposals"),
     "calibrate": ("defectcam.training.calibrate", "choose a defect's thresholds on val, write the manifest"),
 }
 
@@ -16,7 +17,7 @@ def main() -> None:
     if command in COMMANDS:
         importlib.import_module(COMMANDS[command][0]).main(sys.argv[2:])
         return
-    lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:13} {what}" for name, (_, what) in COMMANDS.items()]
     usage = "\n".join(["usage: defectcam COMMAND ... (defectcam COMMAND --help says more)", *lines])
     example = "example:\n  defectcam demo docs/sample.jpg --iterations 4"
     if command in ("-h", "--help"):

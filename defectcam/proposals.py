@@ -93,25 +93,29 @@ def find_components(mask: np.ndarray) -> list[Component]:
     return sorted(components, key=lambda component: (component.top, component.left, component.area_px))
 
 
-def component_features(component: Component, sums: np.ndarray, bias: float, window_px: int) -> tuple[float, float]:
+def component_features(
+    component: Component, sums: np.ndarray, bias: float, window_px: int, working_scale: float
+) -> tuple[float, float]:
     """What a component's confidence is made of: its evidence and its length.
 
     Args:
         component: the proposal.
-        sums: `score_sums` of the photo's score map.
+        sums: `score_sums` of the photo's score map, which has the working scale.
         bias: of the classifier's head.
-        window_px: side of the windows.
+        window_px: side of the windows, at working scale.
+        working_scale: of the score map.
 
     Returns:
         The mean, over the component's pixels, of the classifier's logit for the window around each; and log2 of
-        the component's length (its box's diagonal) in px.
+        the component's length (its box's diagonal) in px at working scale.
     """
     total, rows = 0.0, max(1, CHUNK_PIXELS // component.mask.shape[1])
     for start in range(0, len(component.mask), rows):  # in chunks: pixel lists of a large region are large
         ys, xs = np.nonzero(component.mask[start : start + rows])
         ys, xs = ys + component.top + start, xs + component.left
+        ys, xs = (ys * working_scale).astype(int), (xs * working_scale).astype(int)
         total += float(window_logits(sums, bias, ys, xs, window_px).sum())
-    return total / component.area_px, math.log2(math.hypot(*component.mask.shape))
+    return total / component.area_px, math.log2(working_scale * math.hypot(*component.mask.shape))
 
 
 def component_confidence(features: tuple[float, float], weights: Sequence[float]) -> float:

@@ -1,35 +1,150 @@
 """Outlines that follow the image inside the region the climbed map proposes (beyond the paper).
 
-The activation map of a crack is a band of some 40 px around 3 px of crack: it says where the crack is, the image
-says where its edge is. Every rule here is local (it looks at most WINDOW_PX / 2 around a pixel), so a crop of a
-photo and the photo itself agree.
+The activation map of a crack is a band of some 40 px around 3 px of crack: it says where the crack is and how far
+the proposal reaches, the image says where its edge is. Four ways to read the edge, a defect's manifest names its
+one: `network` (a U-Net like the classifier, read per pixel), `dark_ridges`, `grabcut`, `superpixels`.
+
+Every rule is local, so a crop of a photo and the photo itself agree: it looks no farther around a pixel than its
+neighbourhood (`dark_ridges`, `network`) or its region (`grabcut`, `superpixels`).
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
+
 import cv2
 import numpy as np
+from skimage.segmentation import slic
 
 from defectcam.postprocess import drop_small
-from defectcam.tiling import tile_grid
+from defectcam.tiling import TimeLimitError, tile_grid
 
 WINDOW_PX = 151  # neighbourhood whose texture a ridge must stand out from
 FAINTEST_GREY_LEVELS = 6.0  # darker than the surroundings by less than this nobody sees
+GRABCUT_ROUNDS = 3
+# Fields of the manifest's `snap` for each method, beside "method" itself.
+FIELDS = {
+    "network": ("probability", "margin_px", "min_area_px"),
+    "dark_ridges": ("width_px", "sharpness", "closing_radius_px", "min_area_px"),
+    "grabcut": ("sure_share", "margin_px", "min_area_px"),
+    "superpixels": ("size_px", "share", "margin_px", "min_area_px"),
+}
 
 
-def snap(image_rgb: np.ndarray, region: np.ndarray, parameters: dict) -> np.ndarray:
-    """Outline of the defect inside a region.
+def snap(
+    image_rgb: np.ndarray,
+    region: np.ndarray,
+    parameters: dict,
+    outline_logits: Callable[[np.ndarray], np.ndarray] | None = None,
+    deadline: float = math.inf,
+) -> np.ndarray:
+    """Outline of the defect in and around a region.
 
     Args:
         image_rgb: (H, W, 3) uint8.
         region: (H, W) bool, where the climbed map proposes the defect.
-        parameters: the manifest's `snap`: {"method": "dark_ridges", "width_px", "sharpness", "closing_radius_px",
-            "min_area_px"}.
+        parameters: the manifest's `snap`: {"method": ..., and the method's FIELDS}.
+        outline_logits: for the method `network`: from where logits are wanted, (H, W) bool, to the outline
+            network's logits, (H, W) float; elsewhere they may be anything.
+        deadline: on the clock of time.monotonic, s.
 
     Returns:
-        (H, W) bool, a subset of the region: a pixel belongs to a line if it reaches half of `sharpness` and hangs
-        together with one that reaches all of it (hysteresis); small gaps are closed.
+        (H, W) bool, a subset of the region, grown by `margin_px` for the methods that have it.
+
+    Raises:
+        TimeLimitError: the deadline passed.
     """
+    if not region.any():
+        return np.zeros_like(region)
+    if parameters["method"] == "dark_ridges":
+        mask = _dark_ridges(image_rgb, region, parameters)
+    else:
+        allowed = _grown(region, parameters["margin_px"])
+        if parameters["method"] == "network":
+            odds = parameters["probability"] / (1 - parameters["probability"])
+            mask = allowed & (outline_logits(allowed) > math.log(odds))
+        elif parameters["method"] == "grabcut":
+            mask = _grabcut(image_rgb, region, allowed, parameters["sure_share"], deadline)
+        else:
+            mask = allowed & _superpixels(image_rgb, region, parameters["size_px"], parameters["share"])
+    return drop_small(mask, parameters["min_area_px"])
+
+
+def check_parameters(parameters: dict) -> None:
+    """Raise ValueError, naming the field, for parameters that `snap` could not work with."""
+    method = parameters.get("method")
+    if method not in FIELDS:
+        raise ValueError(f"snap method must be one of {sorted(FIELDS)}, not {method!r}")
+    if set(parameters) != {"method", *FIELDS[method]}:
+        raise ValueError(f"snap {method} must have the fields {sorted(FIELDS[method])}, not {sorted(parameters)}")
+    for name in FIELDS[method]:
+        value, most = parameters[name], 1000
+        if name in ("probability", "sure_share", "share"):
+            most = 1
+        if not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise ValueError(f"snap {name} must be a number from 0 to {most}, not {value!r}")
+        if name == "probability" and not 0 < value < 1:
+            raise ValueError(f"snap probability must lie between 0 and 1, not {value!r}")
+        if name == "size_px" and value < 2:
+            raise ValueError(f"snap size_px must be at least 2, not {value!r}")
+
+
+def _grown(region: np.ndarray, margin_px: int) -> np.ndarray:
+    """The region with a margin around it."""
+    if margin_px == 0:
+        return region
+    size = 2 * int(margin_px) + 1
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    return cv2.dilate(region.astype(np.uint8), disc) > 0
+
+
+def _grabcut(
+    image_rgb: np.ndarray, region: np.ndarray, allowed: np.ndarray, sure_share: float, deadline: float
+) -> np.ndarray:
+    """GrabCut of every region by itself: its inmost `sure_share` is defect, all outside `allowed` is not.
+
+    Each works on its own box with as much surroundings, so that one region does not colour another's models.
+    """
+    mask = np.zeros(region.shape, bool)
+    image_bgr = np.ascontiguousarray(image_rgb[..., ::-1])
+    depth = cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(allowed.astype(np.uint8), connectivity=8)
+    for index in range(1, count):
+        if time.monotonic() > deadline:
+            raise TimeLimitError
+        left, top, width, height = (int(value) for value in stats[index, :4])
+        y0, x0 = max(top - height // 2 - 8, 0), max(left - width // 2 - 8, 0)
+        box = (slice(y0, top + height + height // 2 + 8), slice(x0, left + width + width // 2 + 8))
+        own = labels[box] == index
+        inside = own & region[box]
+        if not inside.any() or own.all():
+            mask[box] |= inside
+            continue
+        depths = depth[box][inside]
+        state = np.full(own.shape, cv2.GC_BGD, np.uint8)
+        state[own] = cv2.GC_PR_BGD
+        state[inside] = cv2.GC_PR_FGD
+        state[inside & (depth[box] >= np.quantile(depths, 1 - sure_share))] = cv2.GC_FGD
+        cv2.setRNGSeed(0)  # its colour models start from random clusters
+        models = np.zeros((1, 65)), np.zeros((1, 65))
+        cv2.grabCut(np.ascontiguousarray(image_bgr[box]), state, None, *models, GRABCUT_ROUNDS, cv2.GC_INIT_WITH_MASK)
+        mask[box] |= own & ((state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD))
+    return mask
+
+
+def _superpixels(image_rgb: np.ndarray, region: np.ndarray, size_px: int, share: float) -> np.ndarray:
+    """The superpixels (SLIC) of which the region covers at least `share`."""
+    count = max(1, region.size // int(size_px) ** 2)
+    labels = slic(image_rgb, n_segments=count, compactness=10, start_label=0, channel_axis=-1)
+    covered = np.bincount(labels.ravel(), region.ravel()) / np.bincount(labels.ravel())
+    return (covered >= share)[labels]
+
+
+def _dark_ridges(image_rgb: np.ndarray, region: np.ndarray, parameters: dict) -> np.ndarray:
+    """Dark lines in the region: a pixel belongs to one if it reaches half of `sharpness` and hangs together with
+    one that reaches all of it (hysteresis); small gaps are closed."""
     weak, strong = np.zeros(region.shape, np.uint8), np.zeros(region.shape, bool)
     for tile in tile_grid(*region.shape, halo_px=_reach_px(parameters), stride_px=1):
         (y0, y1, x0, x1), (top, bottom, left, right) = tile.core, tile.outer
@@ -47,19 +162,7 @@ def snap(image_rgb: np.ndarray, region: np.ndarray, parameters: dict) -> np.ndar
         size = 2 * parameters["closing_radius_px"] + 1
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
         lines = cv2.morphologyEx(lines, cv2.MORPH_CLOSE, disc)
-    return drop_small((lines > 0) & region, parameters["min_area_px"])
-
-
-def check_parameters(parameters: dict) -> None:
-    """Raise ValueError, naming the field, for parameters that `snap` could not work with."""
-    wanted = {"method", "width_px", "sharpness", "closing_radius_px", "min_area_px"}
-    if set(parameters) != wanted:
-        raise ValueError(f"snap must have the fields {sorted(wanted)}, not {sorted(parameters)}")
-    if parameters["method"] != "dark_ridges":
-        raise ValueError(f"snap method must be 'dark_ridges', not {parameters['method']!r}")
-    for name in sorted(wanted - {"method"}):
-        if not isinstance(parameters[name], (int, float)) or not 0 <= parameters[name] < 1000:
-            raise ValueError(f"snap {name} must be a number from 0 to 1000, not {parameters[name]!r}")
+    return (lines > 0) & region
 
 
 def _ridge_height(image_rgb: np.ndarray, width_px: int) -> np.ndarray:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import cv2
 import numpy as np
 import torch
 
@@ -46,6 +46,32 @@ class Tile:
         """Cut the core out of a map (..., H, W) of the outer box."""
         (y0, y1, x0, x1), (top, _, left, _) = self.core, self.outer
         return outer_map[..., y0 - top : y1 - top, x0 - left : x1 - left]
+
+
+def at_working_scale(image_rgb: np.ndarray, working_scale: float) -> np.ndarray:
+    """The photo at the resolution a defect's networks work at.
+
+    Large defects need no fine resolution: half of it is a quarter of the work and twice the surroundings in sight.
+
+    Args:
+        image_rgb: (H, W, 3) uint8.
+        working_scale: 0 < scale <= 1.
+
+    Returns:
+        (ceil(H * scale), ceil(W * scale), 3) uint8.
+    """
+    if working_scale == 1:
+        return image_rgb
+    height, width = (math.ceil(size * working_scale) for size in image_rgb.shape[:2])
+    return cv2.resize(image_rgb, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def at_photo_scale(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask (h, w) bool of the working scale at the photo's resolution, (height, width) bool."""
+    if mask.shape == (height, width):
+        return mask
+    grey = mask.astype(np.uint8) * 255
+    return cv2.resize(grey, (width, height), interpolation=cv2.INTER_LINEAR) > 127
 
 
 def tile_grid(height: int, width: int, halo_px: int, stride_px: int, core_px: int = CORE_PX) -> list[Tile]:
@@ -93,12 +119,14 @@ def stitched_score_map(
     batch: int = 1,
     core_px: int = CORE_PX,
     deadline: float = math.inf,
+    region: np.ndarray | None = None,
 ) -> np.ndarray:
     """Signed score map of a whole photo, tile by tile.
 
     Args:
         image_rgb: (H, W, 3) uint8.
         batch: tiles at once; changes speed and memory, not the result.
+        region: (H, W) bool; tiles in which it is empty are left out, their scores are -inf.
         deadline: on the clock of time.monotonic, s.
 
     Returns:
@@ -108,13 +136,13 @@ def stitched_score_map(
         TimeLimitError: the deadline passed.
     """
     height, width = image_rgb.shape[:2]
-    stitched = np.empty((height, width), np.float32)
+    stitched = np.full((height, width), -np.inf, np.float32)
     tiles = tile_grid(height, width, network.halo_px, network.stride_px, core_px)
+    if region is not None:
+        tiles = [tile for tile in tiles if region[slice(*tile.core[:2]), slice(*tile.core[2:])].any()]
     for some, images in _batches(image_rgb, tiles, batch, network):
         _check_time(deadline)
-        for tile, score in zip(some, network.score_map(images)):
-            y0, y1, x0, x1 = tile.core
-            stitched[y0:y1, x0:x1] = tile.core_of(score).float().cpu().numpy()
+        _paste(stitched, some, network.score_map(images))
     return stitched
 
 
@@ -165,23 +193,59 @@ def climbed_map(
     Raises:
         TimeLimitError: the deadline passed.
     """
-    result = np.maximum(score_map, 0) / np.float32(cam_max[0])
-    if iterations == 0:
+    return climbed_maps(
+        network, image_rgb, score_map, [iterations], parameters, cam_max, cam_threshold, window_px, gate, batch,
+        core_px, deadline,
+    )[iterations]  # fmt: skip
+
+
+def climbed_maps(
+    network: DefectNet,
+    image_rgb: np.ndarray,
+    score_map: np.ndarray,
+    wanted: Sequence[int | str],
+    parameters: ClimbParameters,
+    cam_max: Sequence[float],
+    cam_threshold: float,
+    window_px: int,
+    gate: float,
+    batch: int = 1,
+    core_px: int = CORE_PX,
+    deadline: float = math.inf,
+) -> dict[int | str, np.ndarray]:
+    """`climbed_map` for several T, and "auto", by one climb: the sums on the way to T are those of every smaller T.
+
+    Args:
+        wanted: the T; everything else as in `climbed_map`.
+    """
+    plain = np.maximum(score_map, 0) / np.float32(cam_max[0])
+    result = {steps: plain if steps == 0 else plain.copy() for steps in wanted}
+    climbing = [steps for steps in wanted if steps != 0]
+    if not climbing:
         return result
+    most = max(AUTO_MAX_STEPS if steps == "auto" else steps for steps in climbing)
     tiles = tile_grid(*score_map.shape, network.halo_px, network.stride_px, core_px)
     bias = float(network.head.bias[0])
     tiles = tiles_to_climb(tiles, score_sums(score_map), bias, window_px, gate)
     for some, images in _batches(image_rgb, tiles, batch, network):
-        maps = climb(network, images, AUTO_MAX_STEPS if iterations == "auto" else iterations, parameters)
+        maps = climb(network, images, most, parameters)
         summed = _normalised_sums(_in_time(maps, deadline), cam_max)
-        if iterations == "auto":
-            final = _until_it_adds_nothing(summed, cam_threshold)
-        else:
-            (final,) = deque(summed, maxlen=1)
-        for tile, normalised in zip(some, final):
-            y0, y1, x0, x1 = tile.core
-            result[y0:y1, x0:x1] = tile.core_of(normalised).float().cpu().numpy()
+        if "auto" in climbing and len(climbing) > 1:
+            summed = list(summed)
+        if "auto" in climbing:
+            _paste(result["auto"], some, _until_it_adds_nothing(iter(summed), cam_threshold))
+        if climbing != ["auto"]:
+            for steps, normalised in enumerate(summed):
+                if steps in climbing:
+                    _paste(result[steps], some, normalised)
     return result
+
+
+def _paste(stitched: np.ndarray, tiles: Sequence[Tile], maps: torch.Tensor) -> None:
+    """Write the cores of the tiles' maps (N, h, w) into a photo's map."""
+    for tile, outer_map in zip(tiles, maps):
+        y0, y1, x0, x1 = tile.core
+        stitched[y0:y1, x0:x1] = tile.core_of(outer_map).float().cpu().numpy()
 
 
 def _check_time(deadline: float) -> None:

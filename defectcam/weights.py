@@ -1,7 +1,7 @@
 """Weights of all defects: one safetensors file each and a manifest that says what they are and how to use them.
 
     weights/manifest.json        {"version", "defects": {<defect>: {...}}}, the fields of `DefectWeights`
-    weights/<defect>.safetensors
+    weights/<defect>.safetensors    the classifier's tensors, and as "outline.*" those of the outline network
 
 Loading verifies before it trusts: checksum, names and shapes of all tensors, finite values. Nothing is unpickled.
 """
@@ -22,6 +22,9 @@ from defectcam.network import DefectNet
 from defectcam.snap import check_parameters
 
 
+OUTLINE_PREFIX = "outline."
+
+
 class WeightsError(RuntimeError):
     """Weights that must not be used; the message names the file, the reason and what to do."""
 
@@ -33,6 +36,7 @@ class DefectWeights:
     Attributes:
         file, sha256: the safetensors file beside the manifest and its checksum.
         decoder_channels, downsamplings, mean_rgb, std_rgb: the network, see `DefectNet`.
+        working_scale: the networks see the photo resized by it; every px below but tolerance_px is of that size.
         window_px: side of the window whose probability gates and gives confidences.
         gate: window probability from which a tile is climbed, 0..1.
         confidence_weights: see `component_confidence`.
@@ -53,6 +57,7 @@ class DefectWeights:
     downsamplings: int
     mean_rgb: tuple[float, ...]
     std_rgb: tuple[float, ...]
+    working_scale: float
     window_px: int
     gate: float
     confidence_weights: tuple[float, ...]
@@ -71,6 +76,11 @@ class DefectWeights:
     training: dict
 
     @property
+    def has_outline_network(self) -> bool:
+        """Whether outlines are read from a network of their own."""
+        return self.snap is not None and self.snap["method"] == "network"
+
+    @property
     def climb_parameters(self) -> ClimbParameters:
         return ClimbParameters(self.xi, self.penalty_weight, self.salient_share)
 
@@ -81,11 +91,15 @@ class DefectWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """A verified folder of weights: its version and, per defect in the manifest's order, facts and network."""
+    """A verified folder of weights: its version and, per defect in the manifest's order, facts and networks.
+
+    `networks` are the classifiers, `outlines` the outline networks of the defects that have one.
+    """
 
     version: str
     facts: dict[str, DefectWeights]
     networks: dict[str, DefectNet]
+    outlines: dict[str, DefectNet]
 
 
 def load_weights(folder: Path, device: str) -> Weights:
@@ -95,13 +109,18 @@ def load_weights(folder: Path, device: str) -> Weights:
         WeightsError: for a missing, truncated, swapped or altered file, or a manifest that does not fit.
     """
     version, facts = read_manifest(folder)
-    networks = {}
+    networks, outlines = {}, {}
     for defect, fact in facts.items():
-        network = fact.build_network()
-        _load_verified(network, folder / fact.file, fact.sha256)
-        network.requires_grad_(False).eval()
-        networks[defect] = network.to(device, memory_format=torch.channels_last)
-    return Weights(version, facts, networks)
+        parts = {"": fact.build_network()}
+        if fact.has_outline_network:
+            parts[OUTLINE_PREFIX] = fact.build_network()
+        _load_verified(parts, folder / fact.file, fact.sha256)
+        for network in parts.values():
+            network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+        networks[defect] = parts[""]
+        if fact.has_outline_network:
+            outlines[defect] = parts[OUTLINE_PREFIX]
+    return Weights(version, facts, networks, outlines)
 
 
 def read_manifest(folder: Path) -> tuple[str, dict[str, DefectWeights]]:
@@ -170,6 +189,7 @@ def _check_facts(fact: DefectWeights) -> None:
     ]:
         need(name, getattr(fact, name), least, most, int)
     need("tolerance_px", fact.tolerance_px, 0, 20)
+    need("working_scale", fact.working_scale, 0.01, 1)
     for name in ("xi", "penalty_weight"):
         need(name, getattr(fact, name), 0, 1e6)
     need("cam_max", fact.cam_max, 1e-9, 1e9)
@@ -183,7 +203,8 @@ def _check_facts(fact: DefectWeights) -> None:
         check_parameters(fact.snap)
 
 
-def _load_verified(network: DefectNet, path: Path, sha256: str) -> None:
+def _load_verified(parts: dict[str, DefectNet], path: Path, sha256: str) -> None:
+    """Fill networks from one file; their tensors' names start with the networks' keys."""
     remedy = "take the weights folder as it was published, or deploy another version"
     try:
         data = path.read_bytes()
@@ -199,7 +220,7 @@ def _load_verified(network: DefectNet, path: Path, sha256: str) -> None:
         tensors = load(data)
     except SafetensorError as error:
         raise WeightsError(f"weights file {path} is not a safetensors file ({error}); {remedy}") from error
-    wanted = network.state_dict()
+    wanted = {prefix + name: value for prefix, part in parts.items() for name, value in part.state_dict().items()}
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
             where = "is missing" if name in wanted else "belongs to another architecture"
@@ -211,4 +232,5 @@ def _load_verified(network: DefectNet, path: Path, sha256: str) -> None:
             )
         if not torch.isfinite(tensors[name]).all():
             raise WeightsError(f"weights file {path}: tensor {name} has values that are not finite; {remedy}")
-    network.load_state_dict(tensors)
+    for prefix, network in parts.items():
+        network.load_state_dict({name: tensors[prefix + name] for name in network.state_dict()})

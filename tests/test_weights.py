@@ -122,7 +122,7 @@ def test_spoilt_files_stop_the_start_and_are_named(folder, spoil, reason):
         ({"mean_rgb": [0.5]}, "mean_rgb must have three"),
         ({"confidence_weights": [1.0]}, "confidence_weights must have three"),
         ({"tolerance_px": -1}, "tolerance_px"),
-        ({"snap": {}}, "snap must have the fields"),
+        ({"snap": {}}, "snap method must be one of"),
         ({"iterations": 2.5}, "iterations must be an integer in 0..50, not 2.5"),
         ({"file": "../crack.safetensors"}, "file must be a name without folders"),
         ({"downsamplings": 9}, "downsamplings must be an integer in 1..3"),

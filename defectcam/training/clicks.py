@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".png")
+SMALLEST_CLICKED_PX = 30  # smaller defects nobody would see, let alone click
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,14 @@ def split_stems(data_dir: Path, set_name: str, split: str) -> list[str]:
 
 
 def simulate_clicks(
-    data_dir: Path, set_name: str, split: str, defect: str, patch_px: int, none_per_photo: int, seed: int
+    data_dir: Path,
+    set_name: str,
+    split: str,
+    defect: str,
+    patch_px: int,
+    none_per_photo: int,
+    seed: int,
+    smallest_px: int = SMALLEST_CLICKED_PX,
 ) -> list[Click]:
     """The clicks a person would give: one per defect component, and none-clicks on patches free of the defect.
 
@@ -101,6 +109,7 @@ def simulate_clicks(
     Args:
         patch_px: side of the patch around a none-click that must be free of the defect (cut at the photo's edges).
         none_per_photo: none-clicks tried per photo; a photo full of defect gives fewer.
+        smallest_px: components of fewer pixels get no click.
 
     Returns:
         Clicks with `photo_group` = "<set>/<stem>", in the order of the split.
@@ -118,7 +127,7 @@ def simulate_clicks(
         group = f"{set_name}/{stem}"
         count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
         for component in range(1, count):
-            if stats[component, cv2.CC_STAT_AREA] >= 30:  # smaller ones nobody would see, let alone click
+            if stats[component, cv2.CC_STAT_AREA] >= smallest_px:
                 ys, xs = np.nonzero(labels == component)
                 pick = rng.integers(len(xs))
                 clicks.append(Click(str(path), int(xs[pick]), int(ys[pick]), defect, "", group))

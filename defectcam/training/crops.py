@@ -13,9 +13,17 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from defectcam.tiling import at_working_scale
 from defectcam.training.clicks import Click, patch_bounds
 
 CROPS_PER_CLICK = 5
+COLOURS = v2.Compose(
+    [
+        v2.RandomApply([v2.ColorJitter(brightness=0.35, contrast=0.35, saturation=0.3, hue=0.04)], 0.8),
+        v2.RandomGrayscale(0.1),
+        v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], 0.2),
+    ]
+)
 
 
 class CropDataset(Dataset):
@@ -29,11 +37,14 @@ class CropDataset(Dataset):
         crop_px: side of the square crops.
         seed: together with the draw's number fixes every crop.
         augment: flips, quarter turns, scale, brightness, contrast, colour, blur, noise; off for validation.
+        working_scale: photos are resized by it first, crops are cut from the resized ones.
 
     Items: (image_rgb (3, crop_px, crop_px) uint8 tensor, label 0.0 or 1.0).
     """
 
-    def __init__(self, clicks: list[Click], crop_px: int, seed: int, augment: bool) -> None:
+    def __init__(
+        self, clicks: list[Click], crop_px: int, seed: int, augment: bool, working_scale: float = 1.0
+    ) -> None:
         self.positives = [click for click in clicks if click.defect != "none"]
         self.negatives = [click for click in clicks if click.defect == "none"]
         if not self.positives or not self.negatives:
@@ -44,14 +55,8 @@ class CropDataset(Dataset):
         self.crop_px = crop_px
         self.seed = seed
         self.augment = augment
+        self.working_scale = working_scale
         self._photos: dict[str, np.ndarray] = {}
-        self._colour = v2.Compose(
-            [
-                v2.RandomApply([v2.ColorJitter(brightness=0.35, contrast=0.35, saturation=0.3, hue=0.04)], 0.8),
-                v2.RandomGrayscale(0.1),
-                v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], 0.2),
-            ]
-        )
 
     @property
     def draws_per_epoch(self) -> int:
@@ -59,12 +64,9 @@ class CropDataset(Dataset):
         return 2 * CROPS_PER_CLICK * len(self.positives)
 
     def photo_rgb(self, path: str) -> np.ndarray:
-        """The photo as (H, W, 3) uint8 RGB, kept in memory after the first look."""
+        """The photo at working scale as (H, W, 3) uint8 RGB, kept in memory after the first look."""
         if path not in self._photos:
-            photo = cv2.imread(path, cv2.IMREAD_COLOR)
-            if photo is None:
-                raise FileNotFoundError(f"cannot read the photo {path}")
-            self._photos[path] = cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+            self._photos[path] = at_working_scale(read_photo_rgb(path), self.working_scale)
         return self._photos[path]
 
     def __getitem__(self, draw: int) -> tuple[torch.Tensor, float]:
@@ -77,7 +79,7 @@ class CropDataset(Dataset):
         else:  # evenly from the none-clicks: every photo's turn comes, whatever its number of clicks
             click = self.negatives[int(rng.integers(len(self.negatives)))]
         photo = self.photo_rgb(click.image)
-        x, y = click.x, click.y
+        x, y = int(click.x * self.working_scale), int(click.y * self.working_scale)
         size = self.crop_px
         if self.augment and positive:
             size = int(round(size * rng.uniform(0.75, 1.25)))
@@ -96,13 +98,33 @@ class CropDataset(Dataset):
             crop = cv2.resize(
                 crop, (self.crop_px, self.crop_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
             )
-        if self.augment:
-            crop = np.rot90(crop, int(rng.integers(4)))
-            if rng.integers(2):
-                crop = crop[:, ::-1]
-        image = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
-        if self.augment:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(rng.integers(2**31)))
-                image = self._colour(image)
+        if not self.augment:
+            return torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1), float(positive)
+        crop = turned(crop, int(rng.integers(4)), bool(rng.integers(2)))
+        image = varied_colours(torch.from_numpy(crop).permute(2, 0, 1), int(rng.integers(2**31)))
         return image, float(positive)
+
+
+def read_photo_rgb(path: str) -> np.ndarray:
+    """A photo as (H, W, 3) uint8 RGB.
+
+    Raises:
+        FileNotFoundError: where it is missing or no photo.
+    """
+    photo = cv2.imread(path, cv2.IMREAD_COLOR)
+    if photo is None:
+        raise FileNotFoundError(f"cannot read the photo {path}")
+    return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+
+
+def turned(array: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:
+    """A photo or mask (H, W, ...) turned, and mirrored if so; contiguous."""
+    array = np.rot90(array, quarter_turns)
+    return np.ascontiguousarray(array[:, ::-1] if mirrored else array)
+
+
+def varied_colours(image_rgb: torch.Tensor, seed: int) -> torch.Tensor:
+    """The image (3, H, W) uint8 under another light and lens: colours, contrast, blur."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return COLOURS(image_rgb)

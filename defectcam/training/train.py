@@ -1,11 +1,13 @@
 """Train the classifier of one defect from clicks (paper 4.1, 4.2).
 
 AdamW, binary cross-entropy on balanced crops, the best checkpoint by F-measure on val. Everything a run draws
-comes from its seed, and a run that was killed goes on from its last checkpoint (written every minute).
+comes from its seed, and a run that was killed goes on from its last checkpoint (written every minute). `torchrun`
+in front of the command trains on several GPUs or machines; on a GPU the network runs in mixed precision.
 
 Example:
     defectcam train --defect crack --data ../shared/data --sets deepcrack,uav75 --crop-px 96 --batch 16 \\
         --lr 1e-3 --head-lr 1e-2 --steps 800 --out out/train/crack
+    torchrun --nproc-per-node 4 -m defectcam train --defect crack --clicks clicks.csv --val-clicks val.csv --out out/crack
 """
 
 from __future__ import annotations
@@ -16,33 +18,167 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from defectcam.network import DefectNet
-from defectcam.training.clicks import Click, simulate_clicks
+from defectcam.training.clicks import SMALLEST_CLICKED_PX, Click, read_clicks, simulate_clicks
 from defectcam.training.crops import CropDataset
 
-CHECKPOINT_SECONDS = 60
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+CHECKPOINT_SECONDS = 50
 VAL_CROPS = 400
+WEIGHT_DECAY = 1e-2  # paper 4.2
+
+
+class ClassifierLoss(nn.Module):
+    """Binary cross-entropy of the network's logits; a module, so that several processes can share its gradients."""
+
+    def __init__(self, network: DefectNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_rgb: Tensor, labels: Tensor) -> Tensor:
+        """Scalar loss of crops (N, 3, H, W) uint8 and labels (N,), 0 or 1."""
+        logits = self.network(self.network.normalise(images_rgb))
+        return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float())
+
+
+def fit(
+    args: argparse.Namespace,
+    objective: nn.Module,
+    draws: Dataset,
+    validate: Callable[[DefectNet], dict[str, float]],
+    best_by: str,
+    facts: dict,
+) -> dict:
+    """The training loop of both networks, classifier and outline.
+
+    Args:
+        args: from a parser with `add_common_arguments`.
+        objective: module with the network as `.network`; called with a batch it gives the loss.
+        draws: endless dataset; draw k is always the same.
+        validate: figures of a network on val; the checkpoint with the largest `best_by` is kept.
+        facts: what else the run is defined by; a checkpoint of another run is never gone on from.
+
+    Returns:
+        The record of the run, which is also in record.json beside best.safetensors and curves.png.
+    """
+    gpu = torch.cuda.is_available()
+    bf16 = gpu and torch.cuda.is_bf16_supported()
+    accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if bf16 else "fp16" if gpu else "no")
+    if args.batch % accelerator.num_processes:
+        sys.exit(f"--batch {args.batch} cannot be shared evenly by {accelerator.num_processes} processes")
+    args.out.mkdir(parents=True, exist_ok=True)
+    network = objective.network
+    # A crack covers 3 % of a crop, so its scores must be large before their mean moves the logit: a head trained
+    # from scratch needs longer strides than the convolutions.
+    head_lr_factor = (args.head_lr or args.lr) / args.lr
+    body = [parameter for name, parameter in network.named_parameters() if not name.startswith("head.")]
+    optimiser = torch.optim.AdamW(
+        [{"params": body, "factor": 1.0}, {"params": network.head.parameters(), "factor": head_lr_factor}],
+        lr=args.lr,
+        weight_decay=WEIGHT_DECAY,
+    )
+    facts = common_facts(args) | facts
+    state = {"facts": facts, "step": 0, "best": -1.0, "seconds": 0.0, "history": []}
+    checkpoint = args.out / "last.safetensors"
+    if checkpoint.exists():
+        state = load_checkpoint(checkpoint, network, optimiser)
+        if state["facts"] != facts:
+            changed = sorted(name for name in facts if facts[name] != state["facts"].get(name))
+            sys.exit(f"{args.out} holds a run with other {', '.join(changed)}: choose another --out, or remove it")
+        print(f"going on from step {state['step']} of {checkpoint}", file=sys.stderr)
+    objective.to(accelerator.device, memory_format=torch.channels_last)
+    shared, optimiser = accelerator.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(objective) if gpu and
+        accelerator.num_processes > 1 else objective, optimiser)
+
+    own = own_draws(state["step"], args.steps, args.batch, accelerator.process_index, accelerator.num_processes)
+    loader = DataLoader(draws, batch_sampler=list(own), num_workers=args.workers)
+    earlier, started, saved = state["seconds"], time.monotonic(), time.monotonic()
+    main_process = accelerator.is_main_process
+    bar = tqdm(loader, initial=state["step"], total=args.steps, desc=args.out.name, unit="step", disable=not main_process)
+    losses = []
+    for batch in bar:
+        network.train()
+        for group in optimiser.param_groups:
+            group["lr"] = group["factor"] * learning_rate(state["step"], args.steps, args.lr)
+        with accelerator.autocast():
+            loss = shared(*(part.to(accelerator.device) for part in batch))
+        optimiser.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        optimiser.step()
+        losses.append(loss.item())
+        state["step"] += 1
+        last = state["step"] == args.steps
+        if not main_process:
+            continue
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", best=f"{state['best']:.3f}")
+        if state["step"] % args.val_every == 0 or last:
+            network.eval()
+            with torch.no_grad():
+                found = validate(network)
+            state["history"].append({"step": state["step"], "loss": float(np.mean(losses[-50:])), **found})
+            tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in state["history"][-1].items()))
+            if found[best_by] >= state["best"]:
+                state["best"] = found[best_by]
+                save_weights(network, args.out / "best.safetensors")
+            draw_curves(state["history"], args.out / "curves.png")
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or last:
+            saved = time.monotonic()
+            state["seconds"] = earlier + saved - started
+            save_checkpoint(checkpoint, network, optimiser, state)
+    accelerator.wait_for_everyone()
+    record = {
+        "command": "defectcam " + shlex.join(sys.argv[1:]),
+        **facts,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "minutes": round(state["seconds"] / 60, 1),
+        "best_val": state["best"],
+        "history": state["history"],
+    }
+    if main_process:
+        (args.out / "record.json").write_text(json.dumps(record, indent=1))
+    return record
+
+
+def own_draws(first: int, steps: int, batch: int, process: int, processes: int) -> Iterator[range]:
+    """For every step the draws of one process: together the processes see what one alone would see."""
+    share = batch // processes
+    for step in range(first, steps):
+        start = step * batch + process * share
+        yield range(start, start + share)
 
 
 def gather_clicks(args: argparse.Namespace, split: str) -> list[Click]:
-    """Clicks of the sets with the defect, and none-clicks alone of the sets without it."""
+    """A person's own clicks from a file, or those a person would have given, simulated from the sets' masks.
+
+    Of the sets without the defect none-clicks alone.
+    """
     clicks: list[Click] = []
+    if args.clicks:
+        clicks += read_clicks(args.clicks if split == "train" else args.val_clicks)
+    patch_px = round(args.crop_px / args.working_scale)
+    smallest_px = round(SMALLEST_CLICKED_PX / args.working_scale**2)  # what can be seen at working scale
     for set_name in args.sets:
         clicks += simulate_clicks(
-            args.data, set_name, split, args.defect, args.crop_px, args.none_per_photo, args.seed
+            args.data, set_name, split, args.defect, patch_px, args.none_per_photo, args.seed, smallest_px
         )
     for set_name in args.none_sets:
-        found = simulate_clicks(args.data, set_name, split, args.defect, args.crop_px, 1, args.seed)
+        found = simulate_clicks(args.data, set_name, split, args.defect, patch_px, 1, args.seed)
         clicks += [click for click in found if click.defect == "none"]
     return clicks
 
@@ -54,17 +190,16 @@ def f_measure(scores: np.ndarray, labels: np.ndarray) -> float:
     return 2 * hits / max(float(found.sum() + (labels > 0).sum()), 1.0)
 
 
-@torch.no_grad()
-def val_scores(network: DefectNet, dataset: CropDataset, batch: int, device: str) -> tuple[float, float]:
+def val_figures(network: DefectNet, dataset: CropDataset, batch: int) -> dict[str, float]:
     """F-measure and loss over the first VAL_CROPS draws of a val set."""
-    network.eval()
+    device = network.head.weight.device
     logits, labels = [], []
     for images, targets in DataLoader(dataset, batch, sampler=range(VAL_CROPS)):
         logits.append(network(network.normalise(images.to(device))).float().cpu())
         labels.append(targets.float())
     logit, label = torch.cat(logits), torch.cat(labels)
     loss = nn.functional.binary_cross_entropy_with_logits(logit, label)
-    return f_measure(logit.numpy(), label.numpy()), float(loss)
+    return {"val_loss": float(loss), "val_f": f_measure(logit.numpy(), label.numpy())}
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -75,7 +210,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm))))
 
 
-def save_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.AdamW, state: dict) -> None:
+def save_weights(network: DefectNet, path: Path) -> None:
+    """All tensors of a network as safetensors."""
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+
+
+def save_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.Optimizer, state: dict) -> None:
     """Weights, AdamW moments and the run's state in one safetensors file, replaced in one move."""
     tensors = {f"model.{name}": value.contiguous() for name, value in network.state_dict().items()}
     for index, moments in optimiser.state_dict()["state"].items():
@@ -85,7 +225,7 @@ def save_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.AdamW
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.AdamW) -> dict:
+def load_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.Optimizer) -> dict:
     """Undo `save_checkpoint`; returns the run's state."""
     with safe_open(path, "pt") as file:
         state = json.loads(file.metadata()["state"])
@@ -100,97 +240,39 @@ def load_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.AdamW
     return state
 
 
-def train(args: argparse.Namespace) -> dict:
-    """Train as the arguments say; returns and writes the record of the run (record.json)."""
-    torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.out.mkdir(parents=True, exist_ok=True)
-    train_clicks, val_clicks = gather_clicks(args, "train"), gather_clicks(args, "val")
-    crops = CropDataset(train_clicks, args.crop_px, args.seed, augment=True)
-    val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False)
+def draw_curves(history: list[dict], path: Path) -> None:
+    """One picture: every figure of the history over the steps."""
+    figures = [name for name in history[0] if name != "step"]
+    _, axes = pyplot.subplots(1, len(figures), figsize=(4 * len(figures), 3), squeeze=False)
+    for axis, name in zip(axes[0], figures):
+        axis.plot([row["step"] for row in history], [row[name] for row in history], marker="o", markersize=3)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    pyplot.tight_layout()
+    pyplot.savefig(path, dpi=80)
+    pyplot.close()
 
+
+def network_from(args: argparse.Namespace) -> DefectNet:
+    """The network to start from: random, with ImageNet's encoder, or as in `--init`."""
+    torch.manual_seed(args.seed)
     network = DefectNet(args.decoder, args.downsamplings, encoder_weights=args.encoder_weights)
     if args.init:
         network.load_state_dict(load_file(args.init))
-    network = network.to(device, memory_format=torch.channels_last)
-    # A crack covers 3 % of a crop, so its scores must be large before their mean moves the logit: a head trained
-    # from scratch needs longer strides than the convolutions.
-    head_lr_factor = (args.head_lr or args.lr) / args.lr
-    body = [parameter for name, parameter in network.named_parameters() if not name.startswith("head.")]
-    optimiser = torch.optim.AdamW(
-        [{"params": body, "factor": 1.0}, {"params": network.head.parameters(), "factor": head_lr_factor}],
-        lr=args.lr,
-        weight_decay=1e-2,
-    )
-    facts = run_facts(args, train_clicks)
-    state = {"facts": facts, "step": 0, "best_f": -1.0, "seconds": 0.0, "history": []}
-    checkpoint = args.out / "last.safetensors"
-    if checkpoint.exists():
-        state = load_checkpoint(checkpoint, network, optimiser)
-        if state["facts"] != facts:
-            changed = sorted(name for name in facts if facts[name] != state["facts"].get(name))
-            sys.exit(f"{args.out} holds a run with other {', '.join(changed)}: choose another --out, or remove it")
-        print(f"going on from step {state['step']} of {checkpoint}", file=sys.stderr)
-
-    draws = range(state["step"] * args.batch, args.steps * args.batch)
-    loader = DataLoader(crops, args.batch, sampler=draws, num_workers=args.workers)
-    earlier, started, saved = state["seconds"], time.monotonic(), time.monotonic()
-    bar = tqdm(loader, initial=state["step"], total=args.steps, desc=args.defect, unit="step")
-    losses = []
-    for images, targets in bar:
-        network.train()
-        for group in optimiser.param_groups:
-            group["lr"] = group["factor"] * learning_rate(state["step"], args.steps, args.lr)
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            network(network.normalise(images.to(device))), targets.to(device, torch.float32)
-        )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-        state["step"] += 1
-        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", best_f=f"{state['best_f']:.3f}")
-        if state["step"] % args.val_every == 0 or state["step"] == args.steps:
-            f, val_loss = val_scores(network, val_crops, args.batch, device)
-            state["history"].append(
-                {"step": state["step"], "loss": float(np.mean(losses[-50:])), "val_loss": val_loss, "val_f": f}
-            )
-            tqdm.write(f"step {state['step']}: loss {np.mean(losses[-50:]):.3f}, val {val_loss:.3f}, F {f:.3f}")
-            if f >= state["best_f"]:
-                state["best_f"] = f
-                save_file(
-                    {name: value.contiguous() for name, value in network.state_dict().items()},
-                    args.out / "best.safetensors",
-                )
-        if time.monotonic() - saved > CHECKPOINT_SECONDS or state["step"] == args.steps:
-            saved = time.monotonic()
-            state["seconds"] = earlier + saved - started
-            save_checkpoint(checkpoint, network, optimiser, state)
-    record = {
-        "command": "defectcam train " + shlex.join(sys.argv[2:]),
-        **facts,
-        "positive_clicks": len(crops.positives),
-        "none_clicks": len(crops.negatives),
-        "minutes": round(state["seconds"] / 60, 1),
-        "best_val_f": state["best_f"],
-        "history": state["history"],
-    }
-    (args.out / "record.json").write_text(json.dumps(record, indent=1))
-    return record
+    return network
 
 
-def run_facts(args: argparse.Namespace, clicks: list[Click]) -> dict:
-    """What a run is defined by; a checkpoint of another run is never gone on from."""
-    labels = [(click.photo_group, click.x, click.y, click.defect) for click in clicks]
+def common_facts(args: argparse.Namespace) -> dict:
+    """What every run is defined by."""
     return {
         "defect": args.defect,
         "sets": args.sets,
         "none_sets": args.none_sets,
-        "clicks_sha256": hashlib.sha256(repr(labels).encode()).hexdigest(),
         "init_sha256": hashlib.sha256(args.init.read_bytes()).hexdigest() if args.init else None,
         "encoder_weights": args.encoder_weights,
         "decoder": list(args.decoder),
         "downsamplings": args.downsamplings,
+        "working_scale": args.working_scale,
         "crop_px": args.crop_px,
         "batch": args.batch,
         "lr": args.lr,
@@ -200,40 +282,81 @@ def run_facts(args: argparse.Namespace, clicks: list[Click]) -> dict:
     }
 
 
+def train(args: argparse.Namespace) -> dict:
+    """Train a classifier as the arguments say; returns and writes the record of the run."""
+    clicks, val_clicks = gather_clicks(args, "train"), gather_clicks(args, "val")
+    crops = CropDataset(clicks, args.crop_px, args.seed, augment=True, working_scale=args.working_scale)
+    val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False, working_scale=args.working_scale)
+    labels = [(click.photo_group, click.x, click.y, click.defect) for click in clicks]
+    facts = {
+        "clicks_sha256": hashlib.sha256(repr(labels).encode()).hexdigest(),
+        "positive_clicks": len(crops.positives),
+        "none_clicks": len(crops.negatives),
+    }
+    return fit(
+        args,
+        ClassifierLoss(network_from(args)),
+        crops,
+        lambda network: val_figures(network, val_crops, args.batch),
+        "val_f",
+        facts,
+    )
+
+
 def names(text: str) -> list[str]:
     """"a,b" -> ["a", "b"]."""
     return [name for name in text.split(",") if name]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="defectcam train",
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n")[-1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_common_arguments(parser: argparse.ArgumentParser, crop_px: int, batch: int, val_every: int) -> None:
+    """Options of every training run; the numbers are defaults."""
     parser.add_argument("--defect", required=True, help="crack, spalling, rust, or your own")
-    parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
-    parser.add_argument("--sets", type=names, required=True, help="sets in which the defect is labelled")
-    parser.add_argument("--none-sets", type=names, default=[], help="sets that give none-clicks alone")
-    parser.add_argument("--none-per-photo", type=int, default=6, help="none-clicks per photo (default 6)")
-    parser.add_argument("--crop-px", type=int, default=320, help="side of a crop (default 320, the paper's)")
-    parser.add_argument("--batch", type=int, default=32, help="crops per step (default 32, the paper's)")
+    parser.add_argument("--data", type=Path, help="folder of sets with splits.json")
+    parser.add_argument("--sets", type=names, default=[], help="sets in which the defect is labelled")
+    parser.add_argument("--none-sets", type=names, default=[], help="sets without the defect")
+    parser.add_argument(
+        "--working-scale",
+        type=float,
+        default=1.0,
+        help="photos are resized by it first; --crop-px counts resized pixels (default 1)",
+    )
+    parser.add_argument("--crop-px", type=int, default=crop_px, help=f"side of a crop (default {crop_px})")
+    parser.add_argument("--batch", type=int, default=batch, help=f"crops per step (default {batch})")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4, the paper's)")
     parser.add_argument("--head-lr", type=float, help="peak learning rate of the head (default: --lr)")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--val-every", type=int, default=100, help="steps between validations")
+    parser.add_argument("--val-every", type=int, default=val_every, help="steps between validations")
     parser.add_argument("--decoder", type=lambda s: tuple(map(int, s.split(","))), default=(64, 32, 16))
     parser.add_argument("--downsamplings", type=int, default=2, choices=(1, 2, 3), help="paper Fig. 4")
     parser.add_argument("--encoder-weights", choices=("imagenet",), help="start from published encoder weights")
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the record")
-    return parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the record")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="defectcam train",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--clicks", type=Path, help="a person's clicks: CSV with image, x, y, defect")
+    parser.add_argument("--val-clicks", type=Path, help="clicks on other photos, to choose the best checkpoint by")
+    parser.add_argument("--none-per-photo", type=int, default=6, help="simulated none-clicks per photo (default 6)")
+    add_common_arguments(parser, crop_px=320, batch=32, val_every=100)
+    args = parser.parse_args(argv)
+    if bool(args.clicks) != bool(args.val_clicks):
+        parser.error("--clicks and --val-clicks go together: the best checkpoint is chosen on photos not trained on")
+    if not args.clicks and not (args.data and args.sets):
+        parser.error("labels are missing: give --clicks and --val-clicks, or --data and --sets")
+    if not 0 < args.working_scale <= 1:
+        parser.error(f"--working-scale is {args.working_scale}; allowed is above 0, at most 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam train`."""
     done = train(parse_args(argv))
-    print(f"best F-measure on val {done['best_val_f']:.3f} after {done['minutes']} minutes")
+    print(f"best F-measure on val {done['best_val']:.3f} after {done['minutes']} minutes")

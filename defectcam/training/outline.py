@@ -1,0 +1,213 @@
+"""Train the outline network: the same U-Net as the classifier, read per pixel (paper, conclusion; beyond it).
+
+Where a defect is and how far it reaches, the climbed map of the classifier says, which is trained by clicks alone.
+Where exactly its edge runs, this network says. It starts from the classifier's weights and learns from masks, in
+one of two arms that every table names:
+
+clicks      masks are the classifier's own snapped proposals (`defectcam pseudo-masks`): nothing but clicks.
+outlines    masks are finished outlines: those of the data sets, or the shapes of completed CVAT jobs.
+
+Example:
+    defectcam train-outline --arm outlines --defect crack --data ../shared/data --sets deepcrack,uav75 \\
+        --init weights/crack.safetensors --lr 1e-3 --steps 1500 --out out/train/crack-outline
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from defectcam.network import DefectNet
+from defectcam.tiling import at_working_scale, stitched_score_map
+from defectcam.training.clicks import patch_bounds, photo_path, split_stems
+from defectcam.training.crops import read_photo_rgb, turned, varied_colours
+from defectcam.training.train import add_common_arguments, fit, network_from
+
+UNKNOWN = 127  # grey level of mask pixels that nobody vouches for
+ON_DEFECT_SHARE = 0.5  # of the crops are around a defect's pixel, the others anywhere
+
+
+@dataclass(frozen=True)
+class OutlinePhoto:
+    """A photo at working scale with what is known of it.
+
+    Attributes:
+        image_rgb: (H, W, 3) uint8.
+        coverage: (H, W) uint8, the defect's share of each pixel, 255 = all of it.
+        known: (H, W) bool, False where the mask says nothing.
+    """
+
+    image_rgb: np.ndarray
+    coverage: np.ndarray
+    known: np.ndarray
+
+
+def load_outline_photo(photo: Path, mask: Path | None, working_scale: float) -> OutlinePhoto:
+    """Read a photo and its mask (None: it has no defect); mask values 0, 255 and UNKNOWN.
+
+    Raises:
+        FileNotFoundError: naming the file that cannot be read.
+        ValueError: where mask and photo differ in size.
+    """
+    image_rgb = read_photo_rgb(str(photo))
+    values = np.zeros(image_rgb.shape[:2], np.uint8) if mask is None else cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE)
+    if values is None:
+        raise FileNotFoundError(f"cannot read the mask {mask}")
+    if values.shape != image_rgb.shape[:2]:
+        raise ValueError(f"mask {mask} is {values.shape}, its photo {image_rgb.shape[:2]}: both must be the same")
+    small = at_working_scale(image_rgb, working_scale)
+    size = small.shape[1::-1]
+    coverage = cv2.resize(np.where(values > UNKNOWN, 255, 0).astype(np.uint8), size, interpolation=cv2.INTER_AREA)
+    known = cv2.resize((values == UNKNOWN).astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) < 128
+    return OutlinePhoto(small, coverage, known)
+
+
+class OutlineDataset(Dataset):
+    """An endless sequence of crops with their masks: draw k is always the same one.
+
+    Args:
+        with_defect, without: photos with the defect and without it (crops of these are 1 in 5 of the draws).
+        crop_px: side of the square crops, at working scale.
+        seed: together with the draw's number fixes every crop.
+
+    Items: (image_rgb (3, crop_px, crop_px) uint8, coverage (crop_px, crop_px) float 0..1, known, the same, 0 or 1).
+    """
+
+    def __init__(
+        self, with_defect: Sequence[OutlinePhoto], without: Sequence[OutlinePhoto], crop_px: int, seed: int
+    ) -> None:
+        if not with_defect:
+            raise ValueError("training outlines needs photos with the defect, got none")
+        self.with_defect, self.without = with_defect, without
+        self.crop_px, self.seed = crop_px, seed
+        self.defect_pixels = [np.flatnonzero(photo.coverage > UNKNOWN).astype(np.int32) for photo in with_defect]
+
+    def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng = np.random.default_rng((self.seed, draw))
+        if self.without and draw % 5 == 4:
+            photo, pixels = self.without[int(rng.integers(len(self.without)))], np.empty(0)
+        else:
+            epoch, position = divmod(draw, len(self.with_defect))
+            index = np.random.default_rng((self.seed, epoch)).permutation(len(self.with_defect))[position]
+            photo, pixels = self.with_defect[index], self.defect_pixels[index]
+        height, width = photo.coverage.shape
+        if len(pixels) and rng.random() < ON_DEFECT_SHARE:
+            y, x = divmod(int(pixels[rng.integers(len(pixels))]), width)
+        else:
+            y, x = int(rng.integers(height)), int(rng.integers(width))
+        size = int(round(self.crop_px * rng.uniform(0.7, 1.4)))
+        x0, x1 = patch_bounds(x + int(rng.uniform(-0.4, 0.4) * size), size, width)
+        y0, y1 = patch_bounds(y + int(rng.uniform(-0.4, 0.4) * size), size, height)
+        turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+
+        def cut(array: np.ndarray, interpolation: int) -> np.ndarray:
+            part = cv2.resize(array[y0:y1, x0:x1], (self.crop_px, self.crop_px), interpolation=interpolation)
+            return turned(part, turns, mirrored)
+
+        smooth = cv2.INTER_AREA if size > self.crop_px else cv2.INTER_LINEAR
+        image = torch.from_numpy(cut(photo.image_rgb, smooth)).permute(2, 0, 1)
+        coverage = torch.from_numpy(cut(photo.coverage, smooth)).float() / 255
+        known = torch.from_numpy(cut(photo.known.astype(np.uint8), cv2.INTER_NEAREST)).float()
+        return varied_colours(image, int(rng.integers(2**31))), coverage, known
+
+
+class OutlineLoss(nn.Module):
+    """Binary cross-entropy plus soft Dice over the known pixels of a batch.
+
+    Cross-entropy makes the probabilities honest, Dice keeps thin defects from being outvoted by their background.
+    """
+
+    def __init__(self, network: DefectNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_rgb: Tensor, coverage: Tensor, known: Tensor) -> Tensor:
+        """Scalar loss; images (N, 3, H, W) uint8, coverage (N, H, W) 0..1, known (N, H, W) 0 or 1."""
+        score_map = self.network.score_map(self.network.normalise(images_rgb)).float()
+        logits = score_map + self.network.head.bias
+        entropy = nn.functional.binary_cross_entropy_with_logits(logits, coverage, reduction="none")
+        found, wanted = logits.sigmoid() * known, coverage * known
+        dice = 1 - (2 * (found * wanted).sum() + 1) / (found.sum() + wanted.sum() + 1)
+        return (entropy * known).sum() / known.sum().clamp(min=1) + dice
+
+
+def pixel_iou(network: DefectNet, photos: Sequence[OutlinePhoto]) -> float:
+    """Intersection over union of all photos' pixels together, at probability 0.5 and working scale."""
+    both = either = 0
+    bias = float(network.head.bias[0])
+    for photo in photos:
+        found = stitched_score_map(network, photo.image_rgb) > -bias
+        wanted = photo.coverage > UNKNOWN
+        both += int((found & wanted & photo.known).sum())
+        either += int(((found | wanted) & photo.known).sum())
+    return both / max(either, 1)
+
+
+def gather_photos(
+    args: argparse.Namespace, sets: Sequence[str], split: str, masks: Path | None
+) -> list[OutlinePhoto]:
+    """Photos of some sets; `masks` is a folder of <set>/<stem>.png, None for the sets' own masks."""
+    photos = []
+    for set_name in sets:
+        for stem in tqdm(split_stems(args.data, set_name, split), desc=f"{set_name} {split}", unit="photo"):
+            photo = photo_path(args.data / set_name, stem)
+            folder = masks / set_name if masks else args.data / set_name / "masks" / args.defect
+            mask = folder / f"{stem}.png"
+            if set_name in args.none_sets and not mask.exists():
+                mask = None
+            photos.append(load_outline_photo(photo, mask, args.working_scale))
+    return photos
+
+
+def train_outline(args: argparse.Namespace) -> dict:
+    """Train as the arguments say; returns and writes the record of the run."""
+    masks = args.masks if args.arm == "clicks" else None
+    photos = gather_photos(args, args.sets, "train", masks)
+    with_defect = [photo for photo in photos if (photo.coverage > UNKNOWN).any()]
+    without = [photo for photo in photos if not photo.coverage.any()]
+    without += [photo for photo in gather_photos(args, args.none_sets, "train", masks) if not photo.coverage.any()]
+    rng = np.random.default_rng(args.seed)
+    val = [photo for photo in gather_photos(args, args.sets, "val", None) if (photo.coverage > UNKNOWN).any()]
+    val = [val[index] for index in rng.permutation(len(val))[: args.val_photos]]
+    pixels = hashlib.sha256()
+    for photo in with_defect:
+        pixels.update(np.ascontiguousarray(photo.coverage))
+    facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without), "masks_sha256": pixels.hexdigest()}
+
+    return fit(
+        args,
+        OutlineLoss(network_from(args)),
+        OutlineDataset(with_defect, without, args.crop_px, args.seed),
+        lambda network: {"val_iou": pixel_iou(network, val)},
+        "val_iou",
+        facts,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `defectcam train-outline`."""
+    parser = argparse.ArgumentParser(
+        prog="defectcam train-outline",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arm", choices=("clicks", "outlines"), required=True)
+    parser.add_argument("--masks", type=Path, help="for the clicks arm: folder from `defectcam pseudo-masks`")
+    parser.add_argument("--val-photos", type=int, default=40, help="photos the best checkpoint is chosen on")
+    add_common_arguments(parser, crop_px=96, batch=8, val_every=250)
+    args = parser.parse_args(argv)
+    if (args.arm == "clicks") != (args.masks is not None):
+        parser.error("--arm clicks needs --masks, and --arm outlines takes the sets' own masks")
+    done = train_outline(args)
+    print(f"best IoU on val {done['best_val']:.3f} after {done['minutes']} minutes")
