@@ -7,16 +7,21 @@ PORT ?= 8080
 DEFECT ?= crack
 DATA ?= ../shared/data
 SETS ?= deepcrack,rissbilder_volker,uav75
+# Your own clicks instead of DATA and SETS: CSV files with image, x, y, defect.
+CLICKS ?=
+VAL_CLICKS ?=
 # Further options of `defectcam train --help`; weights/README.md has those of the shipped weights.
 ARGS ?=
 
-.PHONY: help install demo test serve train
+.PHONY: help install demo test serve train evaluate
 help:
 	@echo "make install                          build .venv with exact versions"
 	@echo "make demo IMAGE=photo ITERATIONS=4    proposals for one photo, as JSON and picture, in out/demo"
 	@echo "make test                             all tests"
 	@echo "make serve PORT=8080                  the function over HTTP, without Nuclio"
 	@echo "make train DEFECT=crack DATA=folder SETS=a,b   train a classifier from clicks, in out/train"
+	@echo "make train DEFECT=crack CLICKS=clicks.csv VAL_CLICKS=val.csv   the same from your own clicks"
+	@echo "make evaluate DATA=folder             the table of all measures on val photos, in out/evaluate.html"
 
 install: .venv/installed
 
@@ -24,7 +29,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
 		|| { echo "Python 3.11 or 3.12 is needed, not '$(PYTHON)': name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[runtime,train,dev]'
+	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[runtime,train,feedback,cvat,dev]'
 	@touch $@
 
 demo: install
@@ -37,4 +42,8 @@ serve: install
 	$(VENV)/python -m defectcam serve --port $(PORT)
 
 train: install
-	$(VENV)/python -m defectcam train --defect $(DEFECT) --data $(DATA) --sets $(SETS) $(ARGS) --out out/train/$(DEFECT)
+	$(VENV)/python -m defectcam train --defect $(DEFECT) --out out/train/$(DEFECT) $(ARGS) \
+		$(if $(CLICKS),--clicks $(CLICKS) --val-clicks $(VAL_CLICKS),--data $(DATA) --sets $(SETS))
+
+evaluate: install
+	$(VENV)/python -m defectcam evaluate --data $(DATA) $(ARGS)

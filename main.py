@@ -15,7 +15,8 @@ def init_context(context):
 
 
 def handler(context, event):
-    """GET: what runs here. Anything else: the proposals for the image in the body, as CVAT wants them."""
+    """GET: what runs here. Anything else: the proposals for the image in the body, or with `pos_points` the outline
+    that was clicked, as CVAT wants them."""
     model = context.user_data.model
     status = 200
     if event.method == "GET":
@@ -27,11 +28,13 @@ def handler(context, event):
         except RequestError as error:
             status, answer = 400, {"error": str(error)}
             context.logger.warn(f"refused: {error}")
-        except Exception:  # a request must never cost CVAT's whole run: say so on this frame, go on with the next
+        except Exception:
             context.logger.error(traceback.format_exc())
-            answer = model.unprocessed("internal error, see the function's log")
+            reason = "internal error, see the function's log"
+            # A frame must never cost CVAT's whole run: say so on it, go on with the next. A click costs nothing.
+            status, answer = (500, {"error": reason}) if request.clicks else (200, model.unprocessed(reason))
     return context.Response(
-        body=json.dumps(answer, allow_nan=False),
+        body=json.dumps(answer, allow_nan=False, separators=(",", ":")),  # masks are millions of numbers
         headers={},
         content_type="application/json",
         status_code=status,

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 
 from defectcam import __version__
 from defectcam.cam import score_sums
+from defectcam.cvat_task import CvatTask
+from defectcam.interactor import outline_clicked
 from defectcam.network import DefectNet
 from defectcam.postprocess import binarise
 from defectcam.proposals import (
@@ -44,6 +47,7 @@ from defectcam.weights import DefectWeights, load_weights, read_manifest
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 MAX_MEGAPIXELS = 64  # 8000 x 8000
 TIME_LIMIT_S = 100  # CVAT gives up after 120 s, and the answer must travel too
+IDLE_S = 300  # longer than between two photos of a run or two clicks of an annotator
 MAX_OUTLINE_PX = 500_000  # longer outlines of one component take minutes to simplify and no one could edit them
 MAX_MASK_PIXELS = 32_000_000  # of all boxes together: CVAT's masks are lists of numbers, 2 bytes each in JSON
 PILLOW_LIMIT_MP = 178  # Pillow refuses larger images by itself
@@ -59,8 +63,64 @@ class Maps:
     climbed: np.ndarray
 
 
+class OnDemand:
+    """Networks that are on their device only while they are in use, and on the CPU once nobody asked for a while.
+
+    So deployments of one image share a GPU, although only some of them are busy. What a process keeps there in
+    any case, once it has used it, is CUDA's own context. Moving changes no bit of the weights.
+
+    A context manager: inside `with`, in any number of threads at once, the networks are on the device.
+
+    Args:
+        networks: on the CPU.
+        device: where they are used.
+        idle_s: seconds after the last use at which they leave the device.
+    """
+
+    def __init__(self, networks: Iterable[torch.nn.Module], device: str, idle_s: float) -> None:
+        self.networks = list(networks)
+        self.device = device
+        self.idle_s = idle_s
+        self.users = 0
+        self.lock = threading.Lock()
+        self.timer = threading.Timer(0, self._leave)
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.timer.cancel()
+            self.users += 1
+            try:
+                if self.users == 1:
+                    self._move(self.device)
+            except BaseException:  # out of memory half-way: what did arrive must leave again
+                self._release()
+                raise
+
+    def __exit__(self, *_) -> None:
+        with self.lock:
+            self._release()
+
+    def _release(self) -> None:
+        self.users -= 1
+        if self.users == 0:
+            self.timer = threading.Timer(self.idle_s, self._leave)
+            self.timer.daemon = True  # nobody waits for it at the end of the process
+            self.timer.start()
+
+    def _leave(self) -> None:
+        with self.lock:
+            # A timer may have run out just before it was cancelled: then it is no longer the one that counts.
+            if self.users == 0 and threading.current_thread() is self.timer:
+                self._move("cpu")
+                torch.cuda.empty_cache()  # does nothing in a process that has not used a GPU
+
+    def _move(self, device: str) -> None:
+        for network in self.networks:
+            network.to(device)
+
+
 class ModelHandler:
-    """All defects' networks on one device, and the deployment's settings.
+    """All defects' networks, used on one device, and the deployment's settings.
 
     Args:
         weights_dir: folder with manifest.json, see `defectcam.weights`.
@@ -69,6 +129,8 @@ class ModelHandler:
         max_pixels: larger photos are not processed.
         time_limit_s: a photo that takes longer is not answered with proposals but with the reason.
         logger: with `info`, `warn` and `error`, as Nuclio's.
+        idle_s: see `OnDemand`.
+        cvat_task: who to ask for the climbing steps set on the task in CVAT.
 
     Raises:
         WeightsError: weights that must not be used.
@@ -82,18 +144,23 @@ class ModelHandler:
         logger,
         max_pixels: int = MAX_MEGAPIXELS * 1_000_000,
         time_limit_s: float = TIME_LIMIT_S,
+        idle_s: float = IDLE_S,
+        cvat_task: CvatTask | None = None,
     ) -> None:
         # The same photo must give the same answer, and proposals keep their names: no TF32, no search for the
         # fastest algorithm of the day.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        self.weights = load_weights(weights_dir, device)
+        self.weights = load_weights(weights_dir, "cpu")
+        networks = [*self.weights.networks.values(), *self.weights.outlines.values()]
+        self.networks_on_device = OnDemand(networks, device, idle_s)
         self.device = device
         self.settings = settings
         self.max_pixels = max_pixels
         self.time_limit_s = time_limit_s
         self.logger = logger
+        self.cvat_task = cvat_task
         self.batch = BATCH[device]
 
     @classmethod
@@ -104,7 +171,9 @@ class ModelHandler:
         settings = settings_from_env(environ, list(facts))
         max_pixels = int(1e6 * positive_number(environ, "ADVCAM_MAX_MEGAPIXELS", MAX_MEGAPIXELS, PILLOW_LIMIT_MP))
         time_limit_s = positive_number(environ, "ADVCAM_TIME_LIMIT", TIME_LIMIT_S, 86_400)
-        return cls(folder, choose_device(environ), settings, logger, max_pixels, time_limit_s)
+        idle_s = positive_number(environ, "ADVCAM_IDLE_SECONDS", IDLE_S, 86_400)
+        cvat_task = CvatTask.from_env(environ, logger)
+        return cls(folder, choose_device(environ), settings, logger, max_pixels, time_limit_s, idle_s, cvat_task)
 
     @property
     def defects(self) -> list[str]:
@@ -119,7 +188,7 @@ class ModelHandler:
             "weights": self.weights.version,
             "defects": self.defects,
             "device": self.device,
-            "defaults": {defect: self._effective(defect, self.settings) for defect in self.defects},
+            "defaults": {defect: self.effective(defect, self.settings) for defect in self.defects},
             "limits": {
                 "max_megapixels": self.max_pixels / 1e6,
                 "time_limit_s": self.time_limit_s,
@@ -127,42 +196,70 @@ class ModelHandler:
             },
         }
 
-    def answer(self, request: Request) -> list[dict]:
-        """CVAT's answer to a parsed request; a photo that cannot be processed gives one `unprocessed` tag."""
+    def answer(self, request: Request) -> list[dict] | dict:
+        """CVAT's answer to a parsed request: a detector's, or an interactor's where it has clicks.
+
+        A photo that cannot be processed gives one `unprocessed` tag; an annotator's click on it costs no run, so
+        that is a RequestError.
+        """
         if request.ignored:
             self.logger.warn(f"unknown keys ignored: {', '.join(request.ignored)}")
         started = time.monotonic()
+        deadline = started + self.time_limit_s
         try:
             image_rgb = decode_image(request.image_bytes, self.max_pixels)
-            shapes = self.propose(image_rgb, request.settings, started + self.time_limit_s)
-        except ImageError as error:
-            self.logger.error(f"unprocessed: {error}")
-            return self.unprocessed(str(error))
-        except TimeLimitError:
-            reason = f"too slow: over {self.time_limit_s:g} s; use a GPU, a region of interest or fewer iterations"
-            self.logger.error(f"unprocessed: {reason}")
-            return self.unprocessed(reason)
+            if request.clicks:
+                answer = outline_clicked(self, image_rgb, request.clicks, request.settings, deadline)
+            else:
+                iterations = self.iterations_of_task(request, image_rgb)
+                answer = self.propose(image_rgb, request.settings, deadline, iterations)
         except Exception as error:
-            if not out_of_memory(error):
+            reason = self.reason(error)
+            if reason is None:
                 raise
-            self.logger.error(f"unprocessed: out of memory: {error}")
-            return self.unprocessed("out of memory: use a smaller image or a region of interest")
+            self.logger.error(f"unprocessed: {reason} ({error!r})")
+            if request.clicks:
+                raise RequestError(reason) from error
+            return self.unprocessed(reason)
         height, width = image_rgb.shape[:2]
-        self.logger.info(f"{len(shapes)} proposals on {width} x {height} in {time.monotonic() - started:.1f} s")
-        return shapes
+        what = "outline clicked" if request.clicks else f"{len(answer)} proposals"
+        self.logger.info(f"{what} on {width} x {height} in {time.monotonic() - started:.1f} s")
+        return answer
+
+    def reason(self, error: Exception) -> str | None:
+        """Why a photo cannot be processed, in words for its annotator; None for an error of the program."""
+        if isinstance(error, ImageError):
+            return str(error)
+        if isinstance(error, TimeLimitError):
+            return f"too slow: over {self.time_limit_s:g} s; use a GPU, a region of interest or fewer iterations"
+        return "out of memory: use a smaller image or a region of interest" if out_of_memory(error) else None
+
+    def iterations_of_task(self, request: Request, image_rgb: np.ndarray) -> dict[str, int | str]:
+        """T per defect where the task in CVAT asks for its own and the request does not."""
+        if self.cvat_task is None or request.iterations_given:
+            return {}
+        default = {defect: self.effective(defect, request.settings)["iterations"] for defect in self.defects}
+        return self.cvat_task.iterations(request.image_bytes, image_rgb, default)
 
     def unprocessed(self, reason: str) -> list[dict]:
         """The tag that tells an annotator which frame was not processed and why."""
         attributes = [{"name": "reason", "value": reason[:4096]}]  # CVAT fails a run over a longer text
         return [{"label": "unprocessed", "type": "tag", "attributes": attributes}]
 
-    def propose(self, image_rgb: np.ndarray, settings: Settings, deadline: float = math.inf) -> list[dict]:
+    def propose(
+        self,
+        image_rgb: np.ndarray,
+        settings: Settings,
+        deadline: float = math.inf,
+        iterations: Mapping[str, int | str] | None = None,
+    ) -> list[dict]:
         """Proposals for one photo as CVAT shapes, defect by defect, each from top to bottom.
 
         Args:
             image_rgb: (H, W, 3) uint8.
             settings: None fields mean the manifest's value for each defect.
             deadline: on the clock of time.monotonic, s.
+            iterations: T for some of the defects, before that of the settings.
 
         Raises:
             ImageError: out of memory even with one tile at a time, or proposals nobody could use.
@@ -172,9 +269,10 @@ class ModelHandler:
         pixels_digest = hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest()
         shapes, mask_pixels = [], 0
         for defect in settings.defects or self.defects:
-            effective = self._effective(defect, settings)
+            own = replace(settings, iterations=(iterations or {}).get(defect, settings.iterations))
+            effective = self.effective(defect, own)
             digest = json.dumps([pixels_digest, image_rgb.shape, self.weights.facts[defect].sha256, effective])
-            for component, confidence in self.components(image_rgb, defect, settings, deadline):
+            for component, confidence in self.components(image_rgb, defect, own, deadline):
                 if time.monotonic() > deadline:
                     raise TimeLimitError
                 if outline_length_px(component.mask) > MAX_OUTLINE_PX:
@@ -202,19 +300,26 @@ class ModelHandler:
         self, image_rgb: np.ndarray, defect: str, settings: Settings, deadline: float = math.inf
     ) -> list[tuple[Component, float]]:
         """Components of one defect with their confidence (0..1), those below the threshold left out."""
-        effective = self._effective(defect, settings)
+        effective = self.effective(defect, settings)
         fact, bias = self.weights.facts[defect], float(self.weights.networks[defect].head.bias[0])
         working_image = at_working_scale(image_rgb, fact.working_scale)
         maps = self.maps(working_image, defect, effective, deadline)
+        mask = self.mask(working_image, maps.climbed, defect, effective, deadline)
+        mask = at_photo_scale(mask, *image_rgb.shape[:2])
+        return confident_components(mask, maps.score, bias, fact, effective["threshold"])
+
+    def mask(
+        self, working_image: np.ndarray, climbed: np.ndarray, defect: str, effective: dict, deadline: float = math.inf
+    ) -> np.ndarray:
+        """`defect_mask` with the defect's outline network."""
 
         def outline_logits(wanted: np.ndarray) -> np.ndarray:
             outline = self.weights.outlines[defect]
-            scores = stitched_score_map(outline, working_image, deadline=deadline, region=wanted)
+            with self.networks_on_device:
+                scores = stitched_score_map(outline, working_image, deadline=deadline, region=wanted)
             return scores + outline.head.bias.item()
 
-        mask = defect_mask(working_image, maps.climbed, fact, effective, outline_logits, deadline)
-        mask = at_photo_scale(mask, *image_rgb.shape[:2])
-        return confident_components(mask, maps.score, bias, fact, effective["threshold"])
+        return defect_mask(working_image, climbed, self.weights.facts[defect], effective, outline_logits, deadline)
 
     def maps(self, image_rgb: np.ndarray, defect: str, effective: dict, deadline: float = math.inf) -> Maps:
         """Score map and climbed map of a photo at working scale; halves the batch as long as memory does not suffice."""
@@ -224,20 +329,21 @@ class ModelHandler:
         batch = self.batch
         while True:
             try:
-                score = stitched_score_map(network, image_rgb, batch, deadline=deadline)
-                climbed = climbed_map(
-                    network,
-                    image_rgb,
-                    score,
-                    effective["iterations"],
-                    fact.climb_parameters,
-                    fact.cam_max,
-                    effective["cam_threshold"],
-                    fact.window_px,
-                    gate,
-                    batch,
-                    deadline=deadline,
-                )
+                with self.networks_on_device:
+                    score = stitched_score_map(network, image_rgb, batch, deadline=deadline)
+                    climbed = climbed_map(
+                        network,
+                        image_rgb,
+                        score,
+                        effective["iterations"],
+                        fact.climb_parameters,
+                        fact.cam_max,
+                        effective["cam_threshold"],
+                        fact.window_px,
+                        gate,
+                        batch,
+                        deadline=deadline,
+                    )
                 return Maps(score, climbed)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
@@ -250,7 +356,7 @@ class ModelHandler:
             batch //= 2
             self.logger.warn(f"out of memory: once more with {batch} tiles at once")
 
-    def _effective(self, defect: str, settings: Settings) -> dict:
+    def effective(self, defect: str, settings: Settings) -> dict:
         """Settings in force for one defect: the given ones, else the manifest's."""
         fact = self.weights.facts[defect]
         manifest = {

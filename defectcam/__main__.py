@@ -8,7 +8,13 @@ COMMANDS = {
     "serve": ("defectcam.serve", "the function over HTTP, without Nuclio"),
     "train": ("defectcam.training.train", "train a defect's classifier from clicks"),
     "train-outline": ("defectcam.training.outline", "train a defect's outline network from masks or proposals"),
+    "pseudo-masks": ("defectcam.training.pseudo", "masks for training outlines, from clicks alone"),
     "calibrate": ("defectcam.training.calibrate", "choose a defect's thresholds on val, write the manifest"),
+    "evaluate": ("defectcam.evaluation.evaluate", "the table of all measures on val photos, with overlays"),
+    "harvest": ("defectcam.feedback.harvest", "what annotators did with the proposals, from CVAT to a database"),
+    "weak-labels": ("defectcam.feedback.labels", "clicks and masks for training from that database"),
+    "audit": ("defectcam.feedback.audit", "labels of old campaigns that the model disagrees with, ranked"),
+    "report": ("defectcam.feedback.report", "time saved and shares of accepted proposals, as an HTML page"),
 }
 
 

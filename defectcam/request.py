@@ -8,6 +8,7 @@ tag).
 from __future__ import annotations
 
 import binascii
+import contextlib
 import dataclasses
 import io
 import json
@@ -27,6 +28,7 @@ SHAPES = ("polygon", "mask")
 STRIP_PIXELS = 1 << 20
 IGNORED_KEYS_SHOWN = 10
 LARGEST_TIFF_TILE_PIXELS = 1 << 20
+MAX_CLICKS = 100
 
 # Pillow warns of odd metadata and of images above 89 MP; neither concerns the caller. The filter is set once,
 # here: warnings.catch_warnings around each decode would swap process-wide state under other threads.
@@ -56,12 +58,27 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Clicks:
+    """Where an annotator says that a defect is and is not, in px of the upright photo (CVAT's interactor).
+
+    Clicks are positions, not pixel numbers: (0.5, 0.5) is the middle of the first pixel. Whether they lie in the
+    photo is not known before it is decoded.
+    """
+
+    positive_xy: tuple[tuple[float, float], ...]  # not empty unless there is a box
+    negative_xy: tuple[tuple[float, float], ...]
+    box_xyxy: tuple[float, float, float, float] | None  # left, top, right, bottom; left < right, top < bottom
+
+
+@dataclass(frozen=True)
 class Request:
     """A checked envelope."""
 
-    image_bytes: bytes  # the image file, not empty, not decoded yet
+    image_bytes: bytes | Image.Image  # the image file, not empty, not decoded yet; or what a caller opened himself
     settings: Settings  # the request's own keys, completed by the defaults given
     ignored: tuple[str, ...]  # unknown keys of the envelope for the log: sorted, shortened, the first ten
+    iterations_given: bool = False  # whether the request itself says `iterations`
+    clicks: Clicks | None = None  # an interactor's request
 
 
 def settings_from_env(environ: Mapping[str, str], defects: Sequence[str]) -> Settings:
@@ -98,8 +115,9 @@ def parse_request(body: object, defaults: Settings, defects: Sequence[str]) -> R
         body: what Nuclio hands over: a dict if it parsed the JSON itself, else bytes (or str, bytearray,
             memoryview) of a JSON object in UTF-8. Keys: `image` (base64 of an image file, with or without
             a data URL's head, line breaks and padding) and, all optional, the fields of Settings, `defects`
-            as a list or comma separated. null counts as absent, and so does threshold 0, which CVAT itself
-            leaves out. Of a repeated key the last one counts, as in a dict.
+            as a list or comma separated; or with `pos_points` an interactor's request: `pos_points` and
+            `neg_points` [[x, y], ...] and `obj_bbox` [[x, y], [x, y]]. null counts as absent, and so does
+            threshold 0, which CVAT itself leaves out. Of a repeated key the last one counts, as in a dict.
         defaults: the values of the settings that the request leaves open.
         defects: names of the defects the weights know.
 
@@ -118,19 +136,22 @@ def parse_request(body: object, defaults: Settings, defects: Sequence[str]) -> R
         if key == "threshold" and value == 0:
             continue
         given[key] = value
-    unknown = sorted(key for key in envelope if isinstance(key, str) and key != "image" and key not in rules)
+    clicks = _clicks(envelope)
+    known = {"image", *rules, *(("pos_points", "neg_points", "obj_bbox") if clicks else ())}
+    unknown = sorted(key for key in envelope if isinstance(key, str) and key not in known)
     ignored = [_printable(key) for key in unknown[:IGNORED_KEYS_SHOWN]]
-    return Request(image_bytes, dataclasses.replace(defaults, **given), tuple(ignored))
+    settings = dataclasses.replace(defaults, **given)
+    return Request(image_bytes, settings, tuple(ignored), "iterations" in given, clicks)
 
 
-def decode_image(image_bytes: bytes, max_pixels: int) -> np.ndarray:
+def decode_image(source: bytes | Image.Image, max_pixels: int) -> np.ndarray:
     """Pixels of an image file as CVAT shows them: upright by EXIF, alpha dropped, first frame.
 
     Grey images deeper than 8 bits (16 and 32 bit, float) are scaled by their maximum, negative and non-finite
     values being 0; 16 bit colour keeps its upper byte.
 
     Args:
-        image_bytes: a JPEG, PNG, TIFF, BMP or WebP file.
+        source: a JPEG, PNG, TIFF, BMP or WebP file, or an image that Pillow has opened and perhaps not loaded.
         max_pixels: the largest width x height, checked before any pixel is decoded. Pillow's own limit of
             178 MP holds as well.
 
@@ -142,7 +163,7 @@ def decode_image(image_bytes: bytes, max_pixels: int) -> np.ndarray:
     """
     size = "size unknown"
     try:
-        with Image.open(io.BytesIO(image_bytes), formats=FORMATS) as image:
+        with _opened(source) as image:
             width_px, height_px = image.size
             size = f"{width_px} x {height_px} px"
             if width_px * height_px > max_pixels:
@@ -154,7 +175,7 @@ def decode_image(image_bytes: bytes, max_pixels: int) -> np.ndarray:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        if image_bytes.startswith(SIGNATURES):  # a TIFF's directory is often its end: gone when it is cut
+        if source.startswith(SIGNATURES):  # a TIFF's directory is often its end: gone when it is cut
             raise ImageError("image broken or unsupported: its header cannot be read") from None
         raise ImageError("image format unknown: JPEG, PNG, TIFF, BMP or WebP needed") from None
     except Image.DecompressionBombError as error:  # Pillow's own limit, met first; its text has the size
@@ -208,6 +229,45 @@ def _number(low: int, high: int) -> Rule:
         return float(value) if type(value) in (int, float) and low <= value <= high else None
 
     return f"a number from {low} to {high}", read
+
+
+def _clicks(envelope: dict) -> Clicks | None:
+    """The clicks of an interactor's request; None for a detector's, which has no `pos_points`."""
+    if envelope.get("pos_points") is None:
+        return None
+    points = (f"a list of at most {MAX_CLICKS} points [x, y] in px", _points_xy)
+    corners = ("two corners [[left, top], [right, bottom]] in px", _box_xyxy)
+    rules = {"pos_points": points, "neg_points": points, "obj_bbox": corners}
+    given = {key: envelope[key] for key in rules if envelope.get(key) is not None}
+    found = {key: _checked(key, value, rules[key], shown=value) for key, value in given.items()}
+    if not found["pos_points"] and "obj_bbox" not in found:
+        raise RequestError("pos_points is [], but must have at least one point [x, y] where there is no obj_bbox")
+    return Clicks(found["pos_points"], found.get("neg_points", ()), found.get("obj_bbox"))
+
+
+def _points_xy(value: object) -> tuple[tuple[float, float], ...] | None:
+    def is_point(point: object) -> bool:  # NaN and infinity lie in no range
+        pair = isinstance(point, (list, tuple)) and len(point) == 2
+        return pair and all(type(number) in (int, float) and abs(number) < 1e6 for number in point)
+
+    if not isinstance(value, (list, tuple)) or len(value) > MAX_CLICKS or not all(map(is_point, value)):
+        return None
+    return tuple((float(x), float(y)) for x, y in value)
+
+
+def _box_xyxy(value: object) -> tuple[float, float, float, float] | None:
+    points = _points_xy(value)
+    if points is None or len(points) != 2:
+        return None
+    (left, right), (top, bottom) = (sorted(numbers) for numbers in zip(*points))
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def _opened(source: bytes | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
+    """The image of a file, to be closed afterwards; an opened one is its owner's to close."""
+    if isinstance(source, Image.Image):
+        return contextlib.nullcontext(source)
+    return Image.open(io.BytesIO(source), formats=FORMATS)
 
 
 def _names(value: object, known: Sequence[str]) -> tuple[str, ...] | None:

@@ -9,19 +9,22 @@ import logging
 import os
 import resource
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import pytest
+import torch
 import uvicorn
 from PIL import Image
 
 from defectcam import proposals, serve
 from defectcam.cam import score_sums, window_logits
+from defectcam.network import DefectNet
 from defectcam.proposals import Component
 from defectcam.request import ImageError, Request, Settings
-from model_handler import ModelHandler
+from model_handler import ModelHandler, OnDemand
 from tests.conftest import ROOT
 
 LOG = logging.getLogger("test")
@@ -289,6 +292,110 @@ def test_a_photo_that_takes_too_long_is_answered_in_time(sample_rgb):
     assert model.answer(small) == []
 
 
+class Moved(torch.nn.Linear):
+    """A real module that says where it was moved to."""
+
+    def __init__(self, moves):
+        super().__init__(2, 2)
+        self.moves = moves
+
+    def to(self, device, *rest, **named):
+        if device == "full":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 byte")
+        self.moves.append(device)
+        return super().to("cpu" if device == "used" else device, *rest, **named)
+
+
+def until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.005)
+
+
+def test_networks_come_with_the_first_use_and_leave_when_nobody_needs_them():
+    moves = []
+    on_demand = OnDemand([Moved(moves), Moved(moves)], "used", idle_s=0.05)
+    assert moves == []
+    for _ in range(2):
+        with on_demand, on_demand:
+            time.sleep(0.15)
+            assert moves == ["used", "used"]  # in use for longer than the idle time
+        until(lambda: len(moves) == 4)
+        assert moves == ["used", "used", "cpu", "cpu"]
+        moves.clear()
+
+
+def test_networks_stay_between_uses_that_follow_each_other():
+    moves = []
+    on_demand = OnDemand([Moved(moves)], "used", idle_s=60)
+    for _ in range(50):
+        with on_demand:
+            pass
+    assert "cpu" not in moves
+    assert on_demand.timer.daemon  # it keeps no process from ending
+
+
+def test_many_threads_never_find_the_networks_gone():
+    moves = []
+    on_demand = OnDemand([Moved(moves)], "used", idle_s=0.001)
+    gone = []
+
+    def use(number):
+        rng = np.random.default_rng(number)
+        for _ in range(100):
+            with on_demand:
+                gone.extend(["gone"] if moves[-1] != "used" else [])
+                time.sleep(rng.uniform(0, 0.002))
+                gone.extend(["gone"] if moves[-1] != "used" else [])
+            time.sleep(rng.uniform(0, 0.004))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    until(lambda: moves[-1] == "cpu")
+    assert not gone and on_demand.users == 0
+
+
+def test_networks_that_did_not_fit_leave_nothing_behind():
+    moves = []
+    on_demand = OnDemand([Moved(moves)], "full", idle_s=0.01)
+    with pytest.raises(RuntimeError, match="out of memory"), on_demand:
+        pass
+    until(lambda: moves == ["cpu"])
+    on_demand.device = "used"
+    with on_demand:
+        assert moves[-1] == "used"
+
+
+def test_the_handlers_networks_move_and_the_answer_stays_the_same(monkeypatch, sample_rgb):
+    moves = []
+    real = DefectNet.to
+    monkeypatch.setattr(DefectNet, "to", lambda self, device, **k: (moves.append(device), real(self, device, **k))[1])
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, idle_s=0.05)
+    moves.clear()  # of loading
+    request = Request(base64.b64decode(encoded(sample_rgb[420:580, 760:920])), Settings(threshold=0.01), ())
+    first = model.answer(request)
+    assert first and moves and moves[-1] == "cpu"
+    until(lambda: not model.networks_on_device.timer.is_alive())
+    count = len(moves)
+    assert model.answer(request) == first
+    assert len(moves) > count
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_an_idle_function_holds_no_weights_on_the_gpu(sample_rgb):
+    model = ModelHandler(ROOT / "weights", "cuda", Settings(), LOG, idle_s=1)
+    assert torch.cuda.memory_allocated() == 0
+    request = Request(base64.b64decode(encoded(sample_rgb[420:580, 760:920])), Settings(threshold=0.01), ())
+    first = model.answer(request)
+    assert torch.cuda.memory_allocated() > 0
+    until(lambda: torch.cuda.memory_reserved() < 64 << 20)  # what cuBLAS and cuDNN keep as workspace may remain
+    weights = sum(t.numel() * 4 for network in model.weights.networks.values() for t in network.parameters())
+    assert torch.cuda.memory_allocated() < weights + (32 << 20)
+    assert {t.device.type for network in model.weights.networks.values() for t in network.parameters()} == {"cpu"}
+    assert model.answer(request) == first
+
+
 @pytest.mark.parametrize("shape, reason", [("polygon", "too ragged"), ("mask", "masks too large")])
 def test_proposals_nobody_could_use_are_refused_with_the_remedy(monkeypatch, shape, reason):
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG)
@@ -324,7 +431,7 @@ def test_confidence_comes_from_the_windows_around_the_component_and_its_length(m
     wanted = window_logits(score_sums(score), 0.3, ys + 7, xs + 9, 16).mean()
     for chunk in (1, 50, 10**6):
         monkeypatch.setattr(proposals, "CHUNK_PIXELS", chunk)
-        found = proposals.component_features(Component(mask, 9, 7), score_sums(score), 0.3, 16)
+        found = proposals.component_features(Component(mask, 9, 7), score_sums(score), 0.3, 16, 1.0)
         assert found == pytest.approx((wanted, np.log2(np.hypot(20, 30))))
     assert proposals.component_confidence((2.0, 8.0), (0.5, 0.25, -3.0)) == pytest.approx(0.5)
 
@@ -348,6 +455,8 @@ def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):
         ({"ADVCAM_DEVICE": "tpu"}, ["ADVCAM_DEVICE", "tpu", "cpu"]),
         ({"ADVCAM_MAX_MEGAPIXELS": "-1"}, ["ADVCAM_MAX_MEGAPIXELS", "-1", "178"]),
         ({"ADVCAM_TIME_LIMIT": "soon"}, ["ADVCAM_TIME_LIMIT", "soon"]),
+        ({"ADVCAM_IDLE_SECONDS": "0"}, ["ADVCAM_IDLE_SECONDS", "above 0"]),
+        ({"ADVCAM_CVAT_URL": "http://cvat"}, ["ADVCAM_CVAT_TOKEN is not set"]),
         ({"ADVCAM_WEIGHTS": "/nowhere"}, ["/nowhere", "manifest.json"]),
         ({"ADVCAM_DEFECTS": "crack,moss"}, ["ADVCAM_DEFECTS", "moss", "crack"]),
     ],
@@ -363,9 +472,9 @@ def test_settings_come_from_request_then_env_then_manifest():
     model = ModelHandler.from_env({"ADVCAM_ITERATIONS": "7", "ADVCAM_DEVICE": "cpu"}, LOG)
     fact = model.weights.facts["crack"]
     assert model.describe()["defaults"]["crack"]["iterations"] == 7
-    assert model._effective("crack", Settings(iterations=3))["iterations"] == 3
-    assert model._effective("crack", Settings())["iterations"] == fact.iterations
-    assert model._effective("crack", Settings())["cam_threshold"] == fact.cam_threshold
+    assert model.effective("crack", Settings(iterations=3))["iterations"] == 3
+    assert model.effective("crack", Settings())["iterations"] == fact.iterations
+    assert model.effective("crack", Settings())["cam_threshold"] == fact.cam_threshold
 
 
 def test_defaults_of_the_manifest_are_offered_by_the_function_file(spec):

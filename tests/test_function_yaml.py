@@ -106,6 +106,7 @@ def test_handler_and_init_context_exist():
 def test_environment_has_only_variables_that_are_read():
     read = {f"ADVCAM_{field.name.upper()}" for field in fields(Settings)}
     read |= {"ADVCAM_DEVICE", "ADVCAM_MAX_MEGAPIXELS", "ADVCAM_TIME_LIMIT", "ADVCAM_WEIGHTS"}
+    read |= {"ADVCAM_IDLE_SECONDS", "ADVCAM_CVAT_URL", "ADVCAM_CVAT_TOKEN", "ADVCAM_LOG_DIR"}
     for name in ("function.yaml", "function-gpu.yaml"):
         assert set(re.findall(r"\bADVCAM_\w+", (ROOT / name).read_text())) <= read  # the commented ones too
     assert all(isinstance(variable["value"], str) for variable in CPU["spec"]["env"])

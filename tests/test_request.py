@@ -123,9 +123,9 @@ def test_base64_in_all_its_forms(form, length):
 
 
 def test_unknown_keys_are_reported_sorted():
-    unknown = {"pos_points": [[1, 2]], "neg_points": [], "obj_bbox": None, "Iterations": 4, "zoom": np.nan}
+    unknown = {"neg_points": [], "obj_bbox": None, "Iterations": 4, "zoom": np.nan}
     request = parse(threshold=0.5, **unknown)
-    assert request.ignored == ("Iterations", "neg_points", "obj_bbox", "pos_points", "zoom")
+    assert request.ignored == ("Iterations", "neg_points", "obj_bbox", "zoom")
     assert request.settings == Settings(threshold=0.5)
 
 

@@ -1,7 +1,10 @@
 """The HTTP host keeps to Nuclio's contract: a tiny handler behind a real server, asked over real sockets."""
 
+import base64
+import io
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import httpx
 import pytest
 import uvicorn
 from nuclio_sdk import Response
+from PIL import Image
 
 from defectcam import serve
 
@@ -332,3 +336,41 @@ def test_command_serves_and_fails_with_the_traceback(tmp_path):
     server = command("--port", "0")
     assert "OSError: no weights" in server.communicate(timeout=30)[1]
     assert server.returncode == 1
+
+
+def test_a_memory_hungry_request_over_http_costs_its_photo_alone():
+    """The real function in a process of its own, whose memory is limited for good: it answers, and goes on."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    listener.close()
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, "-m", "defectcam", "serve", "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.DEVNULL) as process:
+        try:
+            url = f"http://127.0.0.1:{port}/"
+            for _ in range(600):
+                try:
+                    httpx.get(url)
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.2)
+            small, huge = envelope_of_flat_photo(64, 64), envelope_of_flat_photo(7000, 7000)
+            assert httpx.post(url, json=small, timeout=120).json() == []
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            taken = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmSize")).split()[1])
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (taken + 400_000_000,) * 2)
+            answer = httpx.post(url, json=huge, timeout=300)
+            assert answer.status_code == 200
+            (tag,) = answer.json()
+            assert tag["label"] == "unprocessed" and "memory" in tag["attributes"][0]["value"]
+            assert httpx.post(url, json=small, timeout=120).json() == []
+        finally:
+            process.terminate()
+
+
+def envelope_of_flat_photo(width: int, height: int) -> dict:
+    """A request whose photo is small as PNG and large in memory."""
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), (140, 140, 140)).save(out, "PNG")
+    return {"image": base64.b64encode(out.getvalue()).decode()}

@@ -1,18 +1,22 @@
-"""From a trained classifier to weights that can be deployed: everything the manifest needs, chosen on val.
+"""From trained networks to weights that can be deployed: everything the manifest needs, chosen on val.
 
-1. Head: scale and bias are fitted once more on windows of the paper's 320 px around the train clicks (logistic
-   regression of two numbers; the activation map only changes by a factor).
-2. `cam_max`: median over val photos with the defect of the largest value of the summed maps.
-3. T, theta, closing radius: the best mean F1 with 2 px tolerance (crack) or IoU (other defects) on val, outlines as deployed.
-4. Confidence: logistic regression on the val proposals, hit or miss, from the mean logit of the windows along a
-   proposal and its length. Windows as small as the training crops tell hits from misses far better than the
-   paper's 320 px, in which a crack is a small part.
-5. threshold: the lowest confidence that leaves 90 % of the val photos without the defect without proposals. They
-   are not climbed, for time; half of theta makes up for it and more.
+1. `cam_max`: median over some photos with the defect of the largest value of the summed maps.
+2. xi and lambda: the pair whose map at T = 2 fits best (at its best theta).
+3. Outline: on some photos, every way of `snap.py` at its best theta; the one that saves an annotator most.
+4. T: on the same photos with that outline, every T at its best theta; the one that saves most. Then theta and the
+   outline's own parameters once more, on all photos.
+5. Confidence: logistic regression on the proposals, hit or miss, from the mean logit of the windows along a proposal
+   and its length. Windows are as large as the crops the classifier was trained on: with the paper's 320 px, in which
+   a crack is a small part, hits and misses look alike.
+6. Threshold: the lowest confidence that leaves 90 % of the photos without the defect without proposals, 90 % of
+   every set that has ten or more of them.
+
+"Fit" is the mean over photos of F1 with 2 px tolerance for cracks, of IoU for other defects; "saves" is the simulated
+annotator's mean share of clicks saved.
 
 Example:
-    defectcam calibrate --defect crack --init out/train/crack/best.safetensors --data ../shared/data \\
-        --sets deepcrack,uav75 --healthy-sets steelbridge440 --record out/train/crack/record.json --out weights
+    defectcam calibrate --defect crack --classifier out/train/crack --outline out/train/crack-outline \\
+        --data ../shared/data --sets deepcrack,uav75 --healthy-sets steelbridge440 --version 2 --out out/weights
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -32,252 +36,339 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from tqdm import tqdm
 
-from defectcam.cam import score_sums, window_logits
+from defectcam.cam import score_sums
 from defectcam.climb import ClimbParameters
-from defectcam.evaluation.measures import f1_2px, false_components, iou
+from defectcam.evaluation.measures import f1_2px, iou, saved_per_component
+from defectcam.evaluation.survey import LabelledPhoto, SurveyedPhoto, figures, labelled_photos, survey
 from defectcam.network import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, DefectNet
 from defectcam.postprocess import binarise
-from defectcam.proposals import Component, component_confidence, component_features, find_components
+from defectcam.proposals import component_confidence, component_features, find_components
 from defectcam.snap import snap
-from defectcam.tiling import climbed_map, stitched_score_map
-from defectcam.training.clicks import photo_path, simulate_clicks, split_stems
 from defectcam.training.train import names
-from defectcam.weights import read_manifest, write_manifest
+from defectcam.weights import OUTLINE_PREFIX, read_manifest, write_manifest
 
-HEAD_WINDOW_PX = 320  # paper 4.1: the size of crop the paper's classifier judges
-WINDOW_PX = 64
 GATE = 0.5
-STEPS = (0, 2)
-THETAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+STEPS = (0, 1, 2, 4)
+THETAS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
+CLIMBS = tuple(ClimbParameters(xi, weight, 0.5) for xi, weight in product((0.02, 0.08, 0.3), (0.7, 7.0, 70.0)))
+REFERENCE_CLIMB = ClimbParameters(xi=0.08, penalty_weight=7.0, salient_share=0.5)  # AdvCAM's defaults
+CLIMB_PHOTOS = 8  # for xi and lambda, which cost a climb each
+TRIAL_PHOTOS = 8  # for the ways to an outline and T, which are slow
 HEALTHY_SHARE = 0.9
-CLIMB = ClimbParameters(xi=0.08, penalty_weight=7.0, salient_share=0.5)  # the reference's defaults
-CLOSING_RADII_PX = (3, 12, 20)  # the map may light up the two sides of a crack and leave the crack out
-MIN_AREA_PX = 60
-SNAP = {
-    "crack": {
-        "method": "dark_ridges",
-        "width_px": 17,
-        "sharpness": 2.0,
-        "closing_radius_px": 2,
-        "min_area_px": MIN_AREA_PX,
-    }
-}
+SET_OF_HEALTHY = 10  # photos from which a set must have its share of quiet ones by itself
+MIN_AREA_PX = {"crack": 60}
+OTHER_MIN_AREA_PX = 16  # at working scale
 
 
 @dataclass(frozen=True)
-class ValPhoto:
-    """One photo with its truth (None = without the defect, unlabelled pixels), score map and maps per T."""
+class Choice:
+    """One way from maps to a mask; see `DefectWeights` for the fields."""
 
-    set_name: str
-    image_rgb: np.ndarray
-    truth: np.ndarray | None
-    sums: np.ndarray
-    maps: dict[int, np.ndarray]
+    iterations: int
+    cam_threshold: float
+    closing_radius_px: int
+    snap: dict | None
 
-
-def fit_head(network: DefectNet, args: argparse.Namespace) -> None:
-    """Fit scale and bias of the head on windows of HEAD_WINDOW_PX around the train clicks."""
-    clicks = []
-    for set_name in [*args.sets, *args.healthy_sets]:
-        found = simulate_clicks(args.data, set_name, "train", args.defect, HEAD_WINDOW_PX, 2, args.seed)
-        clicks += [c for c in found if c.defect == "none" or set_name in args.sets]
-    by_photo: dict[str, list] = {}
-    for click in clicks:
-        by_photo.setdefault(click.image, []).append(click)
-    rng = np.random.default_rng(args.seed)
-    chosen = rng.permutation(sorted(by_photo))[: args.head_photos]
-    bias = float(network.head.bias[0].detach())
-    means, labels = [], []
-    for path in tqdm(chosen, desc="head", unit="photo"):
-        image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
-        sums = score_sums(stitched_score_map(network, image))
-        for click in by_photo[path]:
-            means.append(window_logits(sums, 0.0, np.array(click.y), np.array(click.x), HEAD_WINDOW_PX))
-            labels.append(click.defect != "none")
-    x, y = np.array(means, dtype=float), np.array(labels, dtype=float)
-    weight = np.where(y > 0, 0.5 / y.mean(), 0.5 / (1 - y.mean()))  # both classes count alike, as in training
-
-    def loss(parameters: np.ndarray) -> float:
-        logits = np.exp(parameters[0]) * x + parameters[1]
-        return float((weight * (np.logaddexp(0, logits) - y * logits)).mean())
-
-    log_scale, fitted_bias = minimize(loss, [0.0, bias], method="Nelder-Mead").x
-    right = float((weight * ((x * np.exp(log_scale) + fitted_bias > 0) == (y > 0))).mean())
-    print(
-        f"head: {int(y.sum())} windows with the defect, {int((1 - y).sum())} without; scale {np.exp(log_scale):.3g}, "
-        f"bias {bias:.3g} -> {fitted_bias:.3g}, balanced accuracy {right:.3f}",
-        flush=True,
-    )
-    network.head.weight.data *= float(np.exp(log_scale))
-    network.head.bias.data[:] = float(fitted_bias)
+    def mask(self, photo: SurveyedPhoto, cam_max: dict[int, float], min_area_px: int) -> np.ndarray:
+        """The defect's pixels of a photo, (H, W) bool at photo scale."""
+        normalised = photo.maps[self.iterations] / np.float32(cam_max[self.iterations])
+        mask = binarise(normalised, self.cam_threshold, self.closing_radius_px, min_area_px)
+        if self.snap:
+            mask = snap(photo.working_image, mask, self.snap, photo.outline_logits)
+        return photo.at_photo_scale(mask)
 
 
-def val_photos(network: DefectNet, args: argparse.Namespace) -> Iterator[ValPhoto]:
-    """All val photos of the sets, and of the healthy sets those without the defect, with their maps.
+def ways(defect: str, has_network: bool, min_area_px: int) -> dict[str, list[tuple[int, dict | None]]]:
+    """The ways to an outline, each with what there is to choose: closing radius and parameters of `snap`."""
+    area = {"min_area_px": min_area_px}
+    found: dict[str, list[tuple[int, dict | None]]] = {
+        "cam": [(closing, None) for closing in (0, 3)],
+        "superpixels": [
+            (3, {"method": "superpixels", "size_px": 8, "share": share, "margin_px": 8, **area}) for share in (0.4, 0.6)
+        ],
+    }
+    if defect != "crack":  # whose colour is its surroundings'
+        found["grabcut"] = [
+            (3, {"method": "grabcut", "sure_share": share, "margin_px": 6, **area}) for share in (0.1, 0.3)
+        ]
+    else:
+        lines = {"method": "dark_ridges", "width_px": 17, "sharpness": 2.0, "closing_radius_px": 2, **area}
+        found["dark_ridges"] = [(closing, lines) for closing in (3, 12)]
+    if has_network:
+        found["network"] = [
+            (3, {"method": "network", "probability": probability, "margin_px": margin, **area})
+            for probability, margin in product((0.1, 0.2, 0.35, 0.5), (4, 12, 24))
+        ]
+    return found
 
-    The maps are sums over T + 1 maps, not normalised yet.
-    """
-    for set_name in [*args.sets, *args.healthy_sets]:
-        for stem in tqdm(split_stems(args.data, set_name, "val"), desc=set_name, unit="photo"):
-            mask_path = args.data / set_name / "masks" / args.defect / f"{stem}.png"
-            truth = cv2.imread(str(mask_path), cv2.IMREAD_GRAYSCALE) > 127 if mask_path.exists() else None
-            healthy = truth is None or not truth.any()
-            if set_name in args.healthy_sets and not healthy:
-                continue  # its masks are too coarse to judge outlines by
-            image = cv2.cvtColor(cv2.imread(str(photo_path(args.data / set_name, stem))), cv2.COLOR_BGR2RGB)
-            score = stitched_score_map(network, image)
-            maps = {
-                steps: climbed_map(network, image, score, steps, CLIMB, [1.0] * (steps + 1), 0.1, WINDOW_PX, 0.0)
-                for steps in ((0,) if healthy else STEPS)
+
+def fit_of(defect: str, photos: Sequence[SurveyedPhoto], masks: Sequence[np.ndarray]) -> float:
+    """Mean over photos of how well masks fit the truth, 0..1."""
+    measure = f1_2px if defect == "crack" else iou
+    return float(np.mean([measure(mask, photo.labelled.truth) for photo, mask in zip(photos, masks)]))
+
+
+def saved_by(defect: str, photos: Sequence[SurveyedPhoto], masks: Sequence[np.ndarray]) -> float:
+    """Mean share of clicks saved over all instances, 0..1."""
+    saved = [s for photo, mask in zip(photos, masks) for s in saved_per_component(mask, photo.labelled.truth, defect)]
+    return float(np.mean(saved)) if saved else 0.0
+
+
+class Calibration:
+    """One defect's networks and val photos, and what has been chosen for them so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.defect = args, args.defect
+        self.record = json.loads((args.classifier / "record.json").read_text())
+        self.network = self._load(args.classifier)
+        self.outline = self._load(args.outline) if args.outline else None
+        self.window_px, self.working_scale = self.record["crop_px"], self.record["working_scale"]
+        self.min_area_px = MIN_AREA_PX.get(self.defect, OTHER_MIN_AREA_PX)
+        photos = labelled_photos(args.data, args.sets, args.healthy_sets, "val", self.defect, args.photos)
+        photos = list(photos)
+        self.healthy = [photo for photo in photos if photo.truth is None]
+        self.labelled = [photo for photo in photos if photo.truth is not None]
+        if not self.healthy or not self.labelled:
+            sys.exit(
+                f"calibration needs val photos with {self.defect} and without it; there are {len(self.labelled)} and "
+                f"{len(self.healthy)}: name other --sets or --healthy-sets"
+            )
+
+    def _load(self, folder: Path) -> DefectNet:
+        network = DefectNet(tuple(self.record["decoder"]), self.record["downsamplings"])
+        network.load_state_dict(load_file(folder / "best.safetensors"))
+        return network.requires_grad_(False).eval()
+
+    def surveyed(
+        self, photos: Sequence[LabelledPhoto], steps: Sequence[int], climb: ClimbParameters, gate: float, outline: bool
+    ) -> list[SurveyedPhoto]:
+        """Photos with the sums of their maps, not normalised."""
+        ones = [1.0] * (max(steps) + 1)
+        network = self.outline if outline else None
+        return [
+            survey(photo, self.network, network, self.working_scale, steps, climb, ones, 0.1, self.window_px, gate)
+            for photo in tqdm(photos, desc=f"maps, T = {max(steps)}", unit="photo")
+        ]
+
+    def best(
+        self, photos: Sequence[SurveyedPhoto], choices: Sequence[Choice], cam_max: dict[int, float]
+    ) -> tuple[float, Choice, list[np.ndarray]]:
+        """The choice that fits best, with its fit and masks."""
+        best: tuple[float, Choice, list[np.ndarray]] | None = None
+        for choice in choices:
+            masks = [choice.mask(photo, cam_max, self.min_area_px) for photo in photos]
+            fit = fit_of(self.defect, photos, masks)
+            if best is None or fit > best[0]:
+                best = fit, choice, masks
+        return best
+
+    def choose_climb(self) -> ClimbParameters:
+        """xi and lambda by the plain map at T = 2, on a few photos."""
+        some = spread(self.labelled, CLIMB_PHOTOS)
+        fits = {}
+        for climb in CLIMBS:
+            photos = self.surveyed(some, (2,), climb, 0.0, outline=False)
+            cam_max = typical_maxima(photos, (2,))
+            fits[climb], choice, _ = self.best(photos, [Choice(2, theta, 3, None) for theta in THETAS], cam_max)
+            say(f"xi {climb.xi}, lambda {climb.penalty_weight}: fit {fits[climb]:.3f} at theta {choice.cam_threshold}")
+        # The reference's values unless others are better by more than chance on so few photos.
+        return max(CLIMBS, key=lambda climb: fits[climb] + 0.01 * (climb == REFERENCE_CLIMB))
+
+    def choose_way(self, photos: Sequence[SurveyedPhoto], cam_max: dict[int, float]) -> tuple[str, dict]:
+        """The way to an outline that saves most, and every way's figures."""
+        report = {}
+        for way in ways(self.defect, self.outline is not None, self.min_area_px):
+            fit, choice, masks = self.best(photos, self.choices(way, (0, 2)), cam_max)
+            report[way] = {
+                "fit": round(fit, 3),
+                "mean_saved": round(saved_by(self.defect, photos, masks), 3),
+                "iterations": choice.iterations,
+                "cam_threshold": choice.cam_threshold,
             }
-            yield ValPhoto(set_name, image, None if healthy else truth, score_sums(score), maps)
+            say(f"outline by {way}: {report[way]}")
+        allowed = {way: row for way, row in report.items() if not self.args.way or way == self.args.way}
+        return max(allowed, key=lambda way: (allowed[way]["mean_saved"], allowed[way]["fit"])), report
+
+    def choose_steps(self, photos: Sequence[SurveyedPhoto], way: str, cam_max: dict[int, float]) -> tuple[int, dict]:
+        """T, and the figures for every T."""
+        best, report = (-1.0, 0), {}
+        for steps in STEPS:
+            fit, choice, masks = self.best(photos, self.choices(way, (steps,)), cam_max)
+            saved = saved_by(self.defect, photos, masks)
+            report[steps] = {"fit": round(fit, 3), "mean_saved": round(saved, 3), "cam_threshold": choice.cam_threshold}
+            say(f"T {steps}: {report[steps]} {choice.snap}")
+            if saved > best[0] + 0.002:  # a further step must be worth its time
+                best = saved, steps
+        return best[1], report
+
+    def choices(self, way: str, steps: Sequence[int]) -> list[Choice]:
+        """Everything there is to choose for a way to an outline."""
+        options = ways(self.defect, self.outline is not None, self.min_area_px)[way]
+        return [Choice(t, theta, *option) for t, theta, option in product(steps, THETAS, options)]
 
 
-def candidates(
-    photo: ValPhoto, steps: int, cam_max: float, theta: float, closing_px: int, bias: float, snapping: dict | None
-) -> list[tuple[Component, tuple[float, float]]]:
-    """Components of one photo as they would be proposed, each with its features."""
-    region = binarise(photo.maps[steps] / cam_max, theta, closing_px, MIN_AREA_PX)
-    mask = snap(photo.image_rgb, region, snapping) if snapping else region
-    return [(c, component_features(c, photo.sums, bias, WINDOW_PX)) for c in find_components(mask)]
+def typical_maxima(photos: Sequence[SurveyedPhoto], steps: Sequence[int]) -> dict[int, float]:
+    """Median over photos of the largest value of the summed maps, per T."""
+    return {t: max(float(np.median([photo.maps[t].max() for photo in photos])), 1e-6) for t in steps}
 
 
-def fit_confidence(found: list[tuple[ValPhoto, list]]) -> tuple[float, float, float]:
-    """Weights of `component_confidence`: hits (most of the component within 2 px of a crack) against misses."""
-    features, hits = [], []
-    for photo, components in found:
-        near = None if photo.truth is None else cv2.dilate(photo.truth.astype(np.uint8), np.ones((5, 5), np.uint8))
-        for component, both in components:
-            x0, y0, x1, y1 = component.box_xyxy
-            hit = near is not None and near[y0 : y1 + 1, x0 : x1 + 1][component.mask].mean() > 0.5
-            features.append((*both, 1.0))
-            hits.append(float(hit))
-    x, y = np.array(features), np.array(hits)
+def spread(items: Sequence, count: int) -> list:
+    """`count` of the items at even distances."""
+    return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, count).astype(int))]
+
+
+def with_features(
+    photo: SurveyedPhoto, mask: np.ndarray, bias: float, window_px: int, working_scale: float
+) -> list[tuple[np.ndarray, tuple[float, float], bool]]:
+    """Components of a mask: pixels, features, and whether most of it lies within 2 px of the truth."""
+    sums, truth, found = score_sums(photo.score), photo.labelled.truth, []
+    near = None if truth is None else cv2.dilate(truth.astype(np.uint8), np.ones((5, 5), np.uint8))
+    for component in find_components(mask):
+        x0, y0, x1, y1 = component.box_xyxy
+        hit = near is not None and near[y0 : y1 + 1, x0 : x1 + 1][component.mask].mean() > 0.5
+        pixels = np.zeros_like(mask)
+        pixels[y0 : y1 + 1, x0 : x1 + 1] = component.mask
+        found.append((pixels, component_features(component, sums, bias, window_px, working_scale), hit))
+    return found
+
+
+def fit_confidence(features: Sequence[tuple[float, float]], hits: Sequence[bool]) -> tuple[float, float, float]:
+    """Weights of `component_confidence`."""
+    x, y = np.column_stack([np.array(features), np.ones(len(features))]), np.array(hits, float)
 
     def loss(weights: np.ndarray) -> float:
         logits = x @ weights
         return float((np.logaddexp(0, logits) - y * logits).mean() + 1e-4 * (weights**2).sum())
 
     weights = minimize(loss, [0.5, 0.5, -5.0], method="Nelder-Mead", options={"maxiter": 5000}).x
-    print(f"confidence: {int(y.sum())} hits, {int((1 - y).sum())} misses, weights {np.round(weights, 3).tolist()}")
+    say(f"confidence: {int(y.sum())} hits, {int((1 - y).sum())} misses, weights {np.round(weights, 3).tolist()}")
     return tuple(float(f"{weight:.5g}") for weight in weights)
 
 
-def proposed_mask(photo: ValPhoto, found: list, weights: Sequence[float], threshold: float) -> np.ndarray:
-    """The candidates that reach the threshold, painted into one mask."""
-    mask = np.zeros(photo.image_rgb.shape[:2], bool)
-    for component, features in found:
-        if component_confidence(features, weights) >= threshold:
-            x0, y0, x1, y1 = component.box_xyxy
-            mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
-    return mask
+def quiet_threshold(peaks: dict[str, list[float]]) -> float:
+    """The lowest confidence above which HEALTHY_SHARE of healthy photos have nothing, of every large set too."""
+    groups = [[peak for of_set in peaks.values() for peak in of_set]]
+    groups += [of_set for of_set in peaks.values() if len(of_set) >= SET_OF_HEALTHY]
+    needed = max(float(np.quantile(group, HEALTHY_SHARE, method="higher")) for group in groups)
+    return float(np.clip(needed + 1e-3, 0.05, 0.95))
 
 
 def calibrate(args: argparse.Namespace) -> None:
     """Choose everything on val and write weights and manifest."""
-    if not args.healthy_sets:
-        raise SystemExit("calibrate needs --healthy-sets: photos without the defect set the minimum confidence")
-    network = DefectNet(args.decoder, args.downsamplings)
-    network.load_state_dict(load_file(args.init))
-    network.requires_grad_(False).eval()
-    fit_head(network, args)
-    bias = float(network.head.bias[0])
-    photos = list(val_photos(network, args))
-    with_defect = [photo for photo in photos if photo.truth is not None]
-    healthy = [photo for photo in photos if photo.truth is None]
-    cam_max = {steps: float(np.median([p.maps[steps].max() for p in with_defect])) for steps in STEPS}
-    snapping = SNAP.get(args.defect)
-    quality = f1_2px if args.defect == "crack" else iou
+    work = Calibration(args)
+    climb = work.choose_climb() if args.choose_climb else REFERENCE_CLIMB
+    some = work.surveyed(spread(work.labelled, TRIAL_PHOTOS), STEPS, climb, 0.0, outline=True)
+    cam_max = typical_maxima(some, STEPS)
+    way, way_report = work.choose_way(some, cam_max)
+    steps, step_report = work.choose_steps(some, way, cam_max)
+    photos = work.surveyed(work.labelled, (steps,), climb, 0.0, outline=True)
+    _, choice, _ = work.best(photos, work.choices(way, (steps,)), cam_max)
+    say(f"chosen: {way}, {choice}")
 
-    scores = {}
-    for steps, theta, closing_px in product(STEPS, THETAS, CLOSING_RADII_PX):
-        masks = [
-            proposed_mask(p, candidates(p, steps, cam_max[steps], theta, closing_px, bias, snapping), (0, 0, 0), 0.0)
-            for p in with_defect
-        ]
-        score = float(np.mean([quality(m, p.truth) for m, p in zip(masks, with_defect)]))
-        scores[steps, theta, closing_px] = score
-        print(f"T {steps} theta {theta} closing {closing_px}: {quality.__name__} {score:.3f}", flush=True)
-    # The paper's T = 2 unless another is clearly better.
-    steps, theta, closing_px = max(scores, key=lambda key: scores[key] + 0.01 * (key[0] == 2))
-    print(f"chosen: T {steps}, theta {theta}, closing {closing_px}")
+    bias = work.network.head.bias.item()
+    healthy = work.surveyed(work.healthy, (choice.iterations,), climb, GATE, outline=True)
+    if choice.iterations:  # tiles that are not climbed keep the plain map, in its own units
+        for photo in healthy:
+            plain = np.maximum(photo.score, 0)
+            untouched = photo.maps[choice.iterations] == plain
+            photo.maps[choice.iterations][untouched] *= cam_max[choice.iterations] / cam_max[0]
+    found = {
+        photo.labelled: with_features(
+            photo, choice.mask(photo, cam_max, work.min_area_px), bias, work.window_px, work.working_scale
+        )
+        for photo in [*photos, *healthy]
+    }
+    every = [component for components in found.values() for component in components]
+    weights = fit_confidence([features for _, features, _ in every], [hit for _, _, hit in every])
+    peaks: dict[str, list[float]] = {}
+    for photo in work.healthy:
+        peak = max((component_confidence(features, weights) for _, features, _ in found[photo]), default=0.0)
+        peaks.setdefault(photo.set_name, []).append(peak)
+    threshold = quiet_threshold(peaks)
+    say(f"minimum confidence {threshold:.3f}")
 
-    chosen = (steps, cam_max[steps], theta, closing_px, bias, snapping)
-    healthy_theta = theta / 2 if steps else theta
-    of_healthy = [candidates(p, 0, cam_max[0], healthy_theta, closing_px, bias, snapping) for p in healthy]
-    weights = fit_confidence([*((p, candidates(p, *chosen)) for p in with_defect), *zip(healthy, of_healthy)])
-    peaks = [max((component_confidence(f, weights) for _, f in found), default=0.0) for found in of_healthy]
-    threshold = float(np.clip(np.quantile(peaks, HEALTHY_SHARE, method="higher") + 1e-3, 0.05, 0.95))
-    figures = {}
-    for set_name in args.sets:
-        of_set = [photo for photo in with_defect if photo.set_name == set_name]
-        for label, t, th, snap_now in [
-            ("CAM, T = 0", 0, theta, None),
-            ("CAM, T = 2", 2, theta, None),
-            ("snapped, T = 0", 0, theta, snapping),
-            ("snapped, T = 2", 2, theta, snapping),
-        ]:
-            masks = [
-                proposed_mask(p, candidates(p, t, cam_max[t], th, closing_px, bias, snap_now), weights, threshold)
-                for p in of_set
-            ]
-            truths = [p.truth for p in of_set]
-            figures[f"{set_name}, {label}"] = {
-                "iou_pixels": round(_pixel_iou(masks, truths), 3),
-                "f1_2px_photo_mean": round(float(np.mean([f1_2px(m, t) for m, t in zip(masks, truths)])), 3),
-                "false_components_per_photo": round(
-                    float(np.mean([false_components(m, t) for m, t in zip(masks, truths)])), 2
-                ),
-                "photos": len(of_set),
-            }
-    for set_name in sorted({p.set_name for p in healthy}):
-        quiet = [peak < threshold for peak, p in zip(peaks, healthy) if p.set_name == set_name]
-        figures[f"{set_name}, healthy"] = {"share_without_proposals": round(float(np.mean(quiet)), 3), "photos": len(quiet)}
-    print(json.dumps(figures, indent=1))
+    judged: dict[str, list] = {}
+    for photo, components in found.items():
+        mask = np.zeros(photo.image_rgb.shape[:2], bool)
+        for pixels, features, _ in components:
+            if component_confidence(features, weights) >= threshold:
+                mask |= pixels
+        judged.setdefault(photo.set_name, []).append((photo, mask))
+    val = {set_name: figures(work.defect, of_set) for set_name, of_set in judged.items()}
+    print(json.dumps(val, indent=1))
+    record = {
+        "calibration": "defectcam " + shlex.join(sys.argv[1:]),
+        "sets": args.sets,
+        "healthy_sets": args.healthy_sets,
+        "classifier": work.record,
+        "outline": json.loads((args.outline / "record.json").read_text()) if args.outline else None,
+        "outlines_tried": way_report,
+        "steps_tried": step_report,
+        "val": val,
+    }
+    write(work, climb, cam_max, choice, weights, threshold, record)
 
+
+def write(
+    work: Calibration,
+    climb: ClimbParameters,
+    cam_max: dict[int, float],
+    choice: Choice,
+    confidence_weights: Sequence[float],
+    threshold: float,
+    record: dict,
+) -> None:
+    """Write the defect's file and its entry of the manifest, the other defects' entries left as they are."""
+    args = work.args
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.defect}.safetensors"
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    parts = {"": work.network}
+    if choice.snap and choice.snap["method"] == "network":
+        parts[OUTLINE_PREFIX] = work.outline
+    tensors = {
+        prefix + name: value.contiguous() for prefix, part in parts.items() for name, value in part.state_dict().items()
+    }
+    path = args.out / f"{work.defect}.safetensors"
+    save_file(tensors, path)
     entry = {
         "file": path.name,
-        "decoder_channels": list(args.decoder),
-        "downsamplings": args.downsamplings,
+        "decoder_channels": work.record["decoder"],
+        "downsamplings": work.record["downsamplings"],
         "mean_rgb": list(IMAGENET_MEAN_RGB),
         "std_rgb": list(IMAGENET_STD_RGB),
-        "window_px": WINDOW_PX,
+        "working_scale": work.working_scale,
+        "window_px": work.window_px,
         "gate": GATE,
-        "confidence_weights": list(weights),
+        "confidence_weights": list(confidence_weights),
         "threshold": round(threshold, 4),
-        "iterations": steps,
-        "xi": CLIMB.xi,
-        "penalty_weight": CLIMB.penalty_weight,
-        "salient_share": CLIMB.salient_share,
-        "cam_max": [
-            float(f"{value:.5g}") for value in np.interp(range(max(STEPS) + 1), STEPS, [cam_max[t] for t in STEPS])
-        ],
-        "cam_threshold": theta,
-        "closing_radius_px": closing_px,
-        "min_area_px": MIN_AREA_PX,
-        "snap": snapping,
+        "iterations": choice.iterations,
+        "xi": climb.xi,
+        "penalty_weight": climb.penalty_weight,
+        "salient_share": climb.salient_share,
+        "cam_max": increasing(np.interp(range(max(STEPS) + 1), STEPS, [cam_max[t] for t in STEPS])),
+        "cam_threshold": choice.cam_threshold,
+        "closing_radius_px": choice.closing_radius_px,
+        "min_area_px": work.min_area_px,
+        "snap": choice.snap,
         "tolerance_px": 1.0,
         "hole_share": 0.02,
-        "training": {
-            "calibration": "defectcam calibrate " + shlex.join(sys.argv[2:]),
-            "runs": [json.loads(record.read_text()) for record in args.record],
-            "val": figures,
-        },
+        "training": record,
     }
     defects = {}
     if (args.out / "manifest.json").exists():
         read_manifest(args.out)  # never build on a manifest that is broken
         defects = json.loads((args.out / "manifest.json").read_text())["defects"]
-    write_manifest(args.out, args.version, defects | {args.defect: entry})
+    write_manifest(args.out, args.version, defects | {work.defect: entry})
     print(f"written: {path} and {args.out / 'manifest.json'}")
 
 
-def _pixel_iou(masks: list[np.ndarray], truths: list[np.ndarray]) -> float:
-    both = sum(np.count_nonzero(m & t) for m, t in zip(masks, truths))
-    return both / max(1, sum(np.count_nonzero(m | t) for m, t in zip(masks, truths)))
+def increasing(values: Sequence[float]) -> list[float]:
+    """The values to five digits, none below the one before it."""
+    return [float(f"{value:.5g}") for value in np.maximum.accumulate(values)]
+
+
+def say(line: str) -> None:
+    """A line of progress, at once."""
+    print(line, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -289,15 +380,14 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--defect", required=True)
-    parser.add_argument("--init", type=Path, required=True, help="the classifier's weights, from defectcam train")
+    parser.add_argument("--classifier", type=Path, required=True, help="folder from `defectcam train`")
+    parser.add_argument("--outline", type=Path, help="folder from `defectcam train-outline`")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, required=True, help="sets whose masks judge")
     parser.add_argument("--healthy-sets", type=names, default=[], help="sets that give photos without the defect")
-    parser.add_argument("--head-photos", type=int, default=160, help="train photos the head is fitted on")
-    parser.add_argument("--decoder", type=lambda s: tuple(map(int, s.split(","))), default=(64, 32, 16))
-    parser.add_argument("--downsamplings", type=int, default=2, choices=(1, 2, 3))
-    parser.add_argument("--record", type=Path, action="append", default=[], help="record.json of a training run")
+    parser.add_argument("--photos", type=int, help="photos of each set at most (default: all)")
+    parser.add_argument("--way", help="use this way to an outline, whatever wins (cam, network, grabcut, ...)")
+    parser.add_argument("--choose-climb", action="store_true", help="choose xi and lambda too; else AdvCAM's defaults")
     parser.add_argument("--version", required=True, help="name of this version of the weights")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the weights folder")
     calibrate(parser.parse_args(argv))

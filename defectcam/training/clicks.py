@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import cv2
@@ -28,6 +28,8 @@ class Click:
         defect: the defect clicked on, or "none".
         absent: for a none-click the defect that was looked for; "" for a positive click.
         photo_group: what is never split between train and val, and what a sampler balances over.
+        weight: how much it should count, 1 or more; more where the proposals were worse.
+        interaction: id of what an annotator did that it was derived from (`feedback.store`); "" of a click by hand.
     """
 
     image: str
@@ -36,18 +38,20 @@ class Click:
     defect: str
     absent: str = ""
     photo_group: str = ""
+    weight: float = 1.0
+    interaction: str = ""
 
 
 def write_clicks(path: Path, clicks: list[Click]) -> None:
     """Write clicks as CSV with a header line."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["image", "x", "y", "defect", "absent", "photo_group"])
+        writer = csv.DictWriter(file, [field.name for field in fields(Click)])
         writer.writeheader()
         writer.writerows(asdict(click) for click in clicks)
 
 
 def read_clicks(path: Path) -> list[Click]:
-    """Read clicks from CSV (columns image, x, y, defect; absent and photo_group may be left out).
+    """Read clicks from CSV (columns image, x, y, defect; the others may be left out).
 
     Raises:
         ValueError: naming file, line and what is wrong with it.
@@ -64,6 +68,8 @@ def read_clicks(path: Path) -> list[Click]:
                         row["defect"],
                         row.get("absent") or "",
                         row.get("photo_group") or "",
+                        float(row.get("weight") or 1.0),
+                        row.get("interaction") or "",
                     )
                 )
             except (KeyError, TypeError, ValueError) as error:

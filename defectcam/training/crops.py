@@ -19,8 +19,7 @@ from defectcam.training.clicks import Click, patch_bounds
 CROPS_PER_CLICK = 5
 COLOURS = v2.Compose(
     [
-        v2.RandomApply([v2.ColorJitter(brightness=0.35, contrast=0.35, saturation=0.3, hue=0.04)], 0.8),
-        v2.RandomGrayscale(0.1),
+        v2.RandomApply([v2.ColorJitter(brightness=0.35, contrast=0.6, saturation=0.3, hue=0.02)], 0.8),
         v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], 0.2),
     ]
 )

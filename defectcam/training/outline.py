@@ -163,8 +163,8 @@ def gather_photos(
             photo = photo_path(args.data / set_name, stem)
             folder = masks / set_name if masks else args.data / set_name / "masks" / args.defect
             mask = folder / f"{stem}.png"
-            if set_name in args.none_sets and not mask.exists():
-                mask = None
+            if not mask.exists() and (masks or set_name in args.none_sets):
+                mask = None  # nobody clicked on anything there
             photos.append(load_outline_photo(photo, mask, args.working_scale))
     return photos
 

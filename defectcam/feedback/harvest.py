@@ -1,0 +1,489 @@
+"""Learn from CVAT what annotators did with the proposals, and keep it in a database (paper 3.2).
+
+Reads the jobs that a person has completed, from a CVAT server or from an export ("CVAT for images 1.1"), and compares
+their shapes with what was proposed: accepted, modified, rejected, or missed by the function. What was proposed is
+known from the function's proposal log (ADVCAM_LOG_DIR there, --log here). Without a log, take a --snapshot right after
+each automatic annotation, before anybody edits.
+
+Jobs that are not completed are left alone, and so is the database where nothing has changed. docs/feedback.md
+describes the tables.
+
+Example:
+    export ADVCAM_CVAT_URL=http://localhost:8080 ADVCAM_CVAT_TOKEN=...
+    defectcam harvest --snapshot --tasks 7          # without a log: after "Automatic annotation"
+    defectcam harvest --tasks 7 --log /data/proposals --csv out/feedback/csv
+    defectcam harvest --export task7.zip --completed 7,8 --log /data/proposals
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+from tqdm import tqdm
+
+from defectcam.feedback.cvat import CvatError, CvatExport, CvatServer, Frame, Job, JobEvents, Shape
+from defectcam.feedback.match import Interaction, Proposal, match
+from defectcam.feedback.store import (
+    ACCEPTED,
+    MISS,
+    MODIFIED,
+    REJECTED,
+    FrameRow,
+    InteractionRow,
+    JobRow,
+    SnapshotRow,
+    StoreError,
+    export_csv,
+    open_store,
+)
+from defectcam.proposal_log import image_hash, read_proposal_log
+from defectcam.request import ImageError, decode_image
+
+DATABASE = "out/feedback/feedback.db"
+OUTCOMES = (ACCEPTED, MODIFIED, REJECTED, MISS)
+
+
+class LoggedProposals:
+    """A proposal log by photo and by proposal.
+
+    Args:
+        records: answers, oldest first; of equal answers (photo, weights, settings) the newest counts.
+    """
+
+    def __init__(self, records: Iterable[dict]) -> None:
+        last = {}
+        for record in records:
+            last[record["image"], record.get("weights"), repr(record.get("settings"))] = record
+        self.by_image: dict[str, list[dict]] = defaultdict(list)
+        self.by_name: dict[str, list[dict]] = defaultdict(list)
+        for record in last.values():
+            self.by_image[record["image"]].append(record)
+            for name in names_in(record):
+                self.by_name[name].append(record)
+
+    def last_during(self, image: str, job: Job) -> list[dict]:
+        """The last answer for a photo (its hash) in the time from the job's creation to its last change, if any."""
+        during = [r for r in self.by_image.get(image, ()) if at(job.created) <= at(r["time"]) <= at(job.updated)]
+        return newest(during)
+
+    def of_unseen_photos(
+        self, names_of: dict[int, set[str]], sizes: dict[int, tuple[int, int]], seen: set[str]
+    ) -> dict[int, list[dict]]:
+        """The answers shown on photos whose pixels cannot be had, by the names of the proposals found there.
+
+        A propagated shape carries the name of another photo's proposal, so every photo of the log is taken for the
+        frame that has most of its names (size and order deciding between equals), and for no other; the photos
+        `seen` are taken already.
+        """
+        pairs = []
+        for frame, names in names_of.items():
+            images = Counter(image for name in names for image in {r["image"] for r in self.by_name.get(name, ())})
+            for image, count in images.items():
+                record = self.by_image[image][0]
+                other_size = (record["width"], record["height"]) != sizes[frame]
+                pairs.append((-count, other_size, at(record["time"]), frame, image))
+        found: dict[int, list[dict]] = {}
+        taken = set(seen)
+        for _, _, _, frame, image in sorted(pairs):
+            if frame not in found and image not in taken:
+                taken.add(image)
+                found[frame] = [r for r in self.by_image[image] if names_of[frame] & names_in(r)]
+        return found
+
+
+def newest(records: Sequence[dict]) -> list[dict]:
+    """The last of some answers, [] of none."""
+    return sorted(records, key=lambda record: at(record["time"]))[-1:]
+
+
+def names_in(record: dict) -> set[str]:
+    """Names of the proposals of a logged answer."""
+    return {name for shape in record["shapes"] if (name := attributes_of(shape).get("proposal"))}
+
+
+def attributes_of(shape: dict) -> dict[str, str]:
+    return {attribute["name"]: attribute["value"] for attribute in shape.get("attributes", ())}
+
+
+def at(time: str) -> datetime:
+    """A time in ISO 8601; one that is unknown lies before all others."""
+    moment = datetime.fromisoformat(time) if time else datetime.min
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def proposals_of_record(record: dict) -> list[Proposal]:
+    """The proposals of a logged answer; tags are none."""
+    found = []
+    for index, shape in enumerate(record["shapes"]):
+        if shape["type"] == "tag":
+            continue
+        attributes = attributes_of(shape)
+        is_mask = shape["type"] == "mask"
+        found.append(
+            Proposal(
+                name=attributes.get("proposal", ""),
+                key=attributes.get("proposal") or f"{record['image'][:8]}.{index}",
+                label=shape["label"],
+                kind=shape["type"],
+                points=tuple(shape["mask"] if is_mask else shape["points"]),
+                outline=tuple(shape.get("points", ())) if is_mask else (),
+                width=record["width"],
+                height=record["height"],
+                confidence=attributes.get("confidence", ""),
+                iterations=attributes.get("iterations", ""),
+                weights=record.get("weights", ""),
+                settings=record.get("settings", {}).get(shape["label"]),
+            )
+        )
+    return found
+
+
+def proposals_of_snapshot(shapes: Sequence[dict], frame: Frame) -> list[Proposal]:
+    """The proposals that a snapshot has on a frame; shapes of one name or one place are one proposal."""
+    found = {}
+    for shape in shapes:
+        attributes = shape["attributes"]
+        name = attributes.get("proposal", "")
+        proposal = Proposal(
+            name=name,
+            key=name or f"shape {shape['key']}",
+            label=shape["label"],
+            kind=shape["type"],
+            points=tuple(shape["points"]),
+            width=shape.get("width", frame.width),
+            height=shape.get("height", frame.height),
+            confidence=attributes.get("confidence", ""),
+            iterations=attributes.get("iterations", ""),
+        )
+        found.setdefault(name or (proposal.label, proposal.points), proposal)
+    return list(found.values())
+
+
+def shown_proposals(
+    frames: Sequence[Frame],
+    images: dict[int, str],
+    job: Job,
+    events: JobEvents,
+    log: LoggedProposals,
+    snapshot: dict[str, list[dict]] | None,
+) -> tuple[dict[int, list[Proposal]], set[int]]:
+    """The proposals that were shown on every frame of a job, and the frames of which no answer is known.
+
+    Args:
+        images: frame number -> hash of its pixels, where known.
+        snapshot: of the job, None without one.
+    """
+    taken = {frame.number: (snapshot or {}).get(str(frame.number), []) for frame in frames}
+    names_of, told_by_events = {}, set()
+    for frame in frames:
+        names = {shape.proposal for shape in frame.shapes}
+        names |= {shape["attributes"].get("proposal", "") for shape in taken[frame.number]}
+        names = {name for name in names if name in log.by_name}
+        if not names:  # all were rejected; events also have those that a later run has cleaned away
+            names = {name for number, name in events.shown if number == frame.number and name in log.by_name}
+            told_by_events.add(frame.number)
+        names_of[frame.number] = names
+    seen = {number: image for number, image in images.items() if image in log.by_image}
+    unseen = {number: names for number, names in names_of.items() if number not in seen}
+    sizes = {frame.number: (frame.width, frame.height) for frame in frames}
+    records = log.of_unseen_photos(unseen, sizes, set(seen.values()))
+    for number, image in seen.items():
+        # Names of other photos' proposals, which came with propagated shapes, are no evidence.
+        records[number] = [r for r in log.by_image[image] if names_of[number] & names_in(r)]
+        if not records[number] and snapshot is None:
+            records[number] = log.last_during(image, job)
+    for number in told_by_events & records.keys():
+        records[number] = newest(records[number])
+    unknown = set() if snapshot is not None else {n for n in names_of if not records.get(n)}
+    shown = {}
+    for frame in frames:
+        logged = [p for record in records.get(frame.number, ()) for p in proposals_of_record(record)]
+        by_key = {proposal.key: proposal for proposal in logged}
+        for proposal in proposals_of_snapshot(taken[frame.number], frame):
+            # A shape propagated or drawn before the snapshot is no proposal of this frame where the log knows better.
+            if not logged or proposal.name and proposal.name not in log.by_name:
+                by_key.setdefault(proposal.key, proposal)
+        shown[frame.number] = list(by_key.values())
+    return shown, unknown
+
+
+class Harvest:
+    """One run of the command.
+
+    Args:
+        source: CvatServer or CvatExport.
+        engine: the database.
+        log: the function's.
+    """
+
+    def __init__(self, source, engine: Engine, log: LoggedProposals) -> None:
+        self.source, self.engine, self.log = source, engine, log
+        self.notes: list[str] = []
+        self.failed = False
+
+    def run(self) -> Counter:
+        """Harvest all completed jobs; returns the number of interactions per outcome."""
+        outcomes: Counter = Counter()
+        for job in tqdm(list(self.source.jobs()), desc="jobs", unit="job", disable=None):
+            if job.state == "completed":
+                try:
+                    outcomes += self._job(job)
+                except CvatError as error:  # the other jobs are none the worse for it
+                    self.notes.append(f"job {job.id}: {error}")
+                    self.failed = True
+        return outcomes
+
+    def snapshot(self) -> int:
+        """Keep the automatic shapes of all jobs that are not completed; returns the number of new snapshots."""
+        taken = 0
+        for job in self.source.jobs():
+            if job.state == "completed":
+                continue
+            if job.state != "new":
+                self.notes.append(f"job {job.id} is {job.state}: proposals deleted in it already are not in the snapshot")
+            frames = {
+                str(frame.number): [snapshot_shape(shape, frame) for shape in frame.shapes if shape.source == "auto"]
+                for frame in self.source.frames(job)
+            }
+            frames = {number: shapes for number, shapes in frames.items() if shapes}
+            with Session(self.engine) as session, session.begin():
+                last = self._snapshot(session, job)
+                if last is None or last.frames != frames:
+                    now = datetime.now(timezone.utc).isoformat()
+                    session.add(SnapshotRow(server=self.source.name, job=job.id, taken=now, frames=frames))
+                    taken += 1
+        return taken
+
+    def _job(self, job: Job) -> Counter:
+        frames, events = self.source.frames(job), self.source.events(job)
+        with Session(self.engine) as session, session.begin():
+            snapshot = self._snapshot(session, job)
+            images = self._images(session, job, frames)
+            shown, unknown = shown_proposals(
+                frames, images, job, events, self.log, snapshot.frames if snapshot else None
+            )
+            if len(unknown) == len(frames):
+                self.notes.append(
+                    f"job {job.id} is left out: no proposal of it is known; give the function's log (--log), or take "
+                    "a --snapshot right after the automatic annotation"
+                )
+                return Counter()
+            if unknown:
+                self.notes.append(
+                    f"job {job.id}: no answer to {len(unknown)} of {len(frames)} photos is known; what was drawn there "
+                    "counts as missed, and what was rejected there cannot be told"
+                )
+            rows = self._interactions(job, frames, shown, events)
+            self._store(session, job, frames, images, events, rows)
+        return Counter(row.outcome for row in rows)
+
+    def _snapshot(self, session: Session, job: Job) -> SnapshotRow | None:
+        rows = select(SnapshotRow).where(SnapshotRow.server == self.source.name, SnapshotRow.job == job.id)
+        return session.scalars(rows.order_by(SnapshotRow.taken.desc()).limit(1)).first()
+
+    def _images(self, session: Session, job: Job, frames: Sequence[Frame]) -> dict[int, str]:
+        """Hashes of the photos' pixels, as far as they can be had; photos seen before are not asked for again."""
+        known = select(FrameRow).where(FrameRow.server == self.source.name, FrameRow.job == job.id)
+        images = {row.frame: row.image for row in session.scalars(known) if row.image}
+        if not self.log.by_image:
+            return images
+        for frame in frames:
+            if frame.number in images:
+                continue
+            photo = self.source.photo_bytes(job, frame)
+            try:
+                if photo:
+                    images[frame.number] = image_hash(decode_image(photo, max_pixels=10**9))
+            except ImageError as error:
+                self.notes.append(f"job {job.id}: photo {frame.name}: {error}")
+        return images
+
+    def _interactions(
+        self, job: Job, frames: Sequence[Frame], shown: dict[int, list[Proposal]], events: JobEvents
+    ) -> list[InteractionRow]:
+        all_names = frozenset(p.name for proposals in shown.values() for p in proposals if p.name)
+        found: list[tuple[Frame, Interaction]] = []
+        strangers: list[Shape] = []
+        for frame in frames:
+            elsewhere = all_names - {p.name for p in shown[frame.number]}
+            interactions, unknown = match(shown[frame.number], frame.shapes, frame.width, frame.height, elsewhere)
+            found += [(frame, interaction) for interaction in interactions]
+            strangers += unknown
+        if strangers:
+            self.notes.append(
+                f"job {job.id}: {len(strangers)} automatic shapes are of a run that neither log nor snapshot knows; "
+                "they are left out"
+            )
+        clicks = [1 + (interaction.edited_share or 0) * interaction.vertices for _, interaction in found]
+        all_weights = weights_on([proposal for proposals in shown.values() for proposal in proposals])
+        seconds = (events.working_time_s or 0) / max(sum(clicks), 1)
+        return [
+            InteractionRow(
+                id=self._id(job, frame, one),
+                server=self.source.name,
+                job=job.id,
+                frame=frame.number,
+                outcome=one.outcome,
+                change=one.change,
+                defect=one.defect,
+                final_defect=one.final_defect,
+                proposal=one.proposal.name if one.proposal else "",
+                proposed=one.proposed,
+                shape_keys=[shape.key for shape in one.shapes],
+                iou=rounded(one.iou),
+                edited_share=rounded(one.edited_share),
+                saved=rounded(one.saved),
+                vertices=one.vertices,
+                working_time_s=None if events.working_time_s is None else round(seconds * own, 2),
+                confidence=one.proposal.confidence if one.proposal else "",
+                iterations=one.proposal.iterations if one.proposal else "",
+                weights=one.proposal.weights if one.proposal else weights_on(shown[frame.number]) or all_weights,
+                settings=one.proposal.settings if one.proposal else None,
+            )
+            for (frame, one), own in zip(found, clicks)
+        ]
+
+    def _id(self, job: Job, frame: Frame, one: Interaction) -> str:
+        own = one.proposal.key if one.proposal else f"shape {one.shapes[0].key}"
+        key = repr((self.source.name, job.id, frame.number, own))
+        return hashlib.blake2s(key.encode(), digest_size=6).hexdigest()
+
+    def _store(
+        self,
+        session: Session,
+        job: Job,
+        frames: Sequence[Frame],
+        images: dict[int, str],
+        events: JobEvents,
+        rows: Sequence[InteractionRow],
+    ) -> None:
+        """Make the database say what CVAT says now; rows that are equal are not touched."""
+        new: list = [
+            JobRow(
+                server=self.source.name,
+                job=job.id,
+                task=job.task_id,
+                annotator=job.annotator or events.annotator,
+                completed=job.updated,
+                labels=list(job.labels),
+                working_time_s=events.working_time_s,
+            )
+        ]
+        new += [
+            FrameRow(
+                server=self.source.name,
+                job=job.id,
+                frame=frame.number,
+                photo=frame.name,
+                width=frame.width,
+                height=frame.height,
+                image=images.get(frame.number, ""),
+                shapes=[stored_shape(shape) for shape in frame.shapes],
+            )
+            for frame in frames
+        ]
+        kept = {row.id for row in rows}, {frame.number for frame in frames}
+        for table, keep, key in ((InteractionRow, kept[0], "id"), (FrameRow, kept[1], "frame")):
+            old = select(table).where(table.server == self.source.name, table.job == job.id)
+            for row in session.scalars(old).all():
+                if getattr(row, key) not in keep:
+                    session.delete(row)
+            session.flush()  # interactions go before the frames that they point to
+        for part in (new[:1], new[1:], rows):  # in the order of their foreign keys
+            for row in part:
+                session.merge(row)
+            session.flush()
+
+
+def snapshot_shape(shape: Shape, frame: Frame) -> dict:
+    """A shape as snapshots keep it: with its attributes and the size of the photo, which may change."""
+    own = stored_shape(shape)
+    del own["source"]
+    return own | {"attributes": dict(sorted(shape.attributes.items())), "width": frame.width, "height": frame.height}
+
+
+def stored_shape(shape: Shape) -> dict:
+    """A shape as frames keep it."""
+    return {
+        "key": shape.key,
+        "label": shape.label,
+        "type": shape.kind,
+        "points": list(shape.points),
+        "rotation": shape.rotation,
+        "source": shape.source,
+    }
+
+
+def weights_on(proposals: Sequence[Proposal]) -> str:
+    """The version of the weights most of the proposals are from, "" if that is unknown: misses are laid to it."""
+    versions = Counter(proposal.weights for proposal in proposals if proposal.weights)
+    return versions.most_common(1)[0][0] if versions else ""
+
+
+def rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 4)
+
+
+def numbers(text: str) -> list[int]:
+    """"7,8" -> [7, 8]."""
+    return [int(number) for number in text.split(",") if number]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `defectcam harvest`."""
+    parser = argparse.ArgumentParser(
+        prog="defectcam harvest",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--url", default=os.environ.get("ADVCAM_CVAT_URL"), help="CVAT's (default: $ADVCAM_CVAT_URL)")
+    parser.add_argument(
+        "--token", default=os.environ.get("ADVCAM_CVAT_TOKEN"), help="of a CVAT user (default: $ADVCAM_CVAT_TOKEN)"
+    )
+    parser.add_argument("--tasks", type=numbers, default=[], help="task ids: 7,8 (default: all the user may see)")
+    parser.add_argument("--export", type=Path, help='instead of a server: an export as "CVAT for images 1.1"')
+    parser.add_argument("--completed", help="with --export: ids of its completed jobs, or all; exports do not say")
+    parser.add_argument("--log", type=Path, help="the function's ADVCAM_LOG_DIR")
+    parser.add_argument("--snapshot", action="store_true", help="only keep the proposals of jobs not completed")
+    parser.add_argument("--db", default=DATABASE, help="SQLite file or SQLAlchemy URL (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="also write all tables as CSV to this folder")
+    args = parser.parse_args(argv)
+    if args.export and not args.completed:
+        parser.error("an export does not say which jobs are completed: give --completed 7,8 or --completed all")
+    if args.export and args.snapshot:
+        parser.error("--snapshot needs the server: an export is a snapshot of nothing that can be told later")
+    if not args.export and not (args.url and args.token):
+        parser.error("give --url and --token (or ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN), or --export")
+    if args.log and not args.log.is_dir():
+        parser.error(f"--log {args.log} is no folder; give what the function has as ADVCAM_LOG_DIR")
+    try:
+        if args.export:
+            source = CvatExport(args.export, None if args.completed == "all" else numbers(args.completed))
+        else:
+            source = CvatServer(args.url, args.token, args.tasks)
+        engine = open_store(args.db)
+        harvest = Harvest(source, engine, LoggedProposals(read_proposal_log(args.log) if args.log else ()))
+        if args.snapshot:
+            print(f"{harvest.snapshot()} new snapshots in {args.db}")
+        else:
+            outcomes = harvest.run()
+            print(", ".join(f"{outcomes[outcome]} {outcome}" for outcome in OUTCOMES) + f" in {args.db}")
+        if args.csv:
+            export_csv(engine, args.csv)
+            print(f"tables: {args.csv.resolve()}")
+    except (CvatError, StoreError) as error:
+        sys.exit(str(error))
+    for note in harvest.notes:
+        print(note, file=sys.stderr)
+    if harvest.failed:
+        sys.exit(1)

@@ -1,0 +1,277 @@
+"""Weak labels and outlines for training from the interactions that were harvested (paper 3.2 and beyond it).
+
+Per defect, into --out:
+
+clicks/<defect>.csv               for `defectcam train --clicks`. Accepted and modified proposals and misses give a
+                                  click inside every part of the final shape. A rejected proposal, or one that was
+                                  relabelled, gives a none-click inside the proposed region, if there is a patch
+                                  around it without that defect. Weights go from 1 (accepted as it was) to 2 (all of
+                                  the outline edited, rejected, or missed): the harder a case, the more it counts.
+masks/<defect>/<set>/<stem>.png   for `defectcam train-outline --arm outlines --masks`. The finished outlines of
+                                  all photos of completed jobs, photos without the defect included; photos
+                                  that nobody looked at have none.
+
+Photos are looked for below --photos by their name in CVAT; <set> is the folder a photo lies in (that of images/).
+
+Example:
+    defectcam weak-labels --photos ../shared/data --out out/feedback
+    defectcam train --defect crack --clicks out/feedback/clicks/crack.csv --val-clicks val.csv --out out/train/crack
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+from tqdm import tqdm
+
+from defectcam.feedback.harvest import DATABASE
+from defectcam.feedback.regions import AREA_TYPES, innermost_xy, region_of, resized
+from defectcam.feedback.store import FrameRow, InteractionRow, JobRow, StoreError, open_store
+from defectcam.proposals import Component, find_components
+from defectcam.training.clicks import Click, patch_bounds, write_clicks
+from defectcam.training.crops import read_photo_rgb
+
+PATCH_PX = 320  # paper 4.1
+NEGATIVE_TRIES = 500  # pixels of a rejected region tried as a none-click, the innermost first
+
+
+class PhotoError(RuntimeError):
+    """A photo that cannot be used; the message says which and what to do."""
+
+
+class PhotoFolder:
+    """Photos below a folder, found by the names they have in CVAT."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "masks" not in path.relative_to(folder).parts:
+                self._by_name[path.name].append(path)
+
+    def find(self, name: str) -> Path:
+        """The photo that CVAT calls `name`.
+
+        Raises:
+            PhotoError: there is none, or several.
+        """
+        if (self.folder / name).is_file():
+            return self.folder / name
+        found = [path for path in self._by_name[Path(name).name] if path.as_posix().endswith(f"/{name}")]
+        found = found or self._by_name[Path(name).name]
+        if len(found) != 1:
+            what = "no photo" if not found else f"{len(found)} photos"
+            raise PhotoError(f"{what} {name} below {self.folder}; give --photos the folder that was uploaded to CVAT")
+        return found[0]
+
+
+def set_and_stem(photo: Path) -> tuple[str, str]:
+    """Names under which training knows a photo: its folder (the one above images/) and its file's stem."""
+    folder = photo.parent.parent if photo.parent.name == "images" else photo.parent
+    return folder.name, photo.stem
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledFrame:
+    """A photo of a completed job as it lies on disk, with what was done on it, in px of the photo on disk.
+
+    Attributes:
+        path: of the photo.
+        width, height: px.
+        labels: what its annotator could have outlined.
+        shapes: (key, label, region) of all shapes the annotator left.
+        interactions: of the photo.
+        scale_xy: from CVAT's px.
+    """
+
+    path: Path
+    width: int
+    height: int
+    labels: tuple[str, ...]
+    shapes: list[tuple[str, str, Component]]
+    interactions: list[InteractionRow]
+    scale_xy: tuple[float, float]
+
+    def mask(self, label: str) -> np.ndarray:
+        """All pixels of a label, (height, width) bool."""
+        mask = np.zeros((self.height, self.width), bool)
+        for _, own, region in self.shapes:
+            if own == label:
+                x0, y0, x1, y1 = region.box_xyxy
+                mask[y0 : y1 + 1, x0 : x1 + 1] |= region.mask
+        return mask
+
+    def on_disk(self, region: Component | None) -> Component | None:
+        """A region of CVAT's photo on the photo on disk."""
+        if region is None or self.scale_xy == (1.0, 1.0):
+            return region
+        return resized(region, *self.scale_xy, self.width, self.height)
+
+
+def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFrame]:
+    """All photos of the database, those of the jobs completed last at the end.
+
+    Raises:
+        PhotoError: a photo is missing, or was cropped or turned since.
+    """
+    with Session(engine) as session:
+        jobs = session.scalars(select(JobRow).order_by(JobRow.completed, JobRow.server, JobRow.job)).all()
+        for job in tqdm(jobs, desc="jobs", unit="job", disable=None):
+            of_job = (FrameRow.server == job.server, FrameRow.job == job.job)
+            rows = defaultdict(list)
+            interactions = select(InteractionRow).where(
+                InteractionRow.server == job.server, InteractionRow.job == job.job
+            )
+            for row in session.scalars(interactions.order_by(InteractionRow.id)):
+                rows[row.frame].append(row)
+            for frame in session.scalars(select(FrameRow).where(*of_job).order_by(FrameRow.frame)):
+                yield _labelled_frame(frame, tuple(job.labels), rows[frame.frame], photos)
+
+
+def _labelled_frame(
+    frame: FrameRow, labels: tuple[str, ...], interactions: list[InteractionRow], photos: PhotoFolder
+) -> LabelledFrame:
+    path = photos.find(frame.photo)
+    height, width = read_photo_rgb(str(path)).shape[:2]
+    scale_xy = (width / frame.width, height / frame.height)
+    if abs(scale_xy[0] / scale_xy[1] - 1) > 2 / min(width, height, frame.width, frame.height):
+        raise PhotoError(
+            f"{path} is {width} x {height} px, but CVAT's {frame.photo} {frame.width} x {frame.height}: not the same "
+            "photo, or cropped or turned since; give --photos the folder that was uploaded to CVAT"
+        )
+    labelled = LabelledFrame(path, width, height, labels, [], interactions, scale_xy)
+    for shape in frame.shapes:
+        if shape["type"] in AREA_TYPES:
+            region = region_of(shape["type"], shape["points"], frame.width, frame.height, shape["rotation"])
+            region = labelled.on_disk(region)
+            if region is not None:
+                labelled.shapes.append((shape["key"], shape["label"], region))
+    return labelled
+
+
+def clicks_of_frame(frame: LabelledFrame, patch_px: int) -> list[Click]:
+    """The weak labels of one photo.
+
+    Args:
+        patch_px: side of the patch around a none-click that must be free of the defect, as the crops of training.
+    """
+    regions = {key: region for key, _, region in frame.shapes}
+    set_name, stem = set_and_stem(frame.path)
+    found = []
+
+    def click(row: InteractionRow, xy: tuple[int, int], defect: str, absent: str, effort: float) -> None:
+        weight = round(1 + effort, 4)
+        found.append(Click(str(frame.path), *xy, defect, absent, f"{set_name}/{stem}", weight, row.id))
+
+    for row in frame.interactions:
+        # Where the proposal's geometry is unknown, so is the effort: half.
+        effort = 0.5 if row.edited_share is None else row.edited_share
+        for key in row.shape_keys:
+            if key in regions:
+                for part in find_components(regions[key].mask):
+                    x, y = innermost_xy(part)
+                    xy = (x + regions[key].left, y + regions[key].top)
+                    click(row, xy, row.final_defect, "", effort)
+        if row.proposed and row.final_defect != row.defect:  # rejected or relabelled: not what was proposed
+            region = region_of(row.proposed["type"], row.proposed["points"], *_cvat_size(frame))
+            xy = free_pixel_xy(frame.on_disk(region), frame.mask(row.defect), patch_px)
+            if xy:
+                click(row, xy, "none", row.defect, 1.0)
+    return found
+
+
+def free_pixel_xy(region: Component | None, occupied: np.ndarray, patch_px: int) -> tuple[int, int] | None:
+    """A pixel of a region, as far inside as can be, whose patch holds no occupied pixel; None if there is none.
+
+    Args:
+        occupied: (H, W) bool, where the defect is.
+        patch_px: side of the patch, moved inside the photo at its edges.
+    """
+    if region is None:
+        return None
+    summed = cv2.integral(occupied.astype(np.uint8))
+    depth = cv2.distanceTransform(np.pad(region.mask, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    depth = depth[1:-1, 1:-1]
+    order = np.argsort(-depth[region.mask], kind="stable")
+    ys, xs = (axis[order] for axis in np.nonzero(region.mask))
+    for index in range(0, len(xs), max(1, len(xs) // NEGATIVE_TRIES)):
+        x, y = int(xs[index]) + region.left, int(ys[index]) + region.top
+        x0, x1 = patch_bounds(x, patch_px, occupied.shape[1])
+        y0, y1 = patch_bounds(y, patch_px, occupied.shape[0])
+        if summed[y1, x1] - summed[y0, x1] - summed[y1, x0] + summed[y0, x0] == 0:
+            return x, y
+    return None
+
+
+def write_weak_labels(engine: Engine, photos: PhotoFolder, patch_px: int, out: Path) -> dict[str, Counter]:
+    """Write clicks and masks of everything in a database.
+
+    Returns:
+        Per defect the number of positive clicks, none-clicks, masks, and of rejected regions without a none-click.
+
+    Raises:
+        PhotoError: before anything is written.
+    """
+    frames = list(labelled_frames(engine, photos))
+    clicks: dict[str, list[Click]] = defaultdict(list)
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for frame in tqdm(frames, desc="photos", unit="photo", disable=None):
+        for click in clicks_of_frame(frame, patch_px):
+            clicks[click.absent or click.defect].append(click)
+        for label in frame.labels:
+            set_name, stem = set_and_stem(frame.path)
+            path = out / "masks" / label / set_name / f"{stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), frame.mask(label).astype(np.uint8) * 255)
+            counts[label]["masks"] += 1
+    for defect, own in clicks.items():
+        (out / "clicks").mkdir(parents=True, exist_ok=True)
+        write_clicks(out / "clicks" / f"{defect}.csv", own)
+        counts[defect]["positive"] = sum(click.defect != "none" for click in own)
+        counts[defect]["none"] = sum(click.defect == "none" for click in own)
+    for row in (row for frame in frames for row in frame.interactions):
+        if row.final_defect != row.defect:
+            counts[row.defect]["wrong proposals"] += 1
+    return dict(counts)
+
+
+def _cvat_size(frame: LabelledFrame) -> tuple[int, int]:
+    return round(frame.width / frame.scale_xy[0]), round(frame.height / frame.scale_xy[1])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `defectcam weak-labels`."""
+    parser = argparse.ArgumentParser(
+        prog="defectcam weak-labels",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--db", default=DATABASE, help="database of defectcam harvest (default: %(default)s)")
+    parser.add_argument("--photos", type=Path, required=True, help="folder of the photos, as uploaded to CVAT")
+    parser.add_argument(
+        "--patch-px", type=int, default=PATCH_PX, help="crop size of the training to come (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/feedback"), help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if not args.photos.is_dir():
+        parser.error(f"--photos {args.photos} is no folder")
+    try:
+        counts = write_weak_labels(open_store(args.db, make=False), PhotoFolder(args.photos), args.patch_px, args.out)
+    except (StoreError, PhotoError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    for defect, of in sorted(counts.items()):
+        print(
+            f"{defect}: {of['positive']} positive clicks, {of['none']} none-clicks of {of['wrong proposals']} wrong "
+            f"proposals, {of['masks']} masks"
+        )
+    print(f"written: {args.out.resolve()}")

