@@ -502,7 +502,7 @@ activate() {
         extra=()
         [[ ! -f $STATE/releases/$1/options ]] || mapfile -t extra <"$STATE/releases/$1/options"
         [[ $(<"$STATE/releases/$1/device") != gpu ]] ||
-            grep -q nvidia.com/gpu "$STATE/releases/$1/functions/$name.yaml" ||
+            grep -q '^[^#]*nvidia.com/gpu' "$STATE/releases/$1/functions/$name.yaml" ||
             extra+=(--resource-limit nvidia.com/gpu=1)
         call nuctl deploy "$name" --project-name cvat --file "$STATE/releases/$1/functions/$name.yaml" \
             --run-image "$(<"$STATE/releases/$1/image")" ${options[@]+"${options[@]}"} \
@@ -652,18 +652,24 @@ status() {
     local name
     current=$(release_of current) previous=$(release_of previous) pending=$(release_of pending)
     [[ -n $current$pending ]] || die "nothing is deployed on $platform in namespace $namespace"
-    [[ -z $current ]] || printf 'release %s\n' "$current"
+    [[ -z $current ]] || tell 'release %s\n' "$current"
     for name in $(functions_of "$current"); do
-        [[ -n $dry_run ]] || printf '%-26s' "$(<"$STATE/releases/$current/functions/$name.title")"
+        tell '%-26s' "$(<"$STATE/releases/$current/functions/$name.title")"
         if reach "$name" && call curl --silent --fail --max-time 10 --output "$STATE/answer" "$url"; then
             [[ -n $dry_run ]] || printf '%s  weights %s\n' "$(address_of "$name")" \
                 "$(sed 's/.*"weights": *"\([^"]*\)".*/\1/' "$STATE/answer")"
         else
-            printf 'does not answer: nuctl get function %s %s\n' "$name" "${where[*]}"
+            tell 'does not answer: nuctl get function %s %s\n' "$name" "${where[*]}"
         fi
     done
-    [[ -z $previous ]] || printf 'rollback goes to release %s\n' "$previous"
-    [[ -z $pending ]] || printf 'deploying %s was interrupted: run it again, or ./deploy.sh rollback\n' "$pending"
+    [[ -z $previous ]] || tell 'rollback goes to release %s\n' "$previous"
+    [[ -z $pending ]] || tell 'deploying %s was interrupted: run it again, or ./deploy.sh rollback\n' "$pending"
+}
+
+# Like printf, but silent in a dry run, which prints commands alone.
+tell() {
+    # shellcheck disable=SC2059
+    [[ -n $dry_run ]] || printf "$@"
 }
 
 # CVAT's label editor wants `mutable` and a default as well.
