@@ -304,22 +304,40 @@ class ModelHandler:
         fact, bias = self.weights.facts[defect], float(self.weights.networks[defect].head.bias[0])
         working_image = at_working_scale(image_rgb, fact.working_scale)
         maps = self.maps(working_image, defect, effective, deadline)
-        mask = self.mask(working_image, maps.climbed, defect, effective, deadline)
+        outline_logits = self.outline_logits(working_image, defect, deadline)
+        mask = defect_mask(working_image, maps.climbed, fact, effective, outline_logits, deadline)
+        logits = outline_logits(mask) if outline_logits and mask.any() else None
         mask = at_photo_scale(mask, *image_rgb.shape[:2])
-        return confident_components(mask, maps.score, bias, fact, effective["threshold"])
+        return confident_components(mask, maps.score, bias, fact, effective["threshold"], logits)
 
     def mask(
         self, working_image: np.ndarray, climbed: np.ndarray, defect: str, effective: dict, deadline: float = math.inf
     ) -> np.ndarray:
         """`defect_mask` with the defect's outline network."""
-
-        def outline_logits(wanted: np.ndarray) -> np.ndarray:
-            outline = self.weights.outlines[defect]
-            with self.networks_on_device:
-                scores = stitched_score_map(outline, working_image, deadline=deadline, region=wanted)
-            return scores + outline.head.bias.item()
-
+        outline_logits = self.outline_logits(working_image, defect, deadline)
         return defect_mask(working_image, climbed, self.weights.facts[defect], effective, outline_logits, deadline)
+
+    def outline_logits(
+        self, working_image: np.ndarray, defect: str, deadline: float = math.inf
+    ) -> Callable[[np.ndarray], np.ndarray] | None:
+        """From where they are wanted, (H, W) bool, to the outline network's logits (H, W); None without a network.
+
+        They are computed once, for what is asked first: later regions must lie within the first.
+        """
+        outline = self.weights.outlines.get(defect)
+        if outline is None:
+            return None
+
+        computed: list[np.ndarray] = []
+
+        def logits(wanted: np.ndarray) -> np.ndarray:
+            if not computed:
+                with self.networks_on_device:
+                    scores = stitched_score_map(outline, working_image, deadline=deadline, region=wanted)
+                computed.append(scores + outline.head.bias.item())
+            return computed[0]
+
+        return logits
 
     def maps(self, image_rgb: np.ndarray, defect: str, effective: dict, deadline: float = math.inf) -> Maps:
         """Score map and climbed map of a photo at working scale; halves the batch as long as memory does not suffice."""
@@ -379,7 +397,7 @@ def defect_mask(
     climbed: np.ndarray,
     fact: DefectWeights,
     effective: dict,
-    outline_logits: Callable[[np.ndarray], np.ndarray],
+    outline_logits: Callable[[np.ndarray], np.ndarray] | None,
     deadline: float = math.inf,
 ) -> np.ndarray:
     """From the climbed map to the defect's pixels, (H, W) bool at working scale: theta, closing, area, snap."""
@@ -388,13 +406,18 @@ def defect_mask(
 
 
 def confident_components(
-    mask: np.ndarray, score: np.ndarray, bias: float, fact: DefectWeights, threshold: float
+    mask: np.ndarray,
+    score: np.ndarray,
+    bias: float,
+    fact: DefectWeights,
+    threshold: float,
+    outline_logits: np.ndarray | None,
 ) -> list[tuple[Component, float]]:
     """The components of a mask at photo scale with their confidence (0..1), those below `threshold` left out."""
     sums = score_sums(score)
     found = []
     for component in find_components(mask):
-        features = component_features(component, sums, bias, fact.window_px, fact.working_scale)
+        features = component_features(component, sums, bias, fact.window_px, fact.working_scale, outline_logits)
         confidence = component_confidence(features, fact.confidence_weights)
         if confidence >= threshold:
             found.append((component, confidence))

@@ -31,6 +31,7 @@ OUTLINE_LEVEL = 0.76
 OUTLINE_SHIFT_PX = 0.24
 
 CHUNK_PIXELS = 1_000_000
+LARGEST_LOGIT = 6.0  # surer than that no network is
 
 # What a polygon should share with its component. Wide components have it at a tolerance of 1 px or more; cracks
 # a few pixels wide do not, so their tolerance shrinks step by step, but never below half of what was asked for:
@@ -94,9 +95,14 @@ def find_components(mask: np.ndarray) -> list[Component]:
 
 
 def component_features(
-    component: Component, sums: np.ndarray, bias: float, window_px: int, working_scale: float
-) -> tuple[float, float]:
-    """What a component's confidence is made of: its evidence and its length.
+    component: Component,
+    sums: np.ndarray,
+    bias: float,
+    window_px: int,
+    working_scale: float,
+    outline_logits: np.ndarray | None = None,
+) -> tuple[float, float, float]:
+    """What a component's confidence is made of: the classifier's evidence, its length, the outline network's word.
 
     Args:
         component: the proposal.
@@ -104,29 +110,33 @@ def component_features(
         bias: of the classifier's head.
         window_px: side of the windows, at working scale.
         working_scale: of the score map.
+        outline_logits: (h, w) of the outline network, at working scale; None where there is none.
 
     Returns:
-        The mean, over the component's pixels, of the classifier's logit for the window around each; and log2 of
-        the component's length (its box's diagonal) in px at working scale.
+        The mean, over the component's pixels, of the classifier's logit for the window around each; log2 of the
+        component's length (its box's diagonal) in px at working scale; the mean of the outline network's logits, each
+        within -LARGEST_LOGIT..LARGEST_LOGIT, or 0 where there is none.
     """
-    total, rows = 0.0, max(1, CHUNK_PIXELS // component.mask.shape[1])
+    total, inside, rows = 0.0, 0.0, max(1, CHUNK_PIXELS // component.mask.shape[1])
     for start in range(0, len(component.mask), rows):  # in chunks: pixel lists of a large region are large
         ys, xs = np.nonzero(component.mask[start : start + rows])
         ys, xs = ys + component.top + start, xs + component.left
         ys, xs = (ys * working_scale).astype(int), (xs * working_scale).astype(int)
         total += float(window_logits(sums, bias, ys, xs, window_px).sum())
-    return total / component.area_px, math.log2(working_scale * math.hypot(*component.mask.shape))
+        if outline_logits is not None:
+            inside += float(np.clip(outline_logits[ys, xs], -LARGEST_LOGIT, LARGEST_LOGIT).sum())
+    length_px = working_scale * math.hypot(*component.mask.shape)
+    return total / component.area_px, math.log2(length_px), inside / component.area_px
 
 
-def component_confidence(features: tuple[float, float], weights: Sequence[float]) -> float:
+def component_confidence(features: tuple[float, float, float], weights: Sequence[float]) -> float:
     """Probability (0..1) that a component is a defect: logistic regression fitted on val proposals.
 
     Args:
         features: of `component_features`.
-        weights: of the logit, of the length, and the intercept.
+        weights: of the three features in their order, and the intercept.
     """
-    logit, log2_length = features
-    return float(probability(np.float64(weights[0] * logit + weights[1] * log2_length + weights[2])))
+    return float(probability(np.dot(weights, (*features, 1.0))))
 
 
 def outline_length_px(mask: np.ndarray) -> int:

@@ -196,9 +196,9 @@ def _check_facts(fact: DefectWeights) -> None:
     if not fact.cam_max or list(fact.cam_max) != sorted(fact.cam_max):
         raise ValueError(f"cam_max must be numbers that do not decrease, not {fact.cam_max!r}")
     need("confidence_weights", fact.confidence_weights, -1e6, 1e6)
-    for name in ("mean_rgb", "std_rgb", "confidence_weights"):
-        if len(getattr(fact, name)) != 3:
-            raise ValueError(f"{name} must have three numbers, not {getattr(fact, name)!r}")
+    for name, count in (("mean_rgb", 3), ("std_rgb", 3), ("confidence_weights", 4)):
+        if len(getattr(fact, name)) != count:
+            raise ValueError(f"{name} must have {count} numbers, not {getattr(fact, name)!r}")
     if fact.snap is not None:
         check_parameters(fact.snap)
 

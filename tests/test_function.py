@@ -423,17 +423,21 @@ def test_faint_proposals_that_are_asked_for_are_climbed_too(monkeypatch):
     assert gates == [min(fact.gate, fact.threshold / 2), 0.01]
 
 
-def test_confidence_comes_from_the_windows_around_the_component_and_its_length(monkeypatch):
+def test_confidence_comes_from_windows_length_and_outline_network(monkeypatch):
     rng = np.random.default_rng(3)
     score = rng.normal(size=(60, 70)).astype(np.float32)
     mask = rng.random((20, 30)) > 0.5
     ys, xs = np.nonzero(mask)
     wanted = window_logits(score_sums(score), 0.3, ys + 7, xs + 9, 16).mean()
+    logits = rng.normal(size=score.shape) * 3
+    logits[20:] = -np.inf  # where the outline network was not asked
+    inside = np.clip(logits[ys + 7, xs + 9], -6, 6).mean()
     for chunk in (1, 50, 10**6):
         monkeypatch.setattr(proposals, "CHUNK_PIXELS", chunk)
-        found = proposals.component_features(Component(mask, 9, 7), score_sums(score), 0.3, 16, 1.0)
-        assert found == pytest.approx((wanted, np.log2(np.hypot(20, 30))))
-    assert proposals.component_confidence((2.0, 8.0), (0.5, 0.25, -3.0)) == pytest.approx(0.5)
+        found = proposals.component_features(Component(mask, 9, 7), score_sums(score), 0.3, 16, 1.0, logits)
+        assert found == pytest.approx((wanted, np.log2(np.hypot(20, 30)), inside))
+    assert proposals.component_features(Component(mask, 9, 7), score_sums(score), 0.3, 16, 1.0)[2] == 0
+    assert proposals.component_confidence((2.0, 8.0, 1.0), (0.5, 0.25, 1.0, -4.0)) == pytest.approx(0.5)
 
 
 def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from defectcam.evaluation.measures import iou
 from defectcam.evaluation.survey import LabelledPhoto, figures
 from defectcam.training import train
-from defectcam.training.calibrate import Choice, quiet_threshold, spread
+from defectcam.training.calibrate import Choice, least_confidence, spread
 from defectcam.training.outline import (
     UNKNOWN,
     OutlineDataset,
@@ -131,12 +131,13 @@ def test_pseudo_masks_keep_what_was_clicked_on():
     assert pseudo_mask(outline, region, [], 5).max() == 0
 
 
-def test_the_threshold_leaves_every_large_set_in_peace():
-    peaks = {"calm": [0.1] * 90, "edges": [0.1] * 8 + [0.7, 0.8], "few": [0.9]}
-    threshold = quiet_threshold(peaks)
-    assert 0.7 < threshold < 0.9
-    for of_set in (peaks["calm"], peaks["edges"]):
-        assert np.mean(np.array(of_set) < threshold) >= 0.9
+def test_the_threshold_leaves_healthy_photos_in_peace_and_few_misses():
+    peaks = [0.0] * 90 + [0.4] * 5 + [0.7] * 5
+    threshold = least_confidence(peaks, [0.3] * 10, photos=100)
+    assert 0.4 < threshold < 0.7 and np.mean(np.array(peaks) < threshold) >= 0.9
+    busy = least_confidence(peaks, [0.8] * 150 + [0.75] * 30, photos=100)
+    assert 0.75 < busy < 0.8
+    assert least_confidence([0.0] * 10, [], photos=10) == 0.05
     assert spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([1, 2], 5) == [1, 2]
 
 
@@ -224,9 +225,10 @@ def test_calibrated_weights_load_and_say_how_they_were_made(trained):
     fact = weights.facts["spalling"]
     assert weights.version == "outline" and fact.working_scale == 0.5 and fact.window_px == 16
     assert fact.snap["method"] == "network" and "spalling" in weights.outlines
-    assert set(fact.training["outlines_tried"]) == {"cam", "superpixels", "grabcut", "network"}
+    assert set(fact.training["outlines_tried"]) == {"network"}
     assert fact.training["outline"]["arm"] == "outlines" and fact.training["classifier"]["steps"] == 120
     plain = load_weights(trained / "plain", "cpu").facts["spalling"]
+    assert set(plain.training["outlines_tried"]) == {"cam", "superpixels", "grabcut"}
     assert plain.snap is None or plain.snap["method"] in ("superpixels", "grabcut")
 
 

@@ -80,7 +80,8 @@ def test_every_interaction_gives_its_click(done):
 def test_harder_cases_weigh_more(done):
     _, clicks = weak_labels(done, write_photos(done, done.folder / "data"))
     outcome = {row["id"]: row["outcome"] for row in done.rows()}
-    weight = {outcome[click.interaction]: click.weight for click in clicks["crack"]}
+    on_wall = [click for click in clicks["crack"] if click.image.endswith("one.png")]  # not the relabelled one
+    weight = {outcome[click.interaction]: click.weight for click in on_wall}
     assert weight["accepted"] == 1 < weight["modified"] < weight["rejected"] == 2
     (miss,) = [click for click in clicks["rust"] if outcome[click.interaction] == "miss"]
     assert miss.weight == 2

@@ -81,12 +81,13 @@ class Judge:
     ) -> np.ndarray:
         effective = {"cam_threshold": theta, "snap": fact.snap is not None}
         mask = defect_mask(photo.working_image, photo.maps[steps], fact, effective, photo.outline_logits)
+        logits = photo.outline_logits(mask) if photo.outline and mask.any() else None
         mask = photo.at_photo_scale(mask)
         if not threshold:
             return mask
         kept = np.zeros_like(mask)
         bias = self.handler.weights.networks[defect].head.bias.item()
-        for component, _ in confident_components(mask, photo.score, bias, fact, threshold):
+        for component, _ in confident_components(mask, photo.score, bias, fact, threshold, logits):
             x0, y0, x1, y1 = component.box_xyxy
             kept[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
         return kept

@@ -43,7 +43,7 @@ from defectcam.tiling import at_photo_scale, at_working_scale
 from defectcam.training.clicks import photo_path, split_stems
 from defectcam.training.crops import read_photo_rgb
 from defectcam.weights import WeightsError
-from model_handler import ModelHandler, choose_device, confident_components
+from model_handler import ModelHandler, choose_device, confident_components, defect_mask
 
 F1_MARGIN_PX = 3
 PICTURE_PX = 480
@@ -124,12 +124,14 @@ def doubts_on_photo(handler: ModelHandler, photo: OldPhoto, defect: str) -> list
     effective = handler.effective(defect, handler.settings)
     working_image = at_working_scale(image_rgb, fact.working_scale)
     maps = handler.maps(working_image, defect, effective)
-    mask = at_photo_scale(handler.mask(working_image, maps.climbed, defect, effective), height, width)
-    proposals = confident_components(mask, maps.score, bias, fact, effective["threshold"])
+    outline_logits = handler.outline_logits(working_image, defect)
+    logits = outline_logits(np.ones(working_image.shape[:2], bool)) if outline_logits else None
+    mask = at_photo_scale(defect_mask(working_image, maps.climbed, fact, effective, outline_logits), height, width)
+    proposals = confident_components(mask, maps.score, bias, fact, effective["threshold"], logits)
     sums = score_sums(maps.score)
     found, on_shapes = [], set()
     for shape in photo.shapes:
-        features = component_features(shape, sums, bias, fact.window_px, fact.working_scale)
+        features = component_features(shape, sums, bias, fact.window_px, fact.working_scale, logits)
         confidence = component_confidence(features, fact.confidence_weights)
         touching = [i for i, (proposal, _) in enumerate(proposals) if common_px(proposal, shape)]
         on_shapes |= set(touching)
