@@ -23,6 +23,7 @@ from defectcam.cvat_task import CvatTask
 from defectcam.interactor import outline_clicked
 from defectcam.network import DefectNet
 from defectcam.postprocess import binarise
+from defectcam.proposal_log import ProposalLog, image_hash
 from defectcam.proposals import (
     Component,
     component_confidence,
@@ -131,6 +132,7 @@ class ModelHandler:
         logger: with `info`, `warn` and `error`, as Nuclio's.
         idle_s: see `OnDemand`.
         cvat_task: who to ask for the climbing steps set on the task in CVAT.
+        proposal_log: where every answer to a detector's request is written to.
 
     Raises:
         WeightsError: weights that must not be used.
@@ -146,6 +148,7 @@ class ModelHandler:
         time_limit_s: float = TIME_LIMIT_S,
         idle_s: float = IDLE_S,
         cvat_task: CvatTask | None = None,
+        proposal_log: ProposalLog | None = None,
     ) -> None:
         # The same photo must give the same answer, and proposals keep their names: no TF32, no search for the
         # fastest algorithm of the day.
@@ -161,6 +164,7 @@ class ModelHandler:
         self.time_limit_s = time_limit_s
         self.logger = logger
         self.cvat_task = cvat_task
+        self.proposal_log = proposal_log
         self.batch = BATCH[device]
 
     @classmethod
@@ -173,7 +177,11 @@ class ModelHandler:
         time_limit_s = positive_number(environ, "ADVCAM_TIME_LIMIT", TIME_LIMIT_S, 86_400)
         idle_s = positive_number(environ, "ADVCAM_IDLE_SECONDS", IDLE_S, 86_400)
         cvat_task = CvatTask.from_env(environ, logger)
-        return cls(folder, choose_device(environ), settings, logger, max_pixels, time_limit_s, idle_s, cvat_task)
+        log_dir = environ.get("ADVCAM_LOG_DIR")
+        proposal_log = ProposalLog(Path(log_dir), logger) if log_dir else None
+        return cls(
+            folder, choose_device(environ), settings, logger, max_pixels, time_limit_s, idle_s, cvat_task, proposal_log
+        )
 
     @property
     def defects(self) -> list[str]:
@@ -222,6 +230,13 @@ class ModelHandler:
                 raise RequestError(reason) from error
             return self.unprocessed(reason)
         height, width = image_rgb.shape[:2]
+        if self.proposal_log and not request.clicks:
+            in_force = {
+                defect: self.effective(defect, with_iterations(request.settings, defect, iterations))
+                for defect in request.settings.defects or self.defects
+            }
+            pixels = image_hash(np.ascontiguousarray(image_rgb))
+            self.proposal_log.append(pixels, width, height, self.weights.version, in_force, answer)
         what = "outline clicked" if request.clicks else f"{len(answer)} proposals"
         self.logger.info(f"{what} on {width} x {height} in {time.monotonic() - started:.1f} s")
         return answer
@@ -269,7 +284,7 @@ class ModelHandler:
         pixels_digest = hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest()
         shapes, mask_pixels = [], 0
         for defect in settings.defects or self.defects:
-            own = replace(settings, iterations=(iterations or {}).get(defect, settings.iterations))
+            own = with_iterations(settings, defect, iterations or {})
             effective = self.effective(defect, own)
             digest = json.dumps([pixels_digest, image_rgb.shape, self.weights.facts[defect].sha256, effective])
             for component, confidence in self.components(image_rgb, defect, own, deadline):
@@ -390,6 +405,11 @@ class ModelHandler:
         effective = manifest | given
         effective["snap"] = effective["snap"] and fact.snap is not None
         return effective
+
+
+def with_iterations(settings: Settings, defect: str, iterations: Mapping[str, int | str]) -> Settings:
+    """The settings with the defect's own T, where it has one."""
+    return replace(settings, iterations=iterations.get(defect, settings.iterations))
 
 
 def defect_mask(

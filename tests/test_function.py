@@ -23,7 +23,7 @@ from defectcam import proposals, serve
 from defectcam.cam import score_sums, window_logits
 from defectcam.network import DefectNet
 from defectcam.proposals import Component
-from defectcam.request import ImageError, Request, Settings
+from defectcam.request import ImageError, Request, Settings, parse_request
 from model_handler import ModelHandler, OnDemand
 from tests.conftest import ROOT
 
@@ -498,3 +498,15 @@ def test_runtime_half_imports_nothing_of_the_offline_half():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, cwd=ROOT)
     first, second = out.stdout.split("\n")[:2]
     assert first == "[]" and "defectcam" not in second, out.stderr
+
+
+def test_every_answer_is_logged_where_a_folder_is_named(tmp_path, sample_rgb):
+    environ = {"ADVCAM_LOG_DIR": str(tmp_path / "log"), "ADVCAM_DEFECTS": "crack", "ADVCAM_ITERATIONS": "0"}
+    model = ModelHandler.from_env(environ, LOG)
+    body = {"image": encoded(np.ascontiguousarray(sample_rgb[300:700, 500:1000])), "threshold": 0.05}
+    answer = model.answer(parse_request(body, model.settings, model.defects))
+    (path,) = (tmp_path / "log").iterdir()
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert answer and line["shapes"] == answer and (line["width"], line["height"]) == (500, 400)
+    assert line["weights"] == model.weights.version
+    assert line["settings"]["crack"]["threshold"] == 0.05 and line["settings"]["crack"]["iterations"] == 0

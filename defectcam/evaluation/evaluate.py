@@ -16,7 +16,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -49,14 +49,14 @@ CASES_SHOWN = 5
 class Judge:
     """One folder of weights, and the masks each method proposes with them."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
+    def __init__(self, name: str, folder: Path, steps: Sequence[int | str]) -> None:
+        self.name, self.steps = name, steps
         self.handler = ModelHandler(folder, "cpu", Settings(), logging.getLogger("evaluate"))
 
     def survey(self, photo: LabelledPhoto, defect: str) -> SurveyedPhoto:
         """Everything the networks say of a photo; one without the defect is judged at the default T alone."""
         weights, fact = self.handler.weights, self.handler.weights.facts[defect]
-        steps = STEPS if photo.truth is not None else tuple({0, PAPER_STEPS, fact.iterations})
+        steps = self.steps if photo.truth is not None else [t for t in (0, PAPER_STEPS, fact.iterations) if t in self.steps]
         return survey(
             photo, weights.networks[defect], weights.outlines.get(defect), fact.working_scale, steps,
             fact.climb_parameters, fact.cam_max, fact.cam_threshold, fact.window_px, fact.gate,
@@ -66,9 +66,11 @@ class Judge:
         """(method, T, mask at photo scale) of every method."""
         fact = self.handler.weights.facts[defect]
         plain = dataclasses.replace(fact, snap=None)
-        yield f"{self.name}: CAM", 0, self._answer(photo, defect, plain, 0, fact.cam_threshold)
-        yield f"{self.name}: CAM, theta 0.1", 0, self._answer(photo, defect, plain, 0, PAPER_THETA)
-        yield f"{self.name}: paper", PAPER_STEPS, self._answer(photo, defect, plain, PAPER_STEPS, PAPER_THETA)
+        if 0 in photo.maps:
+            yield f"{self.name}: CAM", 0, self._answer(photo, defect, plain, 0, fact.cam_threshold)
+            yield f"{self.name}: CAM, theta 0.1", 0, self._answer(photo, defect, plain, 0, PAPER_THETA)
+        if PAPER_STEPS in photo.maps:
+            yield f"{self.name}: paper", PAPER_STEPS, self._answer(photo, defect, plain, PAPER_STEPS, PAPER_THETA)
         for steps in photo.maps:
             yield f"{self.name}: ours", steps, self._answer(photo, defect, fact, steps, fact.cam_threshold, fact.threshold)
         if photo.outline is not None:
@@ -95,11 +97,13 @@ class Judge:
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
     """Rows of the table; overlays of the main weights' default answer go to `args.out`/evaluate."""
-    judges = [Judge("weights", args.weights), *(Judge(name, folder) for name, folder in args.compare)]
+    folders = [("weights", args.weights), *args.compare]
+    judges = [Judge(name, folder, args.steps) for name, folder in folders]
     rows, cases = [], []
     for defect in args.defects or judges[0].handler.defects:
         training = judges[0].handler.weights.facts[defect].training
-        sets, healthy_sets = training["sets"], training["healthy_sets"]
+        sets = training["sets"] if args.sets is None else args.sets
+        healthy_sets = training["healthy_sets"] if args.healthy_sets is None else args.healthy_sets
         judged: dict[tuple[str, str, str], list[tuple[LabelledPhoto, np.ndarray]]] = {}
         for photo in labelled_photos(args.data, sets, healthy_sets, "val", defect, args.photos):
             for judge in judges:
@@ -240,6 +244,9 @@ def main(argv: list[str] | None = None) -> None:
             raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
         return name, Path(folder)
 
+    def steps_of(text: str) -> list[int | str]:
+        return [part if part == "auto" else int(part) for part in names(text)]
+
     parser = argparse.ArgumentParser(
         prog="defectcam evaluate",
         description=__doc__.split("\n\nExample")[0],
@@ -250,6 +257,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compare", type=named_folder, action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--defects", type=names, help="of these alone (default: all in the weights)")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
+    parser.add_argument("--sets", type=names, help="judge on these sets with the defect (default: the weights' own)")
+    parser.add_argument("--healthy-sets", type=names, help="and on these without it")
+    parser.add_argument("--steps", type=steps_of, default=STEPS, help="T to judge (default: 0,1,2,4,8,auto)")
     parser.add_argument("--photos", type=int, help="photos of each set at most (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of evaluate.json and .html (default: out)")
     args = parser.parse_args(argv)
