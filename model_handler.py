@@ -178,7 +178,13 @@ class ModelHandler:
         idle_s = positive_number(environ, "ADVCAM_IDLE_SECONDS", IDLE_S, 86_400)
         cvat_task = CvatTask.from_env(environ, logger)
         log_dir = environ.get("ADVCAM_LOG_DIR")
-        proposal_log = ProposalLog(Path(log_dir), logger) if log_dir else None
+        try:
+            proposal_log = ProposalLog(Path(log_dir), logger) if log_dir else None
+        except OSError as error:
+            raise RequestError(
+                f"ADVCAM_LOG_DIR is {log_dir!r}, which cannot be written to ({error.strerror}); mount a folder there "
+                "that the function's user may write to, or unset it"
+            ) from error
         return cls(
             folder, choose_device(environ), settings, logger, max_pixels, time_limit_s, idle_s, cvat_task, proposal_log
         )

@@ -20,7 +20,7 @@ from itertools import permutations
 
 import cv2
 import numpy as np
-from shapely import Polygon, constrained_delaunay_triangles, get_coordinates
+from shapely import GEOSException, Polygon, constrained_delaunay_triangles, get_coordinates
 from skimage.measure import find_contours
 
 from defectcam.cam import probability, window_logits
@@ -287,7 +287,12 @@ def _single_ring(polygon: Polygon) -> list[tuple[float, float]]:
     # Edges of a triangulation cross neither each other nor a ring and lead from each ring to its neighbours.
     ring_of = {point: number for number, ring in enumerate([path, *holes]) for point in ring}
     links = defaultdict(set)
-    for triangle in constrained_delaunay_triangles(polygon).geoms:
+    try:
+        triangles = constrained_delaunay_triangles(polygon).geoms
+    except GEOSException:  # it gives up on some rings full of tiny holes: better an outline without the smaller half
+        kept = sorted(polygon.interiors, key=lambda ring: Polygon(ring).area)[len(holes) // 2 + 1 :]
+        return _single_ring(Polygon(polygon.exterior, kept))
+    for triangle in triangles:
         for start, end in permutations(triangle.exterior.coords[:3], 2):
             if ring_of[start] != ring_of[end]:
                 links[ring_of[start]].add((math.dist(start, end), start, end))

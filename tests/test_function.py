@@ -23,7 +23,7 @@ from defectcam import proposals, serve
 from defectcam.cam import score_sums, window_logits
 from defectcam.network import DefectNet
 from defectcam.proposals import Component
-from defectcam.request import ImageError, Request, Settings, parse_request
+from defectcam.request import ImageError, Request, RequestError, Settings, parse_request
 from model_handler import ModelHandler, OnDemand
 from tests.conftest import ROOT
 
@@ -510,3 +510,9 @@ def test_every_answer_is_logged_where_a_folder_is_named(tmp_path, sample_rgb):
     assert answer and line["shapes"] == answer and (line["width"], line["height"]) == (500, 400)
     assert line["weights"] == model.weights.version
     assert line["settings"]["crack"]["threshold"] == 0.05 and line["settings"]["crack"]["iterations"] == 0
+
+
+def test_a_log_folder_that_cannot_be_written_to_stops_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="ADVCAM_LOG_DIR is .*file/log.*mount a folder"):
+        ModelHandler.from_env({"ADVCAM_LOG_DIR": str(tmp_path / "file" / "log")}, LOG)

@@ -163,19 +163,20 @@ def gather_photos(
             photo = photo_path(args.data / set_name, stem)
             folder = masks / set_name if masks else args.data / set_name / "masks" / args.defect
             mask = folder / f"{stem}.png"
-            if not mask.exists() and (masks or set_name in args.none_sets):
+            if not mask.exists() and (args.arm == "clicks" or set_name in args.none_sets):
                 mask = None  # nobody clicked on anything there
+            elif not mask.exists() and masks and split == "train":
+                continue  # nobody looked at it
             photos.append(load_outline_photo(photo, mask, args.working_scale))
     return photos
 
 
 def train_outline(args: argparse.Namespace) -> dict:
     """Train as the arguments say; returns and writes the record of the run."""
-    masks = args.masks if args.arm == "clicks" else None
-    photos = gather_photos(args, args.sets, "train", masks)
+    photos = gather_photos(args, args.sets, "train", args.masks)
     with_defect = [photo for photo in photos if (photo.coverage > UNKNOWN).any()]
     without = [photo for photo in photos if not photo.coverage.any()]
-    without += [photo for photo in gather_photos(args, args.none_sets, "train", masks) if not photo.coverage.any()]
+    without += [photo for photo in gather_photos(args, args.none_sets, "train", args.masks) if not photo.coverage.any()]
     rng = np.random.default_rng(args.seed)
     val = [photo for photo in gather_photos(args, args.sets, "val", None) if (photo.coverage > UNKNOWN).any()]
     val = [val[index] for index in rng.permutation(len(val))[: args.val_photos]]
@@ -203,11 +204,11 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arm", choices=("clicks", "outlines"), required=True)
-    parser.add_argument("--masks", type=Path, help="for the clicks arm: folder from `defectcam pseudo-masks`")
+    parser.add_argument("--masks", type=Path, help="folder of <set>/<photo>.png, from `defectcam pseudo-masks` or `weak-labels`")
     parser.add_argument("--val-photos", type=int, default=40, help="photos the best checkpoint is chosen on")
     add_common_arguments(parser, crop_px=96, batch=8, val_every=250)
     args = parser.parse_args(argv)
-    if (args.arm == "clicks") != (args.masks is not None):
-        parser.error("--arm clicks needs --masks, and --arm outlines takes the sets' own masks")
+    if args.arm == "clicks" and args.masks is None:
+        parser.error("--arm clicks needs --masks: only `--arm outlines` may learn from the sets' own masks")
     done = train_outline(args)
     print(f"best IoU on val {done['best_val']:.3f} after {done['minutes']} minutes")
