@@ -271,6 +271,8 @@ def test_a_choice_is_what_the_function_does(trained, data_dir):
         proposed[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
     assert np.array_equal(judged, proposed)
     choice = Choice(fact.iterations, fact.cam_threshold, fact.closing_radius_px, fact.snap)
-    summed = {steps: fact.cam_max[steps] * values for steps, values in surveyed.maps.items() if steps != "auto"}
-    calibrated = choice.mask(dataclasses.replace(surveyed, maps=summed), dict(enumerate(fact.cam_max)), fact.min_area_px)
+    summed = {fact.iterations: fact.cam_max[fact.iterations] * surveyed.maps[fact.iterations]}
+    same_photo = dataclasses.replace(surveyed, maps=summed)
+    mask = choice.mask(same_photo, dict(enumerate(fact.cam_max)), fact.min_area_px)
+    calibrated = surveyed.at_photo_scale(mask)
     assert not (proposed & ~calibrated).any() and iou(proposed, calibrated) > 0.5

@@ -49,7 +49,7 @@ CASES_SHOWN = 5
 class Judge:
     """One folder of weights, and the masks each method proposes with them."""
 
-    def __init__(self, name: str, folder: Path, steps: Sequence[int | str]) -> None:
+    def __init__(self, name: str, folder: Path, steps: Sequence[int | str] = STEPS) -> None:
         self.name, self.steps = name, steps
         self.handler = ModelHandler(folder, "cpu", Settings(), logging.getLogger("evaluate"))
 
