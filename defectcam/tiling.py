@@ -162,41 +162,10 @@ def tiles_to_climb(tiles: Sequence[Tile], sums: np.ndarray, bias: float, window_
 
 
 def climbed_map(
-    network: DefectNet,
-    image_rgb: np.ndarray,
-    score_map: np.ndarray,
-    iterations: int | str,
-    parameters: ClimbParameters,
-    cam_max: Sequence[float],
-    cam_threshold: float,
-    window_px: int,
-    gate: float,
-    batch: int = 1,
-    core_px: int = CORE_PX,
-    deadline: float = math.inf,
+    network: DefectNet, image_rgb: np.ndarray, score_map: np.ndarray, iterations: int | str, *how, **more
 ) -> np.ndarray:
-    """Climbed activation map of a whole photo, on a scale where 1 is the typical maximum of a defect.
-
-    Tiles that the gate leaves out keep their plain map, in the same units.
-
-    Args:
-        score_map: from `stitched_score_map`.
-        iterations: T, or "auto": each tile climbs until a step extends its region above `cam_threshold` by
-            less than AUTO_GROWTH, AUTO_MAX_STEPS steps at most.
-        cam_max: divisor of the sum of T + 1 maps at index T; continued in a straight line beyond its end.
-        window_px, gate: see `tiles_to_climb`.
-        deadline: on the clock of time.monotonic, s.
-
-    Returns:
-        (H, W) float32, >= 0.
-
-    Raises:
-        TimeLimitError: the deadline passed.
-    """
-    return climbed_maps(
-        network, image_rgb, score_map, [iterations], parameters, cam_max, cam_threshold, window_px, gate, batch,
-        core_px, deadline,
-    )[iterations]  # fmt: skip
+    """`climbed_maps` for one T, or "auto": (H, W) float32; `how` and `more` are its further arguments."""
+    return climbed_maps(network, image_rgb, score_map, [iterations], *how, **more)[iterations]
 
 
 def climbed_maps(
@@ -213,10 +182,24 @@ def climbed_maps(
     core_px: int = CORE_PX,
     deadline: float = math.inf,
 ) -> dict[int | str, np.ndarray]:
-    """`climbed_map` for several T, and "auto", by one climb: the sums on the way to T are those of every smaller T.
+    """Climbed activation maps of a whole photo, on a scale where 1 is the typical maximum of a defect.
+
+    One climb for all: the sums on the way to T are those of every smaller T. Tiles that the gate leaves out keep
+    their plain map, in the same units.
 
     Args:
-        wanted: the T; everything else as in `climbed_map`.
+        score_map: from `stitched_score_map`.
+        wanted: the T; with "auto" each tile climbs until a step extends its region above `cam_threshold` by less
+            than AUTO_GROWTH, AUTO_MAX_STEPS steps at most.
+        cam_max: divisor of the sum of T + 1 maps at index T; continued in a straight line beyond its end.
+        window_px, gate: see `tiles_to_climb`.
+        deadline: on the clock of time.monotonic, s.
+
+    Returns:
+        T -> (H, W) float32, >= 0.
+
+    Raises:
+        TimeLimitError: the deadline passed.
     """
     plain = np.maximum(score_map, 0) / np.float32(cam_max[0])
     result = {steps: plain if steps == 0 else plain.copy() for steps in wanted}
