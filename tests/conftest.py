@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import uvicorn
 
+from defectcam import serve
 from defectcam.network import DefectNet
 from defectcam.training.clicks import photo_path, split_stems
 
@@ -26,6 +30,24 @@ def random_network(seed: int = 0, downsamplings: int = 2, dtype: torch.dtype = t
         for _ in range(3):
             network(torch.randn(4, 3, 64, 64))
     return network.to(dtype).requires_grad_(False).eval()
+
+
+@contextmanager
+def running_function(**environ: str):
+    """URL of a server of the real function, started with these variables."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in environ.items():
+            environment.setenv(name, value)
+        app = serve.create_app(serve.load_main())
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.05)
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.fixture

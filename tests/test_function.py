@@ -1,6 +1,5 @@
 """The function with its shipped weights over real HTTP, with what CVAT sends and what it never would."""
 
-import asyncio
 import base64
 import gc
 import io
@@ -8,7 +7,6 @@ import json
 import logging
 import os
 import resource
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,16 +14,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
-from defectcam import proposals, serve
+from defectcam import proposals
 from defectcam.cam import score_sums, window_logits
 from defectcam.network import DefectNet
 from defectcam.proposals import Component
 from defectcam.request import ImageError, Request, RequestError, Settings, parse_request
 from model_handler import ModelHandler, OnDemand
-from tests.conftest import ROOT
+from tests.conftest import ROOT, running_function
 
 LOG = logging.getLogger("test")
 
@@ -45,17 +42,8 @@ def sample_rgb() -> np.ndarray:
 @pytest.fixture(scope="module")
 def url():
     """A running server of the real function."""
-    app = serve.create_app(serve.load_main())
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.05)
-        assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join()
+    with running_function() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

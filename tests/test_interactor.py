@@ -1,30 +1,26 @@
 """The click tool: the function over real HTTP with its shipped weights, with clicks as CVAT sends them."""
 
-import asyncio
 import base64
 import io
 import json
 import logging
 import shutil
-import threading
 import time
 
 import cv2
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from defectcam import serve
 from defectcam.interactor import DISC_PX, MARGIN_PX, WINDOW_PX, _grown, _windows, outline_clicked
 from defectcam.proposals import find_components
 from defectcam.request import Clicks, RequestError, Settings, parse_request
 from defectcam.weights import sha256_of
 from model_handler import ModelHandler
-from tests.conftest import DATA, ROOT
+from tests.conftest import DATA, ROOT, running_function
 
 LOG = logging.getLogger("test")
 
@@ -72,21 +68,9 @@ def cracks(model, crop_rgb):
 @pytest.fixture(scope="module")
 def client():
     """A client of a running server of the real function, deployed for cracks."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("ADVCAM_DEFECTS", "crack")
-        environment.setenv("ADVCAM_DEVICE", "cpu")
-        app = serve.create_app(serve.load_main())
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.05)
-        assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}/", timeout=300) as client:
-        yield client
-    server.should_exit = True
-    thread.join()
+    with running_function(ADVCAM_DEFECTS="crack", ADVCAM_DEVICE="cpu") as url:
+        with httpx.Client(base_url=url, timeout=300) as client:
+            yield client
 
 
 @pytest.fixture
