@@ -206,10 +206,11 @@ point() { # point LINK RELEASE: in one step, so that no interruption leaves half
 new_release() { # sets $release and $folder
     release=dry-run
     [[ -z $dry_run ]] || rm -rf "$STATE/releases/$release"
-    [[ -n $dry_run ]] || release=$(date -u +%Y%m%d-%H%M%S)
+    until [[ -n $dry_run ]] || { release=$(date -u +%Y%m%d-%H%M%S) && [[ ! -e $STATE/releases/$release ]]; }; do
+        sleep 0.2 # a run of this very second was cut off: names are times, the next second has its own
+    done
     folder=$STATE/releases/$release
-    mkdir "$folder" || die "$folder exists: run it again"
-    mkdir "$folder"/{functions,settings,answers}
+    mkdir -p "$folder"/{functions,settings,answers} || die "cannot write to $STATE/releases"
 }
 
 functions_of() { # names of a release's functions, the default first

@@ -6,6 +6,7 @@ against the option lists of the real tools.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -583,6 +584,16 @@ def test_killed_at_any_point_it_can_be_run_again(world, call):
     world.succeed("cpu", "--iterations", "2")
     assert set(world.functions) == {"advcam-defects", "advcam-defects-t-2"}
     assert "interrupted" not in world.succeed("status")
+
+
+def test_a_run_cut_off_in_this_very_second_does_not_stop_the_next(world):
+    releases = world.repository / "out/deploy/local-nuclio/releases"
+    now = datetime.datetime.now(datetime.UTC)
+    left = {f"{now + datetime.timedelta(seconds=ahead):%Y%m%d-%H%M%S}" for ahead in range(4)}
+    for name in left:
+        (releases / name).mkdir(parents=True)
+    world.succeed("cpu")
+    assert (releases.parent / "current").resolve().name not in left
 
 
 def test_after_a_kill_status_says_so_and_rollback_goes_back(world):
