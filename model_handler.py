@@ -22,6 +22,7 @@ from defectcam.cam import score_sums
 from defectcam.cvat_task import CvatTask
 from defectcam.interactor import outline_clicked
 from defectcam.network import DefectNet
+from defectcam.pace import Pace
 from defectcam.postprocess import binarise
 from defectcam.proposal_log import ProposalLog, image_hash
 from defectcam.proposals import (
@@ -42,7 +43,15 @@ from defectcam.request import (
     settings_from_env,
 )
 from defectcam.snap import snap
-from defectcam.tiling import TimeLimitError, at_photo_scale, at_working_scale, climbed_map, stitched_score_map
+from defectcam.tiling import (
+    TimeLimitError,
+    at_photo_scale,
+    at_working_scale,
+    climbed_map,
+    outer_px,
+    stitched_score_map,
+    tile_grid,
+)
 from defectcam.weights import DefectWeights, load_weights, read_manifest
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -166,6 +175,10 @@ class ModelHandler:
         self.cvat_task = cvat_task
         self.proposal_log = proposal_log
         self.batch = BATCH[device]
+        self.pace = Pace(self.weights.networks)
+        if device == "cpu":  # a GPU's is learnt from the first photo: nothing goes there before
+            for defect in self.defects:
+                self.pace.measure(defect)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], logger) -> ModelHandler:
@@ -252,7 +265,8 @@ class ModelHandler:
         if isinstance(error, ImageError):
             return str(error)
         if isinstance(error, TimeLimitError):
-            return f"too slow: over {self.time_limit_s:g} s; use a GPU, a region of interest or fewer iterations"
+            needed = f"needs about {self.time_limit_s + error.late_s:.0f} s here, of" if error.late_s else "over"
+            return f"too slow: {needed} {self.time_limit_s:g} s; use a GPU, a region of interest or fewer iterations"
         return "out of memory: use a smaller image or a region of interest" if out_of_memory(error) else None
 
     def iterations_of_task(self, request: Request, image_rgb: np.ndarray) -> dict[str, int | str]:
@@ -289,11 +303,13 @@ class ModelHandler:
         height, width = image_rgb.shape[:2]
         pixels_digest = hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest()
         shapes, mask_pixels = [], 0
-        for defect in settings.defects or self.defects:
+        wanted = settings.defects or self.defects
+        least_s = [self.least_seconds(defect, height, width) for defect in wanted]
+        for index, defect in enumerate(wanted):
             own = with_iterations(settings, defect, iterations or {})
             effective = self.effective(defect, own)
             digest = json.dumps([pixels_digest, image_rgb.shape, self.weights.facts[defect].sha256, effective])
-            for component, confidence in self.components(image_rgb, defect, own, deadline):
+            for component, confidence in self.components(image_rgb, defect, own, deadline - sum(least_s[index + 1 :])):
                 if time.monotonic() > deadline:
                     raise TimeLimitError
                 if outline_length_px(component.mask) > MAX_OUTLINE_PX:
@@ -366,10 +382,16 @@ class ModelHandler:
         fact: DefectWeights = self.weights.facts[defect]
         gate = min(fact.gate, effective["threshold"] / 2)  # whoever asks for faint proposals has them climbed
         batch = self.batch
+        tile_px = outer_px(tile_grid(*image_rgb.shape[:2], network.halo_px, network.stride_px))
         while True:
             try:
                 with self.networks_on_device:
-                    score = stitched_score_map(network, image_rgb, batch, deadline=deadline)
+                    started = time.monotonic()
+                    seconds_per_px = self.pace.seconds_per_px(defect, tile_px, deadline - started)
+                    score = stitched_score_map(
+                        network, image_rgb, batch, deadline=deadline, seconds_per_px=seconds_per_px
+                    )
+                    self.pace.learn(defect, time.monotonic() - started, tile_px)
                     climbed = climbed_map(
                         network,
                         image_rgb,
@@ -382,6 +404,7 @@ class ModelHandler:
                         gate,
                         batch,
                         deadline=deadline,
+                        seconds_per_px=seconds_per_px,
                     )
                 return Maps(score, climbed)
             except (MemoryError, RuntimeError) as error:
@@ -394,6 +417,13 @@ class ModelHandler:
                 raise ImageError(f"out of memory on {self.device}, one tile at a time")
             batch //= 2
             self.logger.warn(f"out of memory: once more with {batch} tiles at once")
+
+    def least_seconds(self, defect: str, height: int, width: int) -> float:
+        """What the plain map of a photo takes at the least; 0 where nothing was measured yet."""
+        network, scale = self.weights.networks[defect], self.weights.facts[defect].working_scale
+        size = math.ceil(height * scale), math.ceil(width * scale)
+        tile_px = outer_px(tile_grid(*size, network.halo_px, network.stride_px))
+        return self.pace.fastest.get(defect, 0.0) * tile_px
 
     def effective(self, defect: str, settings: Settings) -> dict:
         """Settings in force for one defect: the given ones, else the manifest's."""

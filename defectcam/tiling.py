@@ -25,14 +25,24 @@ from defectcam.cam import probability, score_sums, window_logits
 from defectcam.climb import ClimbParameters, climb
 from defectcam.network import DefectNet
 
-CORE_PX = 512  # with the halo 624 px: 1.5 times the arithmetic of no halo, about 1 GB while climbing
+CORE_PX = 768  # with the halo 888 px: 1.3 times the arithmetic of no halo, about 0.9 GB
+CLIMBED_CORE_PX = 512  # what is kept for the gradient takes as much for a smaller tile
+GRADIENT_COST = 1.3  # of a backward pass to the image alone, in forward passes
 AUTO_MAX_STEPS = 8  # "auto": at most so many steps,
 AUTO_GROWTH = 0.02  # and no further one after a step that extended a tile's region by less than this share
 GATE_SPACING_PX = 32  # the window probability changes slowly: a look every 32 px finds its maximum well enough
 
 
 class TimeLimitError(RuntimeError):
-    """The deadline passed before the photo was done."""
+    """The photo cannot be done before the deadline.
+
+    Attributes:
+        late_s: by how much it would be late at the least, as estimated before the work; 0 where the deadline passed.
+    """
+
+    def __init__(self, late_s: float = 0.0) -> None:
+        super().__init__("the deadline passed" if late_s == 0 else f"{late_s:.0f} s late at the least")
+        self.late_s = late_s
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,11 @@ def tile_grid(height: int, width: int, halo_px: int, stride_px: int, core_px: in
     ]
 
 
+def outer_px(tiles: Iterable[Tile]) -> int:
+    """Pixels that a network sees of some tiles, halos included."""
+    return sum((bottom - top) * (right - left) for top, bottom, left, right in (tile.outer for tile in tiles))
+
+
 def _batches(image_rgb: np.ndarray, tiles: Sequence[Tile], batch: int, network: DefectNet) -> Iterator:
     """Yield ([tiles], normalised (N, 3, h, w)); tiles of one batch share their outer size."""
     device = network.head.weight.device
@@ -120,6 +135,7 @@ def stitched_score_map(
     core_px: int = CORE_PX,
     deadline: float = math.inf,
     region: np.ndarray | None = None,
+    seconds_per_px: float = 0.0,
 ) -> np.ndarray:
     """Signed score map of a whole photo, tile by tile.
 
@@ -128,18 +144,20 @@ def stitched_score_map(
         batch: tiles at once; changes speed and memory, not the result.
         region: (H, W) bool; tiles in which it is empty are left out, their scores are -inf.
         deadline: on the clock of time.monotonic, s.
+        seconds_per_px: of a forward pass, see `defectcam.pace`; what would be late is not begun.
 
     Returns:
         (H, W) float32.
 
     Raises:
-        TimeLimitError: the deadline passed.
+        TimeLimitError: the deadline passed, or would.
     """
     height, width = image_rgb.shape[:2]
     stitched = np.full((height, width), -np.inf, np.float32)
     tiles = tile_grid(height, width, network.halo_px, network.stride_px, core_px)
     if region is not None:
         tiles = [tile for tile in tiles if region[slice(*tile.core[:2]), slice(*tile.core[2:])].any()]
+    _check_time(deadline, seconds_per_px * outer_px(tiles))
     for some, images in _batches(image_rgb, tiles, batch, network):
         _check_time(deadline)
         _paste(stitched, some, network.score_map(images))
@@ -179,8 +197,9 @@ def climbed_maps(
     window_px: int,
     gate: float,
     batch: int = 1,
-    core_px: int = CORE_PX,
+    core_px: int = CLIMBED_CORE_PX,
     deadline: float = math.inf,
+    seconds_per_px: float = 0.0,
 ) -> dict[int | str, np.ndarray]:
     """Climbed activation maps of a whole photo, on a scale where 1 is the typical maximum of a defect.
 
@@ -194,12 +213,13 @@ def climbed_maps(
         cam_max: divisor of the sum of T + 1 maps at index T; continued in a straight line beyond its end.
         window_px, gate: see `tiles_to_climb`.
         deadline: on the clock of time.monotonic, s.
+        seconds_per_px: of a forward pass, see `defectcam.pace`; what would be late is not begun.
 
     Returns:
         T -> (H, W) float32, >= 0.
 
     Raises:
-        TimeLimitError: the deadline passed.
+        TimeLimitError: the deadline passed, or would.
     """
     plain = np.maximum(score_map, 0) / np.float32(cam_max[0])
     result = {steps: plain if steps == 0 else plain.copy() for steps in wanted}
@@ -210,6 +230,8 @@ def climbed_maps(
     tiles = tile_grid(*score_map.shape, network.halo_px, network.stride_px, core_px)
     bias = float(network.head.bias[0])
     tiles = tiles_to_climb(tiles, score_sums(score_map), bias, window_px, gate)
+    certain = max(1 if steps == "auto" else steps for steps in climbing)
+    _check_time(deadline, seconds_per_px * outer_px(tiles) * (1 + certain * (1 + GRADIENT_COST)))
     for some, images in _batches(image_rgb, tiles, batch, network):
         maps = climb(network, images, most, parameters)
         summed = _normalised_sums(_in_time(maps, deadline), cam_max)
@@ -231,9 +253,10 @@ def _paste(stitched: np.ndarray, tiles: Sequence[Tile], maps: torch.Tensor) -> N
         stitched[y0:y1, x0:x1] = tile.core_of(outer_map).float().cpu().numpy()
 
 
-def _check_time(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise TimeLimitError
+def _check_time(deadline: float, needed_s: float = 0.0) -> None:
+    late_s = time.monotonic() + needed_s - deadline
+    if late_s > 0:
+        raise TimeLimitError(late_s if needed_s else 0.0)
 
 
 def _in_time(maps: Iterable[torch.Tensor], deadline: float) -> Iterator[torch.Tensor]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from defectcam.climb import ClimbParameters
-from defectcam.network import DefectNet
+from defectcam.network import DefectNet, fold_batchnorm
 from defectcam.snap import check_parameters
 
 
@@ -103,7 +103,7 @@ class Weights:
 
 
 def load_weights(folder: Path, device: str) -> Weights:
-    """Verify and load a weights folder; networks come frozen and in eval mode, on `device`.
+    """Verify and load a weights folder; networks come frozen, folded and in eval mode, on `device`.
 
     Raises:
         WeightsError: for a missing, truncated, swapped or altered file, or a manifest that does not fit.
@@ -116,7 +116,7 @@ def load_weights(folder: Path, device: str) -> Weights:
             parts[OUTLINE_PREFIX] = fact.build_network()
         _load_verified(parts, folder / fact.file, fact.sha256)
         for network in parts.values():
-            network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+            fold_batchnorm(network.requires_grad_(False).eval()).to(device, memory_format=torch.channels_last)
         networks[defect] = parts[""]
         if fact.has_outline_network:
             outlines[defect] = parts[OUTLINE_PREFIX]
@@ -151,11 +151,16 @@ def read_manifest(folder: Path) -> tuple[str, dict[str, DefectWeights]]:
     return version, facts
 
 
-def write_manifest(folder: Path, version: str, defects: dict[str, dict]) -> None:
-    """Write the manifest of a weights folder; `sha256` of each entry is taken from its file."""
+def write_manifest(folder: Path, version: str, defects: dict[str, dict], parent: dict | None = None) -> None:
+    """Write the manifest of a weights folder; `sha256` of each entry is taken from its file.
+
+    Args:
+        parent: what names the version that this one was retrained from.
+    """
     for entry in defects.values():
         entry["sha256"] = sha256_of(folder / entry["file"])
-    text = json.dumps({"version": version, "defects": defects}, indent=1)
+    origin = {"parent": parent} if parent else {}
+    text = json.dumps({"version": version, **origin, "defects": defects}, indent=1)
     (folder / "manifest.json").write_text(text + "\n")
 
 

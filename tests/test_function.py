@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from PIL import Image
 from defectcam import proposals
 from defectcam.cam import score_sums, window_logits
 from defectcam.network import DefectNet
+from defectcam.pace import SAMPLE_PX
 from defectcam.proposals import Component
 from defectcam.request import ImageError, Request, RequestError, Settings, parse_request
 from model_handler import ModelHandler, OnDemand
@@ -252,11 +254,11 @@ def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(mon
     batches = []
     real = model_handler.stitched_score_map
 
-    def short_of_memory(network, image_rgb, batch, deadline):
+    def short_of_memory(network, image_rgb, batch, **more):
         batches.append(batch)
         if batch > limit:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
-        return real(network, image_rgb, batch, deadline=deadline)
+        return real(network, image_rgb, batch, **more)
 
     monkeypatch.setattr(model_handler, "stitched_score_map", short_of_memory)
     image = np.full((32, 32, 3), 90, np.uint8)
@@ -271,13 +273,42 @@ def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(mon
     assert model.answer(request) == []  # the worker lives on
 
 
-def test_a_photo_that_takes_too_long_is_answered_in_time(sample_rgb):
+def answer_and_pixels(model, image_rgb, **settings):
+    """A photo's answer, and how many pixels the crack network saw for it."""
+    seen = []
+    encoder = model.weights.networks["crack"].encoder
+    hook = encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, 0].numel()))
+    try:
+        answer = model.answer(Request(base64.b64decode(encoded(image_rgb)), Settings(**settings), ()))
+    finally:
+        hook.remove()
+    return answer, sum(seen)
+
+
+def test_a_photo_that_takes_too_long_is_refused_before_it_is_begun():
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=0.5)
-    request = Request(base64.b64decode(encoded(sample_rgb)), Settings(iterations=50, threshold=0.0), ())
-    (tag,) = model.answer(request)
-    assert tag["attributes"][0]["value"].startswith("too slow: over 0.5 s")
-    small = Request(base64.b64decode(encoded(sample_rgb[:16, :16])), Settings(iterations=0), ())
-    assert model.answer(small) == []
+    sample_px = 2 * SAMPLE_PX**2  # the pace is measured once more before a photo is refused
+    answer, seen_px = answer_and_pixels(model, np.full((3000, 3000, 3), 120, np.uint8), iterations=0)
+    (tag,) = answer
+    assert re.match(r"too slow: needs about \d+ s here, of 0.5 s; use a GPU, a region", tag["attributes"][0]["value"])
+    assert seen_px == sample_px
+    answer, seen_px = answer_and_pixels(model, np.full((16, 16, 3), 120, np.uint8), iterations=0)
+    assert (answer, seen_px) == ([], 256)
+
+
+def test_what_climbing_takes_is_estimated_from_the_tiles_to_climb(sample_rgb):
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=60)
+    model.pace.learn("crack", 1.0, sample_rgb[..., 0].size)  # one second a pass: what was measured stays if faster
+    answer, seen_px = answer_and_pixels(model, sample_rgb, iterations=50, threshold=0.0)
+    assert "too slow: needs about" in answer[0]["attributes"][0]["value"]
+    assert seen_px < 3 * sample_rgb[..., 0].size + 2 * SAMPLE_PX**2, "the plain map alone"
+
+
+def test_a_deadline_that_passes_is_said_too(sample_rgb):
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=1e-6)
+    model.pace.fastest.clear()  # as on a GPU before its first photo
+    answer, _ = answer_and_pixels(model, sample_rgb, iterations=0)
+    assert answer[0]["attributes"][0]["value"].startswith("too slow: over 1e-06 s")
 
 
 class Moved(torch.nn.Linear):

@@ -1,9 +1,12 @@
 """The architecture keeps its promises: resolution, size, reach, and no dead layers."""
 
+import copy
+
 import pytest
 import torch
 
-from defectcam.network import DefectNet
+from defectcam.climb import ClimbParameters, climb
+from defectcam.network import DefectNet, fold_batchnorm
 from tests.conftest import random_network
 
 
@@ -54,3 +57,21 @@ def test_impossible_architectures_are_refused(arguments):
 
 def test_paper_stride():
     assert DefectNet().encoder.conv1.stride == (1, 1)
+
+
+@pytest.mark.parametrize("downsamplings", [1, 2, 3])
+def test_a_folded_network_is_the_same_function(downsamplings):
+    network = random_network(downsamplings=downsamplings)
+    folded = fold_batchnorm(copy.deepcopy(network))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    images = network.normalise(torch.randint(0, 256, (2, 3, 67, 90), generator=torch.Generator().manual_seed(0)))
+    plain, fast = network.score_map(images), folded.score_map(images)
+    assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max()
+    parameters = ClimbParameters(xi=0.08, penalty_weight=7.0, salient_share=0.5)
+    for one, other in zip(climb(network, images, 2, parameters), climb(folded, images, 2, parameters)):
+        assert (one - other).abs().max() <= 1e-3 * one.max()
+
+
+def test_a_network_in_training_is_not_folded():
+    with pytest.raises(ValueError, match="eval"):
+        fold_batchnorm(DefectNet().train())
