@@ -1,11 +1,13 @@
 """Outlines that follow the image inside the region the climbed map proposes (beyond the paper).
 
 The activation map of a crack is a band of some 40 px around 3 px of crack: it says where the crack is and how far
-the proposal reaches, the image says where its edge is. Four ways to read the edge, a defect's manifest names its
-one: `network` (a U-Net like the classifier, read per pixel), `dark_ridges`, `grabcut`, `superpixels`.
+the proposal reaches, the image says where its edge is. Five ways to read the edge, a defect's manifest names its
+one: `network` (a U-Net like the classifier, read per pixel), `dark_ridges`, `network_ridges` (the evidence of both
+added up: the network knows a crack from a joint, the ridge is there where a crack grows faint), `grabcut`,
+`superpixels`.
 
 Every rule is local, so a crop of a photo and the photo itself agree: it looks no farther around a pixel than its
-neighbourhood (`dark_ridges`, `network`) or its region (`grabcut`, `superpixels`).
+neighbourhood (`dark_ridges`, the networks) or its region (`grabcut`, `superpixels`).
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from defectcam.tiling import TimeLimitError, tile_grid
 
 WINDOW_PX = 151  # neighbourhood whose texture a ridge must stand out from
 FAINTEST_GREY_LEVELS = 6.0  # darker than the surroundings by less than this nobody sees
+HIGHEST_RIDGE = 6.0  # standard deviations; beyond it a line is no more certain
+SURE_LOGIT = 1.5  # a line found by network and ridge reaches as much more evidence somewhere
 GRABCUT_ROUNDS = 3
+NETWORK_METHODS = ("network", "network_ridges")  # need the outline network
 # Fields of the manifest's `snap` for each method, beside "method" itself.
 FIELDS = {
     "network": ("probability", "margin_px", "min_area_px"),
+    "network_ridges": ("probability", "ridge_weight", "width_px", "closing_radius_px", "min_area_px"),
     "dark_ridges": ("width_px", "sharpness", "closing_radius_px", "min_area_px"),
     "grabcut": ("sure_share", "margin_px", "min_area_px"),
     "superpixels": ("size_px", "share", "margin_px", "min_area_px"),
@@ -46,8 +52,8 @@ def snap(
         image_rgb: (H, W, 3) uint8.
         region: (H, W) bool, where the climbed map proposes the defect.
         parameters: the manifest's `snap`: {"method": ..., and the method's FIELDS}.
-        outline_logits: for the method `network`: from where logits are wanted, (H, W) bool, to the outline
-            network's logits, (H, W) float; elsewhere they may be anything.
+        outline_logits: for NETWORK_METHODS: from where logits are wanted, (H, W) bool, to the outline network's
+            logits, (H, W) float; elsewhere they may be anything.
         deadline: on the clock of time.monotonic, s.
 
     Returns:
@@ -59,12 +65,17 @@ def snap(
     if not region.any():
         return np.zeros_like(region)
     if parameters["method"] == "dark_ridges":
-        mask = _dark_ridges(image_rgb, region, parameters)
+        heights = _ridge_heights(image_rgb, region, parameters["width_px"])
+        mask = _lines(heights, region, parameters["sharpness"] / 2, parameters["sharpness"], parameters)
+    elif parameters["method"] == "network_ridges":
+        heights = _ridge_heights(image_rgb, region, parameters["width_px"])
+        evidence = outline_logits(region) + parameters["ridge_weight"] * np.minimum(heights, HIGHEST_RIDGE)
+        least = _logit(parameters["probability"])
+        mask = _lines(evidence, region, least, least + SURE_LOGIT, parameters)
     else:
         allowed = _grown(region, parameters["margin_px"])
         if parameters["method"] == "network":
-            odds = parameters["probability"] / (1 - parameters["probability"])
-            mask = allowed & (outline_logits(allowed) > math.log(odds))
+            mask = allowed & (outline_logits(allowed) > _logit(parameters["probability"]))
         elif parameters["method"] == "grabcut":
             mask = _grabcut(image_rgb, region, allowed, parameters["sure_share"], deadline)
         else:
@@ -87,8 +98,8 @@ def check_parameters(parameters: dict) -> None:
             raise ValueError(f"snap {name} must be a number from 0 to {most}, not {value!r}")
         if name == "probability" and not 0 < value < 1:
             raise ValueError(f"snap probability must lie between 0 and 1, not {value!r}")
-        if name == "size_px" and value < 2:
-            raise ValueError(f"snap size_px must be at least 2, not {value!r}")
+        if name in ("size_px", "width_px") and value < 2:
+            raise ValueError(f"snap {name} must be at least 2, not {value!r}")
 
 
 def _grown(region: np.ndarray, margin_px: int) -> np.ndarray:
@@ -142,20 +153,17 @@ def _superpixels(image_rgb: np.ndarray, region: np.ndarray, size_px: int, share:
     return (covered >= share)[labels]
 
 
-def _dark_ridges(image_rgb: np.ndarray, region: np.ndarray, parameters: dict) -> np.ndarray:
-    """Dark lines in the region: a pixel belongs to one if it reaches half of `sharpness` and hangs together with
-    one that reaches all of it (hysteresis); small gaps are closed."""
-    weak, strong = np.zeros(region.shape, np.uint8), np.zeros(region.shape, bool)
-    for tile in tile_grid(*region.shape, halo_px=_reach_px(parameters), stride_px=1):
-        (y0, y1, x0, x1), (top, bottom, left, right) = tile.core, tile.outer
-        inside = region[y0:y1, x0:x1]
-        if inside.any():
-            height = tile.core_of(_ridge_height(image_rgb[top:bottom, left:right], parameters["width_px"]))
-            weak[y0:y1, x0:x1] = inside & (height >= parameters["sharpness"] / 2)
-            strong[y0:y1, x0:x1] = inside & (height >= parameters["sharpness"])
-    count, labels = cv2.connectedComponents(weak, connectivity=8)
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def _lines(evidence: np.ndarray, region: np.ndarray, least: float, sure: float, parameters: dict) -> np.ndarray:
+    """Lines in the region: a pixel belongs to one if its evidence (H, W) reaches `least` and it hangs together with
+    one that reaches `sure` (hysteresis); small gaps are closed."""
+    weak = region & (evidence >= least)
+    count, labels = cv2.connectedComponents(weak.astype(np.uint8), connectivity=8)
     keep = np.zeros(count, bool)
-    keep[np.unique(labels[strong])] = True
+    keep[np.unique(labels[weak & (evidence >= sure)])] = True
     keep[0] = False
     lines = keep[labels].astype(np.uint8)
     if parameters["closing_radius_px"] > 0:
@@ -163,6 +171,16 @@ def _dark_ridges(image_rgb: np.ndarray, region: np.ndarray, parameters: dict) ->
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
         lines = cv2.morphologyEx(lines, cv2.MORPH_CLOSE, disc)
     return (lines > 0) & region
+
+
+def _ridge_heights(image_rgb: np.ndarray, region: np.ndarray, width_px: int) -> np.ndarray:
+    """`_ridge_height` tile by tile where the region is, 0 in tiles without it, (H, W) float32."""
+    heights = np.zeros(region.shape, np.float32)
+    for tile in tile_grid(*region.shape, halo_px=_reach_px(width_px), stride_px=1):
+        (y0, y1, x0, x1), (top, bottom, left, right) = tile.core, tile.outer
+        if region[y0:y1, x0:x1].any():
+            heights[y0:y1, x0:x1] = tile.core_of(_ridge_height(image_rgb[top:bottom, left:right], width_px))
+    return heights
 
 
 def _ridge_height(image_rgb: np.ndarray, width_px: int) -> np.ndarray:
@@ -181,6 +199,6 @@ def _ridge_height(image_rgb: np.ndarray, width_px: int) -> np.ndarray:
     return height
 
 
-def _reach_px(parameters: dict) -> int:
+def _reach_px(width_px: int) -> int:
     """How far around a pixel its ridge height looks: the neighbourhood, the top-hat twice, the smoothing."""
-    return WINDOW_PX // 2 + 2 * (parameters["width_px"] // 2) + 4
+    return WINDOW_PX // 2 + 2 * (width_px // 2) + 4

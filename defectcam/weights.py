@@ -19,7 +19,7 @@ from safetensors.torch import load
 
 from defectcam.climb import ClimbParameters
 from defectcam.network import DefectNet, fold_batchnorm
-from defectcam.snap import check_parameters
+from defectcam.snap import NETWORK_METHODS, check_parameters
 
 
 OUTLINE_PREFIX = "outline."
@@ -78,7 +78,7 @@ class DefectWeights:
     @property
     def has_outline_network(self) -> bool:
         """Whether outlines are read from a network of their own."""
-        return self.snap is not None and self.snap["method"] == "network"
+        return self.snap is not None and self.snap["method"] in NETWORK_METHODS
 
     @property
     def climb_parameters(self) -> ClimbParameters:

@@ -57,6 +57,24 @@ def test_a_crop_gives_what_the_photo_gives(wall):
     assert np.array_equal(crop[inner], full[40:640, 30:800][inner])
 
 
+def test_network_and_ridge_find_together_what_neither_finds_alone(wall):
+    """The network knows half of the upper crack, calls the lower one a joint and sees nothing else."""
+    image, crack = wall
+    upper, lower = crack.copy(), crack.copy()
+    upper[330:], lower[:330] = False, False
+    known = upper.copy()
+    known[:, 450:] = False
+    logits = np.full(crack.shape, -4.0)
+    logits[known], logits[band(lower, 6)] = 3.0, -12.0
+    both = {"method": "network_ridges", "probability": 0.3, "ridge_weight": 1.5, "width_px": 9, "closing_radius_px": 2}
+    network = {"method": "network", "probability": 0.3, "margin_px": 0, "min_area_px": 40}
+    found = snap(image, band(crack), both | {"min_area_px": 40}, lambda wanted: logits)
+    alone = snap(image, band(crack), network, lambda wanted: logits)
+    assert (alone & upper).sum() < 0.6 * upper.sum() < 0.9 * upper.sum() < (found & band(upper, 2) & upper).sum()
+    assert not (found & band(lower, 2)).any()
+    assert found.sum() < 2 * upper.sum()
+
+
 @pytest.mark.parametrize("change", [{"method": "magic"}, {"width_px": -1}, {"sharpness": "high"}, {"extra": 1}])
 def test_parameters_it_cannot_work_with_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -43,7 +43,7 @@ from defectcam.evaluation.survey import LabelledPhoto, SurveyedPhoto, figures, l
 from defectcam.network import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, DefectNet
 from defectcam.postprocess import binarise
 from defectcam.proposals import component_confidence, component_features, find_components
-from defectcam.snap import snap
+from defectcam.snap import NETWORK_METHODS, snap
 from defectcam.training.train import names
 from defectcam.weights import OUTLINE_PREFIX, read_manifest, write_manifest
 
@@ -98,6 +98,12 @@ def ways(defect: str, has_network: bool, min_area_px: int) -> dict[str, list[tup
         found["network"] = [
             (3, {"method": "network", "probability": probability, "margin_px": margin, **area})
             for probability, margin in product((0.1, 0.2, 0.35, 0.5), (4, 12, 24))
+        ]
+    if has_network and defect == "crack":
+        ridges = {"method": "network_ridges", "width_px": 9, "closing_radius_px": 2, **area}
+        found["network_ridges"] = [
+            (12, {"probability": probability, "ridge_weight": weight, **ridges})
+            for probability, weight in product((0.15, 0.3, 0.5), (1.0, 1.5, 2.0))
         ]
     return found
 
@@ -242,6 +248,8 @@ def with_features(
 
 def fit_confidence(features: Sequence[tuple[float, ...]], hits: Sequence[bool]) -> tuple[float, ...]:
     """The four weights of `component_confidence`."""
+    if not len(features):
+        sys.exit("the network proposes nothing on any val photo, so there is nothing to calibrate: train it longer")
     x, y = np.column_stack([np.array(features), np.ones(len(features))]), np.array(hits, float)
 
     def loss(weights: np.ndarray) -> float:
@@ -338,7 +346,7 @@ def write(
     args = work.args
     args.out.mkdir(parents=True, exist_ok=True)
     parts = {"": work.network}
-    if choice.snap and choice.snap["method"] == "network":
+    if choice.snap and choice.snap["method"] in NETWORK_METHODS:
         parts[OUTLINE_PREFIX] = work.outline
     tensors = {
         prefix + name: value.contiguous() for prefix, part in parts.items() for name, value in part.state_dict().items()
