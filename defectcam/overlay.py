@@ -43,5 +43,7 @@ def _points(shape: dict) -> np.ndarray:
 
 
 def _write(image: np.ndarray, text: str, x: int, y: int, colour: tuple, thickness: int) -> None:
-    for shade, width in (((0, 0, 0), 3 * thickness), (colour, thickness)):  # a dark rim reads on any ground
-        cv2.putText(image, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45 * thickness, shade, width, cv2.LINE_AA)
+    rim = [(dx, dy, (0, 0, 0)) for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1))]  # reads on any ground
+    for dx, dy, shade in [*rim, (0, 0, colour)]:  # not by a thicker stroke: that makes the letters wider, too
+        place = x + dx * thickness, y + dy * thickness
+        cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45 * thickness, shade, thickness, cv2.LINE_AA)

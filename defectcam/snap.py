@@ -27,6 +27,7 @@ WINDOW_PX = 151  # neighbourhood whose texture a ridge must stand out from
 FAINTEST_GREY_LEVELS = 6.0  # darker than the surroundings by less than this nobody sees
 HIGHEST_RIDGE = 6.0  # standard deviations; beyond it a line is no more certain
 SURE_LOGIT = 1.5  # a line found by network and ridge reaches as much more evidence somewhere
+HALF_WIDTH = np.ones((7, 7), np.uint8)  # in which a ridge's flanks are told from its top
 GRABCUT_ROUNDS = 3
 NETWORK_METHODS = ("network", "network_ridges")  # need the outline network
 # Fields of the manifest's `snap` for each method, beside "method" itself.
@@ -66,12 +67,15 @@ def snap(
         return np.zeros_like(region)
     if parameters["method"] == "dark_ridges":
         heights = _ridge_heights(image_rgb, region, parameters["width_px"])
-        mask = _lines(heights, region, parameters["sharpness"] / 2, parameters["sharpness"], parameters)
+        mask = region & _lines(heights, region, parameters["sharpness"] / 2, parameters["sharpness"], parameters)
     elif parameters["method"] == "network_ridges":
         heights = _ridge_heights(image_rgb, region, parameters["width_px"])
-        evidence = outline_logits(region) + parameters["ridge_weight"] * np.minimum(heights, HIGHEST_RIDGE)
+        logits = outline_logits(region)
+        # A line ends at half its height, as a peak's width is measured; not where the network itself is certain.
+        line = region & ((heights >= 0.5 * cv2.dilate(heights, HALF_WIDTH)) | (logits > 0))
+        evidence = logits + parameters["ridge_weight"] * np.minimum(heights, HIGHEST_RIDGE)
         least = _logit(parameters["probability"])
-        mask = _lines(evidence, region, least, least + SURE_LOGIT, parameters)
+        mask = region & _lines(evidence, line, least, least + SURE_LOGIT, parameters)
     else:
         allowed = _grown(region, parameters["margin_px"])
         if parameters["method"] == "network":
@@ -157,10 +161,10 @@ def _logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def _lines(evidence: np.ndarray, region: np.ndarray, least: float, sure: float, parameters: dict) -> np.ndarray:
-    """Lines in the region: a pixel belongs to one if its evidence (H, W) reaches `least` and it hangs together with
-    one that reaches `sure` (hysteresis); small gaps are closed."""
-    weak = region & (evidence >= least)
+def _lines(evidence: np.ndarray, where: np.ndarray, least: float, sure: float, parameters: dict) -> np.ndarray:
+    """Lines, (H, W) bool: a pixel of `where` belongs to one if its evidence (H, W) reaches `least` and it hangs
+    together with one that reaches `sure` (hysteresis); small gaps are closed."""
+    weak = where & (evidence >= least)
     count, labels = cv2.connectedComponents(weak.astype(np.uint8), connectivity=8)
     keep = np.zeros(count, bool)
     keep[np.unique(labels[weak & (evidence >= sure)])] = True
@@ -170,7 +174,7 @@ def _lines(evidence: np.ndarray, region: np.ndarray, least: float, sure: float, 
         size = 2 * parameters["closing_radius_px"] + 1
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
         lines = cv2.morphologyEx(lines, cv2.MORPH_CLOSE, disc)
-    return (lines > 0) & region
+    return lines > 0
 
 
 def _ridge_heights(image_rgb: np.ndarray, region: np.ndarray, width_px: int) -> np.ndarray:
