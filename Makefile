@@ -13,7 +13,7 @@ VAL_CLICKS ?=
 # Further options of `defectcam train --help`; weights/README.md has those of the shipped weights.
 ARGS ?=
 
-.PHONY: help install demo test serve train evaluate
+.PHONY: help install demo test serve train evaluate bench
 help:
 	@echo "make install                          build .venv with exact versions"
 	@echo "make demo IMAGE=photo ITERATIONS=4    proposals for one photo, as JSON and picture, in out/demo"
@@ -22,6 +22,7 @@ help:
 	@echo "make train DEFECT=crack DATA=folder SETS=a,b   train a classifier from clicks, in out/train"
 	@echo "make train DEFECT=crack CLICKS=clicks.csv VAL_CLICKS=val.csv   the same from your own clicks"
 	@echo "make evaluate DATA=folder             the table of all measures on val photos, in out/evaluate.html"
+	@echo "make bench                            speed, against a plain port and the machine's peak, in out/bench.png"
 
 install: .venv/installed
 
@@ -29,7 +30,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
 		|| { echo "Python 3.11 or 3.12 is needed, not '$(PYTHON)': name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[runtime,train,feedback,cvat,dev]'
+	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[runtime,train,feedback,cvat,bulk,bench,dev]'
 	@touch $@
 
 demo: install
@@ -47,3 +48,6 @@ train: install
 
 evaluate: install
 	$(VENV)/python -m defectcam evaluate --data $(DATA) $(ARGS)
+
+bench: install
+	$(VENV)/python -m benchmarks.bench $(ARGS)

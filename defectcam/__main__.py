@@ -2,10 +2,12 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 COMMANDS = {
     "demo": ("defectcam.demo", "proposals for one photo as JSON and picture"),
     "serve": ("defectcam.serve", "the function over HTTP, without Nuclio"),
+    "propose": ("defectcam.bulk.propose", "proposals for a folder of photos, as files for CVAT"),
     "train": ("defectcam.training.train", "train a defect's classifier from clicks"),
     "train-outline": ("defectcam.training.outline", "train a defect's outline network from masks or proposals"),
     "pseudo-masks": ("defectcam.training.pseudo", "masks for training outlines, from clicks alone"),
@@ -13,6 +15,8 @@ COMMANDS = {
     "evaluate": ("defectcam.evaluation.evaluate", "the table of all measures on val photos, with overlays"),
     "harvest": ("defectcam.feedback.harvest", "what annotators did with the proposals, from CVAT to a database"),
     "weak-labels": ("defectcam.feedback.labels", "clicks and masks for training from that database"),
+    "retrain": ("defectcam.feedback.retrain", "new weights from old and new clicks, promoted if they are no worse"),
+    "next-images": ("defectcam.feedback.next_images", "unlabelled photos ordered by what a label would teach"),
     "audit": ("defectcam.feedback.audit", "labels of old campaigns that the model disagrees with, ranked"),
     "report": ("defectcam.feedback.report", "time saved and shares of accepted proposals, as an HTML page"),
 }
@@ -21,6 +25,8 @@ COMMANDS = {
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
+        # model_handler.py and cvat_function.py lie beside the package, where the installed command does not look.
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
         importlib.import_module(COMMANDS[command][0]).main(sys.argv[2:])
         return
     lines = [f"  {name:13} {what}" for name, (_, what) in COMMANDS.items()]

@@ -11,11 +11,13 @@ import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import httpx
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from defectcam import proposals
 from defectcam.cam import score_sums, window_logits
@@ -23,6 +25,7 @@ from defectcam.network import DefectNet
 from defectcam.pace import SAMPLE_PX
 from defectcam.proposals import Component
 from defectcam.request import ImageError, Request, RequestError, Settings, parse_request
+from defectcam.weights import OUTLINE_PREFIX
 from model_handler import ModelHandler, OnDemand
 from tests.conftest import ROOT, running_function
 
@@ -309,6 +312,29 @@ def test_a_deadline_that_passes_is_said_too(sample_rgb):
     model.pace.fastest.clear()  # as on a GPU before its first photo
     answer, _ = answer_and_pixels(model, sample_rgb, iterations=0)
     assert answer[0]["attributes"][0]["value"].startswith("too slow: over 1e-06 s")
+
+
+def test_folding_the_networks_changes_no_proposal(sample_rgb):
+    crop, settings = sample_rgb[:420, :420], Settings(iterations=1, threshold=0.0)
+    fast, plain = (ModelHandler(ROOT / "weights", "cpu", settings, LOG) for _ in range(2))
+    for defect, fact in plain.weights.facts.items():
+        tensors = load_file(ROOT / "weights" / fact.file)
+        for prefix, networks in ((OUTLINE_PREFIX, plain.weights.outlines), ("", plain.weights.networks)):
+            if defect in networks:
+                own = {name: value for name, value in tensors.items() if name.startswith(OUTLINE_PREFIX) == bool(prefix)}
+                networks[defect] = fact.build_network().eval()
+                networks[defect].load_state_dict({name.removeprefix(prefix): value for name, value in own.items()})
+    one, other = (model.propose(crop, model.settings) for model in (fast, plain))
+    assert one and [shape["label"] for shape in one] == [shape["label"] for shape in other]
+    for shape, same in zip(one, other):
+        drawn, again = (rasterised(points, *crop.shape[:2]) for points in (shape["points"], same["points"]))
+        assert (drawn & again).sum() >= 0.99 * (drawn | again).sum()
+
+
+def rasterised(points, height, width):
+    """A polygon's pixels, (H, W) bool."""
+    polygon = np.round(np.reshape(points, (-1, 2))).astype(np.int32)
+    return cv2.fillPoly(np.zeros((height, width), np.uint8), [polygon], 1) > 0
 
 
 class Moved(torch.nn.Linear):

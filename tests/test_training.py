@@ -1,5 +1,7 @@
 """Clicks, crops and a training run on a small set made here; a killed run goes on as if nothing had happened."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from defectcam.training import train
 from defectcam.training.clicks import Click, patch_bounds, read_clicks, simulate_clicks, write_clicks
 from defectcam.training.crops import CROPS_PER_CLICK, CropDataset
-from tests.conftest import ROOT
+from tests.conftest import ROOT, random_network
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_crops_hold_their_click_and_negatives_hold_no_defect(data_dir):
     labels = [crops[draw][1] for draw in range(40)]
     assert labels == [1.0, 0.0] * 20
     for draw in range(40):
-        image, label = crops[draw]
+        image, label, _ = crops[draw]
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
         assert (image.min() < 60) == bool(label)  # the line is dark, nothing else is
 
@@ -103,6 +105,60 @@ def test_a_photo_smaller_than_the_crop_is_scaled_up_to_it(data_dir):
 def test_clicks_of_one_kind_alone_are_refused(data_dir):
     with pytest.raises(ValueError, match="none-clicks; got 4 and 0"):
         CropDataset([click for click in clicks_of(data_dir) if click.defect == "crack"], 32, 0, False)
+
+
+def test_crops_weigh_what_their_clicks_weigh_against_the_mean_of_their_kind(data_dir):
+    clicks = clicks_of(data_dir)
+    positives = [click for click in clicks if click.defect == "crack"]
+    weights = {click: 1 + 0.5 * i for i, click in enumerate(positives)} | {c: 2.0 for c in clicks if c.defect == "none"}
+    weighted = CropDataset([dataclasses.replace(c, weight=weights[c]) for c in clicks], 32, 0, True)
+    plain = CropDataset(clicks, 32, 0, True)
+    seen = []
+    for draw in range(plain.draws_per_epoch):
+        (image, label, weight), (same, _, one) = weighted[draw], plain[draw]
+        assert torch.equal(image, same) and one == 1 and (label or weight == 1)
+        seen.append(weight)
+    mean = np.mean([weights[click] for click in positives])
+    assert sorted(set(seen[::2])) == pytest.approx([weights[click] / mean for click in positives])
+    assert np.mean(seen[::2]) == pytest.approx(1)  # so the two kinds stay balanced
+    with pytest.raises(ValueError, match="all clicks of a kind weigh 0.*'none': 0"):
+        CropDataset([dataclasses.replace(c, weight=float(c.defect == "crack")) for c in clicks], 32, 0, True)
+
+
+def test_equal_weights_give_the_plain_loss_and_no_weight_no_gradient():
+    network = random_network(dtype=torch.float32).requires_grad_(True)
+    images = torch.randint(0, 255, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1.0, 0, 1, 0])
+
+    def loss_and_gradients(loss):
+        network.zero_grad()
+        loss.backward()
+        return loss.item(), [parameter.grad.clone() for parameter in network.parameters()]
+
+    def plain(count):
+        logits = network(network.normalise(images[:count]))
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[:count])
+
+    def weighted(*weights):
+        return train.ClassifierLoss(network)(images, labels, torch.tensor(weights))
+
+    loss, gradients = loss_and_gradients(plain(4))
+    same, same_gradients = loss_and_gradients(weighted(1.0, 1.0, 1.0, 1.0))
+    assert same == loss and all(torch.equal(*pair) for pair in zip(same_gradients, gradients))
+    _, without = loss_and_gradients(weighted(1.0, 1.0, 1.0, 0.0))
+    for found, wanted in zip(without, loss_and_gradients(plain(3) * 3 / 4)[1]):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+    assert loss_and_gradients(weighted(2.0, 1.0, 1.0, 1.0))[0] != loss
+
+
+def test_weights_below_zero_are_refused_and_old_runs_keep_their_hash(tmp_path):
+    (tmp_path / "own.csv").write_text("image,x,y,defect,weight\na.jpg,3,4,crack,-1\n")
+    with pytest.raises(ValueError, match="own.csv line 2.*weight -1.0"):
+        read_clicks(tmp_path / "own.csv")
+    clicks = [Click("a.jpg", 3, 4, "crack", "", "a"), Click("b.jpg", 5, 6, "none", "crack", "b")]
+    labels = [("a", 3, 4, "crack"), ("b", 5, 6, "none")]
+    assert train.clicks_sha256(clicks) == hashlib.sha256(repr(labels).encode()).hexdigest()
+    assert train.clicks_sha256([dataclasses.replace(clicks[0], weight=2.0), clicks[1]]) != train.clicks_sha256(clicks)
 
 
 def test_f_measure():

@@ -22,10 +22,13 @@ from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 import httpx
+from tqdm import tqdm
 
 TIMEOUT_S = 120
 EVENTS_PATIENCE_S = 120
 EVENTS_POLL_S = 1
+DATA_PATIENCE_S = 600
+IMAGE_QUALITY = 70  # of the copies that CVAT shows, its own default; functions get the file itself
 PROPOSAL = "proposal"  # the attribute that names a proposal
 
 
@@ -222,6 +225,48 @@ class CvatServer:
         response = self._get(path)
         return response.content if response.status_code == 200 else None
 
+    def create_task(self, name: str, labels: Sequence[dict], photos: Sequence[Path]) -> int:
+        """Make a task of photos, in their order, and wait until CVAT has it; returns its id.
+
+        Args:
+            labels: as CVAT's API takes them: name, type, attributes.
+            photos: files; CVAT names them by their last part.
+
+        Raises:
+            CvatError: two photos of one name, before anything is made; or what CVAT refused.
+        """
+        names = [photo.name for photo in photos]
+        twice = next((photo for photo in photos if names.count(photo.name) > 1), None)
+        if twice:
+            raise CvatError(f"two of the photos are called {twice.name}, which a task cannot tell apart: rename one")
+        task = self._post("/api/tasks", 201, json={"name": name, "labels": list(labels)}).json()["id"]
+        path = f"/api/tasks/{task}/data/"
+        try:
+            self._post(path, 202, headers={"Upload-Start": ""})
+            for photo in tqdm(photos, desc="upload", unit="photo", disable=None):
+                files = {"client_files[0]": (photo.name, photo.read_bytes())}
+                self._post(path, 200, headers={"Upload-Multiple": ""}, data={"image_quality": IMAGE_QUALITY}, files=files)
+            order = {"image_quality": IMAGE_QUALITY, "sorting_method": "predefined", "upload_file_order": names}
+            response = self._post(path, 202, headers={"Upload-Finish": ""}, json=order)
+            self._wait_for_data(task, (response.json() or {}).get("rq_id"))
+        except (CvatError, OSError) as error:
+            raise CvatError(f"task {task} was made but not filled: {error}; delete it in CVAT and try again") from error
+        return task
+
+    def _wait_for_data(self, task: int, request: str | None) -> None:
+        """Wait until CVAT has cut a task's photos into chunks; servers before requests tell of it by the task."""
+        path = f"/api/requests/{request}" if request else f"/api/tasks/{task}/status"
+        deadline = time.monotonic() + DATA_PATIENCE_S
+        while time.monotonic() < deadline:
+            state = self._json(path)
+            status = (state.get("status") or state["state"]).lower()
+            if status == "finished":
+                return
+            if status == "failed":
+                raise CvatError(f"CVAT cannot read the photos: {state.get('message')}")
+            time.sleep(EVENTS_POLL_S)
+        raise CvatError(f"CVAT has not read the photos in {DATA_PATIENCE_S} s")
+
     def _task_labels(self, task: int) -> dict[int, dict]:
         if task not in self._labels:
             self._labels[task] = {label["id"]: label for label in self._pages(f"/api/labels?task_id={task}")}
@@ -271,21 +316,32 @@ class CvatServer:
 
     def _json(self, path: str):
         response = self._get(path)
-        if response.status_code in (401, 403):
-            raise CvatError(
-                f"{self.name}{path} answers {response.status_code}: give a valid token (--token or ADVCAM_CVAT_TOKEN) "
-                "of a user who may see these tasks"
-            )
-        if response.status_code != 200:
-            raise CvatError(f"{self.name}{path} answers {response.status_code}: {response.text[:200]}")
+        self._check(path, response, 200)
         try:
             return response.json()
         except ValueError:
             raise CvatError(f"{self.name}{path} answers no JSON: is this CVAT's address?") from None
 
+    def _check(self, path: str, response: httpx.Response, expected: int) -> None:
+        if response.status_code in (401, 403):
+            raise CvatError(
+                f"{self.name}{path} answers {response.status_code}: give a valid token (--token or ADVCAM_CVAT_TOKEN) "
+                "of a user who may see these tasks"
+            )
+        if response.status_code != expected:
+            raise CvatError(f"{self.name}{path} answers {response.status_code}: {response.text[:200]}")
+
+    def _post(self, path: str, expected: int, **options) -> httpx.Response:
+        response = self._request("POST", path, **options)
+        self._check(path, response, expected)
+        return response
+
     def _get(self, path: str, **options) -> httpx.Response:
+        return self._request("GET", path, **options)
+
+    def _request(self, method: str, path: str, **options) -> httpx.Response:
         try:
-            return self._client.get(path, **options)
+            return self._client.request(method, path, **options)
         except httpx.HTTPError as error:
             raise CvatError(f"{self.name} cannot be reached: {error}; check --url (or ADVCAM_CVAT_URL)") from error
 

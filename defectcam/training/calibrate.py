@@ -13,7 +13,8 @@
 
 "Fit" is the mean over photos of F1 with 2 px tolerance for cracks, of IoU for other defects; "saved" is the simulated
 annotator's mean share of clicks saved. What serves best has the largest mean of both: few instances are saved in
-part, so that alone is coarse, and a fit alone has no regard for who must correct the rest.
+part, so that alone is coarse, and a fit alone has no regard for who must correct the rest. It is looked for among the
+choices that fit best.
 
 Example:
     defectcam calibrate --defect crack --classifier out/train/crack --outline out/train/crack-outline \\
@@ -54,6 +55,7 @@ THETAS = (0.05, 0.1, 0.2, 0.3)
 CLIMBS = tuple(ClimbParameters(xi, weight, 0.5) for xi, weight in product((0.02, 0.08, 0.3), (0.7, 7.0, 70.0)))
 REFERENCE_CLIMB = ClimbParameters(xi=0.08, penalty_weight=7.0, salient_share=0.5)  # AdvCAM's defaults
 CLIMB_PHOTOS = 8  # for xi and lambda, which cost a climb each
+FINALISTS = 4  # choices that fit best, of which is seen what they save: that takes a hundred times as long
 TRIAL_PHOTOS = 8  # for T, which is slow
 HEALTHY_SHARE = 0.9
 FALSE_PER_PHOTO = 1.5
@@ -85,7 +87,7 @@ def ways(defect: str, has_network: bool, min_area_px: int) -> dict[str, list[tup
     found: dict[str, list[tuple[int, dict | None]]] = {
         "cam": [(closing, None) for closing in (0, 3)],
         "superpixels": [
-            (3, {"method": "superpixels", "size_px": 8, "share": share, "margin_px": 8, **area}) for share in (0.4, 0.6)
+            (3, {"method": "superpixels", "size_px": 8, "share": 0.5, "margin_px": 8, **area}),
         ],
     }
     if defect != "crack":  # whose colour is its surroundings'
@@ -161,13 +163,17 @@ class Calibration:
         self, photos: Sequence[SurveyedPhoto], choices: Sequence[Choice], cam_max: dict[int, float]
     ) -> tuple[float, Choice, dict[str, float]]:
         """The choice that serves best, with fit and saved."""
-        best: tuple[float, Choice, dict] | None = None
-        for choice in tqdm(choices, desc="choices", leave=False):
-            masks = [photo.at_photo_scale(choice.mask(photo, cam_max, self.min_area_px)) for photo in photos]
-            fit, saved = fit_of(self.defect, photos, masks), saved_by(self.defect, photos, masks)
-            if best is None or (fit + saved) / 2 > best[0]:
-                best = (fit + saved) / 2, choice, {"fit": round(fit, 3), "mean_saved": round(saved, 3)}
-        return best
+
+        def masks(choice: Choice) -> list[np.ndarray]:
+            return [photo.at_photo_scale(choice.mask(photo, cam_max, self.min_area_px)) for photo in photos]
+
+        fits = [fit_of(self.defect, photos, masks(choice)) for choice in tqdm(choices, desc="fits", leave=False)]
+        merits = []
+        for index in np.argsort(fits)[::-1][:FINALISTS].tolist():
+            saved = saved_by(self.defect, photos, masks(choices[index]))
+            figures = {"fit": round(fits[index], 3), "mean_saved": round(saved, 3)}
+            merits.append(((fits[index] + saved) / 2, choices[index], figures))
+        return max(merits, key=lambda merit: merit[0])
 
     def choose_climb(self) -> ClimbParameters:
         """xi and lambda by the plain map at T = 2, on a few photos."""

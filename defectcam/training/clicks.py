@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Click:
         defect: the defect clicked on, or "none".
         absent: for a none-click the defect that was looked for; "" for a positive click.
         photo_group: what is never split between train and val, and what a sampler balances over.
-        weight: how much it should count, 1 or more; more where the proposals were worse.
+        weight: how much it counts against the other clicks, 0 or more; more where the proposals were worse.
         interaction: id of what an annotator did that it was derived from (`feedback.store`); "" of a click by hand.
     """
 
@@ -60,6 +61,9 @@ def read_clicks(path: Path) -> list[Click]:
     with open(path, newline="") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
+                weight = float(row.get("weight") or 1.0)
+                if not 0 <= weight < math.inf:
+                    raise ValueError(f"weight {weight} is not a number from 0")
                 clicks.append(
                     Click(
                         row["image"],
@@ -68,7 +72,7 @@ def read_clicks(path: Path) -> list[Click]:
                         row["defect"],
                         row.get("absent") or "",
                         row.get("photo_group") or "",
-                        float(row.get("weight") or 1.0),
+                        weight,
                         row.get("interaction") or "",
                     )
                 )

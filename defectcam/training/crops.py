@@ -38,7 +38,11 @@ class CropDataset(Dataset):
         augment: flips, quarter turns, scale, brightness, contrast, colour, blur, noise; off for validation.
         working_scale: photos are resized by it first, crops are cut from the resized ones.
 
-    Items: (image_rgb (3, crop_px, crop_px) uint8 tensor, label 0.0 or 1.0).
+    Items: (image_rgb (3, crop_px, crop_px) uint8 tensor, label 0.0 or 1.0, weight 0.0 or more). A crop weighs as
+    much as its click does against the mean of its kind, so the kinds stay balanced and equal weights are all 1.
+
+    Raises:
+        ValueError: one of the two kinds has no clicks, or only clicks of weight 0.
     """
 
     def __init__(
@@ -51,6 +55,12 @@ class CropDataset(Dataset):
                 f"training needs clicks on the defect and none-clicks; got {len(self.positives)} and "
                 f"{len(self.negatives)}"
             )
+        self.mean_weight = {
+            kind: sum(click.weight for click in own) / len(own)
+            for kind, own in (("defect", self.positives), ("none", self.negatives))
+        }
+        if not all(self.mean_weight.values()):
+            raise ValueError(f"all clicks of a kind weigh 0, mean weights are {self.mean_weight}: nothing to learn from")
         self.crop_px = crop_px
         self.seed = seed
         self.augment = augment
@@ -68,7 +78,7 @@ class CropDataset(Dataset):
             self._photos[path] = at_working_scale(read_photo_rgb(path), self.working_scale)
         return self._photos[path]
 
-    def __getitem__(self, draw: int) -> tuple[torch.Tensor, float]:
+    def __getitem__(self, draw: int) -> tuple[torch.Tensor, float, float]:
         rng = np.random.default_rng((self.seed, draw))
         positive = draw % 2 == 0
         if positive:
@@ -77,6 +87,7 @@ class CropDataset(Dataset):
             click = self.positives[order[position // 2] // CROPS_PER_CLICK]
         else:  # evenly from the none-clicks: every photo's turn comes, whatever its number of clicks
             click = self.negatives[int(rng.integers(len(self.negatives)))]
+        weight = click.weight / self.mean_weight["defect" if positive else "none"]
         photo = self.photo_rgb(click.image)
         x, y = int(click.x * self.working_scale), int(click.y * self.working_scale)
         size = self.crop_px
@@ -98,10 +109,10 @@ class CropDataset(Dataset):
                 crop, (self.crop_px, self.crop_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
             )
         if not self.augment:
-            return torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1), float(positive)
+            return torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1), float(positive), weight
         crop = turned(crop, int(rng.integers(4)), bool(rng.integers(2)))
         image = varied_colours(torch.from_numpy(crop).permute(2, 0, 1), int(rng.integers(2**31)))
-        return image, float(positive)
+        return image, float(positive), weight
 
 
 def read_photo_rgb(path: str) -> np.ndarray:

@@ -171,12 +171,16 @@ def gather_photos(
     return photos
 
 
-def train_outline(args: argparse.Namespace) -> dict:
-    """Train as the arguments say; returns and writes the record of the run."""
+def train_photos(args: argparse.Namespace) -> list[OutlinePhoto]:
+    """The photos to learn from as the arguments say; of the sets without the defect those that show none."""
     photos = gather_photos(args, args.sets, "train", args.masks)
+    return photos + [photo for photo in gather_photos(args, args.none_sets, "train", args.masks) if not photo.coverage.any()]
+
+
+def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> dict:
+    """Train on photos as the arguments say; returns and writes the record of the run."""
     with_defect = [photo for photo in photos if (photo.coverage > UNKNOWN).any()]
     without = [photo for photo in photos if not photo.coverage.any()]
-    without += [photo for photo in gather_photos(args, args.none_sets, "train", args.masks) if not photo.coverage.any()]
     rng = np.random.default_rng(args.seed)
     val = [photo for photo in gather_photos(args, args.sets, "val", None) if (photo.coverage > UNKNOWN).any()]
     val = [val[index] for index in rng.permutation(len(val))[: args.val_photos]]
@@ -195,8 +199,7 @@ def train_outline(args: argparse.Namespace) -> dict:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command `defectcam train-outline`."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="defectcam train-outline",
         description=__doc__.split("\n\nExample")[0],
@@ -210,5 +213,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.arm == "clicks" and args.masks is None:
         parser.error("--arm clicks needs --masks: only `--arm outlines` may learn from the sets' own masks")
-    done = train_outline(args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `defectcam train-outline`."""
+    args = parse_args(argv)
+    done = train_outline(args, train_photos(args))
     print(f"best IoU on val {done['best_val']:.3f} after {done['minutes']} minutes")

@@ -44,16 +44,17 @@ WEIGHT_DECAY = 1e-2  # paper 4.2
 
 
 class ClassifierLoss(nn.Module):
-    """Binary cross-entropy of the network's logits; a module, so that several processes can share its gradients."""
+    """Weighted binary cross-entropy of the logits; a module, so that several processes can share its gradients."""
 
     def __init__(self, network: DefectNet) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, images_rgb: Tensor, labels: Tensor) -> Tensor:
-        """Scalar loss of crops (N, 3, H, W) uint8 and labels (N,), 0 or 1."""
+    def forward(self, images_rgb: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Scalar loss of crops (N, 3, H, W) uint8, labels (N,), 0 or 1, and weights (N,), 1 on average."""
         logits = self.network(self.network.normalise(images_rgb))
-        return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        # The sum goes by N, not by the batch's weights: a heavy crop must not weigh less beside other heavy ones.
+        return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), weights.float())
 
 
 def fit(
@@ -169,8 +170,9 @@ def gather_clicks(args: argparse.Namespace, split: str) -> list[Click]:
     Of the sets without the defect none-clicks alone.
     """
     clicks: list[Click] = []
-    if args.clicks:
-        clicks += read_clicks(args.clicks if split == "train" else args.val_clicks)
+    own = args.clicks if split == "train" else args.val_clicks
+    if own:
+        clicks += read_clicks(own)
     patch_px = round(args.crop_px / args.working_scale)
     smallest_px = round(SMALLEST_CLICKED_PX / args.working_scale**2)  # what can be seen at working scale
     for set_name in args.sets:
@@ -194,7 +196,7 @@ def val_figures(network: DefectNet, dataset: CropDataset, batch: int) -> dict[st
     """F-measure and loss over the first VAL_CROPS draws of a val set."""
     device = network.head.weight.device
     logits, labels = [], []
-    for images, targets in DataLoader(dataset, batch, sampler=range(VAL_CROPS)):
+    for images, targets, _ in DataLoader(dataset, batch, sampler=range(VAL_CROPS)):
         logits.append(network(network.normalise(images.to(device))).float().cpu())
         labels.append(targets.float())
     logit, label = torch.cat(logits), torch.cat(labels)
@@ -282,14 +284,20 @@ def common_facts(args: argparse.Namespace) -> dict:
     }
 
 
+def clicks_sha256(clicks: list[Click]) -> str:
+    """Hash of what a run learns from, hexadecimal."""
+    # Weights of 1 are left out, so that runs from before there were weights can go on.
+    labels = [(c.photo_group, c.x, c.y, c.defect, *([c.weight] if c.weight != 1 else [])) for c in clicks]
+    return hashlib.sha256(repr(labels).encode()).hexdigest()
+
+
 def train(args: argparse.Namespace) -> dict:
     """Train a classifier as the arguments say; returns and writes the record of the run."""
     clicks, val_clicks = gather_clicks(args, "train"), gather_clicks(args, "val")
     crops = CropDataset(clicks, args.crop_px, args.seed, augment=True, working_scale=args.working_scale)
     val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False, working_scale=args.working_scale)
-    labels = [(click.photo_group, click.x, click.y, click.defect) for click in clicks]
     facts = {
-        "clicks_sha256": hashlib.sha256(repr(labels).encode()).hexdigest(),
+        "clicks_sha256": clicks_sha256(clicks),
         "positive_clicks": len(crops.positives),
         "none_clicks": len(crops.negatives),
     }
@@ -347,8 +355,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--none-per-photo", type=int, default=6, help="simulated none-clicks per photo (default 6)")
     add_common_arguments(parser, crop_px=320, batch=32, val_every=100)
     args = parser.parse_args(argv)
-    if bool(args.clicks) != bool(args.val_clicks):
-        parser.error("--clicks and --val-clicks go together: the best checkpoint is chosen on photos not trained on")
+    if bool(args.clicks) != bool(args.val_clicks) and not args.sets:
+        parser.error(
+            "--clicks needs --val-clicks, or --sets with val photos: the best checkpoint is chosen on photos not trained on"
+        )
     if not args.clicks and not (args.data and args.sets):
         parser.error("labels are missing: give --clicks and --val-clicks, or --data and --sets")
     if not 0 < args.working_scale <= 1:

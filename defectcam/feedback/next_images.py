@@ -1,0 +1,300 @@
+"""Which photos to label next: those from which the weights would learn most come first (paper 3.2).
+
+Every photo goes through the classifiers twice, as it is and mirrored. No map is climbed: it is about the windows
+around every 32nd pixel, whose probability also decides where proposals are looked for. Of each photo the tenth of the
+windows counts that has most of it, and of the defects the one with most:
+
+uncertainty    the entropy of the window's probability: 1 bit at 0.5, nothing where the classifier is sure.
+disagreement   between photo and mirror image: by how much the window's probability differs, 0 to 1. What the classifier
+               has understood does not depend on which way it runs.
+diversity      the distance to the nearest photo higher up the list, of the encoder's features (their mean and deviation
+               over the photo), as d / (d + the median distance from the mean): 0 for a copy, 1 for the first photo.
+
+The score is the mean of uncertainty and disagreement, times diversity. The list is made one by one, always with the
+photo that then has the largest score (farthest-first), so ten photos of one wall do not fill its top.
+
+Example:
+    defectcam next-images photos --out out/next
+    defectcam next-images list.txt --top 40 --cvat-task "pier 3, first look" --url http://localhost:8080 --out out/next
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import jinja2
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from defectcam.cam import probability, score_sums, window_logits
+from defectcam.feedback.cvat import CvatError, CvatServer
+from defectcam.network import DefectNet
+from defectcam.request import ImageError, RequestError, decode_image
+from defectcam.tiling import GATE_SPACING_PX, at_working_scale, stitched_score_map
+from defectcam.weights import DefectWeights, Weights, WeightsError, load_weights
+from model_handler import BATCH, MAX_MEGAPIXELS, choose_device
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+MOST_SHARE = 0.1  # of a photo's windows: a small defect must not drown, a single window not decide
+FEATURES_PX = 256  # longer side of the photo whose features say what it is a photo of
+PICTURE_PX = 320
+FUNCTION_YAML = Path(__file__).parents[2] / "function.yaml"
+COLUMNS = ("rank", "path", "score", "uncertainty", "disagreement", "diversity", "nearest", "defect")
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What the weights say of one photo.
+
+    Attributes:
+        path: of the photo.
+        defect: the one that the figures are of.
+        uncertainty: bits, 0..1.
+        disagreement: 0..1.
+        features: (D,) float64.
+        doubts: entropy of the windows, (rows, columns) float64, bits.
+    """
+
+    path: Path
+    defect: str
+    uncertainty: float
+    disagreement: float
+    features: np.ndarray
+    doubts: np.ndarray
+
+    @property
+    def information(self) -> float:
+        """What a label of this photo alone would teach, 0..1."""
+        return (self.uncertainty + self.disagreement) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A photo's place in the list; `nearest` is the photo higher up that is most like it, None for the first."""
+
+    look: Look
+    score: float
+    diversity: float
+    nearest: Path | None
+
+
+def entropy_bits(probabilities: np.ndarray) -> np.ndarray:
+    """Entropy of yes and no at these probabilities, 0..1 bit."""
+    p = np.clip(probabilities, 1e-12, 1 - 1e-12)
+    return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+
+
+def mean_of_most(values: np.ndarray) -> float:
+    """Mean of the largest MOST_SHARE of the values, one of them at least."""
+    count = math.ceil(MOST_SHARE * values.size)
+    return float(np.sort(values, axis=None)[-count:].mean())
+
+
+def window_probabilities(score_map: np.ndarray, bias: float, window_px: int) -> np.ndarray:
+    """The classifier's probability for the windows around every GATE_SPACING_PX-th row and column."""
+    ys, xs = (np.arange(0, size, GATE_SPACING_PX) for size in score_map.shape)
+    sums = score_sums(np.ascontiguousarray(score_map))
+    return probability(window_logits(sums, bias, ys[:, None], xs[None], window_px))
+
+
+@torch.no_grad()
+def pooled_features(network: DefectNet, image_rgb: np.ndarray) -> np.ndarray:
+    """Mean and deviation of the encoder's deepest features over a small copy of a photo (H, W, 3) uint8: (2 C,)."""
+    scale = min(1.0, FEATURES_PX / max(image_rgb.shape[:2]))
+    small = torch.from_numpy(np.ascontiguousarray(at_working_scale(image_rgb, scale))).permute(2, 0, 1)[None]
+    deepest = network.encoder(network.normalise(small.to(network.head.weight.device)))[-1][0].flatten(1).double()
+    return torch.cat([deepest.mean(1), deepest.std(1, correction=0)]).cpu().numpy()
+
+
+def look_at(weights: Weights, path: Path, image_rgb: np.ndarray, batch: int) -> Look:
+    """Everything the order needs of a photo (H, W, 3) uint8; `batch` tiles go through a network at once."""
+
+    def figures(network: DefectNet, fact: DefectWeights) -> tuple[float, float, np.ndarray]:
+        image = at_working_scale(image_rgb, fact.working_scale)
+        mirrored = np.ascontiguousarray(image[:, ::-1])
+        score, mirror_score = stitched_score_map(network, image, batch), stitched_score_map(network, mirrored, batch)
+        bias = network.head.bias.item()
+        here, there = (window_probabilities(s, bias, fact.window_px) for s in (score, mirror_score[:, ::-1]))
+        doubts = entropy_bits(here)
+        return mean_of_most(doubts), mean_of_most(np.abs(here - there)), doubts
+
+    found = {defect: figures(network, weights.facts[defect]) for defect, network in weights.networks.items()}
+    defect = max(found, key=lambda name: found[name][0] + found[name][1])
+    features = np.concatenate([pooled_features(network, image_rgb) for network in weights.networks.values()])
+    return Look(path, defect, *found[defect][:2], features, found[defect][2])
+
+
+def ranked(looks: Sequence[Look]) -> list[Ranked]:
+    """The photos in the order to label them in; see the top of this module."""
+    features = np.stack([look.features for look in looks])
+    deviation = features.std(axis=0)
+    features = (features - features.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    typical = float(np.median(np.linalg.norm(features, axis=1))) or 1.0
+    information = np.array([look.information for look in looks])
+    distance, diversity = np.full(len(looks), np.inf), np.ones(len(looks))
+    nearest = np.full(len(looks), -1)
+    order: list[Ranked] = []
+    waiting = np.ones(len(looks), bool)
+    while waiting.any():
+        scores = np.where(waiting, information * diversity, -1.0)
+        pick = int(scores.argmax())
+        like = looks[nearest[pick]].path if order else None
+        order.append(Ranked(looks[pick], float(scores[pick]), float(diversity[pick]), like))
+        waiting[pick] = False
+        to_pick = np.linalg.norm(features - features[pick], axis=1)
+        nearest[to_pick < distance] = pick
+        distance = np.minimum(distance, to_pick)
+        diversity = distance / (distance + typical)
+    return order
+
+
+def photo_paths(source: Path) -> list[Path]:
+    """The photos of a folder and those below it (masks/ left out), or those that a text file lists, one path a line.
+
+    Raises:
+        ValueError: there are none, or the file is no text.
+    """
+    if source.is_dir():
+        found = sorted(
+            path
+            for path in source.rglob("*")
+            if path.suffix.lower() in PHOTO_SUFFIXES and "masks" not in path.relative_to(source).parts
+        )
+        what = f"no photos ({', '.join(PHOTO_SUFFIXES)}) in {source}"
+    else:
+        try:
+            lines = source.read_text().splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{source} is no text: give a folder, or a file with the path of a photo on every line") from None
+        found = [Path(line.strip()) for line in dict.fromkeys(lines) if line.strip()]
+        what = f"{source} lists no photos"
+    if not found:
+        raise ValueError(what)
+    return found
+
+
+def look_at_all(weights: Weights, paths: Sequence[Path], device: str) -> tuple[list[Look], dict[Path, str]]:
+    """Looks at the photos, and of those that cannot be read the reason."""
+    looks, skipped = [], {}
+    for path in tqdm(paths, desc="photos", unit="photo"):
+        try:
+            image_rgb = decode_image(path.read_bytes(), MAX_MEGAPIXELS * 1_000_000)
+        except (ImageError, OSError) as error:
+            skipped[path] = getattr(error, "strerror", None) or str(error)
+            tqdm.write(f"skipped {path}: {skipped[path]}", file=sys.stderr)
+            continue
+        looks.append(look_at(weights, path, image_rgb, BATCH[device]))
+    return looks, skipped
+
+
+def picture_of(look: Look) -> np.ndarray:
+    """The photo beside itself with its uncertain windows in yellow, (h, w, 3) uint8 RGB."""
+    image = decode_image(look.path.read_bytes(), MAX_MEGAPIXELS * 1_000_000)
+    height, width = image.shape[:2]
+    size = (PICTURE_PX, max(1, round(PICTURE_PX * height / width)))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if width > PICTURE_PX else cv2.INTER_LINEAR)
+    share = 0.7 * cv2.resize(look.doubts, size, interpolation=cv2.INTER_LINEAR)[..., None] ** 2
+    return np.hstack([small, np.rint((1 - share) * small + share * np.array([255, 220, 0])).astype(np.uint8)])
+
+
+PAGE = jinja2.Template(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Photos to label next</title>
+<style>
+body { font: 14px/1.4 sans-serif; margin: 2em; } figure { display: inline-block; margin: 0 1em 1.5em 0; width: 640px; }
+img { display: block; max-width: 100%; } figcaption { overflow-wrap: anywhere; }
+</style>
+<h1>Photos to label next</h1>
+<p>The first {{ shown|length }} of {{ photos }}, by weights {{ version }}. On the right, yellow: where the classifier does
+not know. All of them, with their figures, are in next_images.csv.</p>
+{% for row in shown %}<figure><img src="{{ row.picture }}" alt="{{ row.path }}" loading="lazy">
+<figcaption>{{ row.rank }}. <b>{{ row.path }}</b>: score {{ row.score }} ({{ row.defect }}: uncertainty {{ row.uncertainty }},
+disagreement {{ row.disagreement }}; diversity {{ row.diversity }}{% if row.nearest %}, most like {{ row.nearest }}{% endif %})</figcaption></figure>
+{% endfor %}
+{% if skipped %}<h2>Skipped</h2><ul>{% for path, reason in skipped.items() %}<li>{{ path }}: {{ reason }}</li>{% endfor %}</ul>{% endif %}
+</html>
+""",
+    autoescape=True,
+)
+
+
+def write_order(order: Sequence[Ranked], skipped: dict[Path, str], version: str, top: int, out: Path) -> None:
+    """Write next_images.csv (all photos), pictures of the first `top`, and index.html that shows them."""
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for rank, one in enumerate(order, start=1):
+        look = one.look
+        values = (rank, look.path, one.score, look.uncertainty, look.disagreement, one.diversity, one.nearest or "", look.defect)
+        rows.append(dict(zip(COLUMNS, (round(value, 4) if isinstance(value, float) else value for value in values))))
+    with open(out / "next_images.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = []
+    for row, one in zip(rows[:top], order):
+        picture = f"pictures/{row['rank']:04d}.jpg"
+        cv2.imwrite(str(out / picture), cv2.cvtColor(picture_of(one.look), cv2.COLOR_RGB2BGR))
+        shown.append(row | {"picture": picture})
+    (out / "index.html").write_text(PAGE.render(shown=shown, photos=len(order), skipped=skipped, version=version))
+
+
+def task_labels() -> list[dict]:
+    """The function's labels as CVAT's API takes them for a new task."""
+    spec = json.loads(yaml.safe_load(FUNCTION_YAML.read_text())["metadata"]["annotations"]["spec"])
+    for label in spec:
+        for attribute in label["attributes"]:  # as "From model" in CVAT's label editor: the first value is the default
+            attribute |= {"mutable": False, "default_value": attribute["values"][0]}
+    return spec
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `defectcam next-images`."""
+    parser = argparse.ArgumentParser(
+        prog="defectcam next-images",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("photos", type=Path, help="folder of photos, or a text file with a path on every line")
+    parser.add_argument("--weights", type=Path, default=Path("weights"), help="weights folder (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=50, help="how many are shown, and uploaded (default: %(default)s)")
+    parser.add_argument("--cvat-task", metavar="NAME", help="make a task of this name in CVAT from the first --top photos")
+    parser.add_argument("--url", default=os.environ.get("ADVCAM_CVAT_URL"), help="CVAT's (default: $ADVCAM_CVAT_URL)")
+    parser.add_argument(
+        "--token", default=os.environ.get("ADVCAM_CVAT_TOKEN"), help="of a CVAT user (default: $ADVCAM_CVAT_TOKEN)"
+    )
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/next"), help="folder to write to (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if not args.photos.exists():
+        parser.error(f"{args.photos} is not there: give a folder of photos, or a text file that lists them")
+    if args.top < 1:
+        parser.error(f"--top is {args.top}; allowed is 1 or more")
+    if args.cvat_task and not (args.url and args.token):
+        parser.error("--cvat-task needs --url and --token (or ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN)")
+    try:
+        device = choose_device(os.environ)
+        paths = photo_paths(args.photos)
+        weights = load_weights(args.weights, device)
+        looks, skipped = look_at_all(weights, paths, device)
+        if not looks:
+            sys.exit(f"none of the {len(skipped)} photos can be read")
+        order = ranked(looks)
+        write_order(order, skipped, weights.version, args.top, args.out)
+        print(f"{len(order)} photos ordered: {(args.out / 'index.html').resolve()}")
+        if args.cvat_task:
+            server = CvatServer(args.url, args.token)
+            task = server.create_task(args.cvat_task, task_labels(), [one.look.path for one in order[: args.top]])
+            print(f"task {task}: {server.name}/tasks/{task}")
+    except (WeightsError, RequestError, CvatError, ValueError) as error:
+        sys.exit(str(error))

@@ -1,0 +1,590 @@
+"""New weights from the running ones and from what annotators did: the loop closes (paper, Fig. 1).
+
+1. Training: the classifier of every defect with new clicks starts from the running weights and learns from old and
+   new clicks together. With --outlines the outline network learns from the finished outlines, too.
+2. Calibration on the val photos, as in `defectcam calibrate`; the way to an outline stays the running weights'.
+3. Comparison: running and new weights answer the same val photos.
+4. Promotion: if for no defect one of two figures is worse by more than --margin. `mean_saved` is the share of clicks
+   that a simulated annotator saves, the mean over all instances: what Eq. 3 of the paper counts in groups, but without
+   its steps. `iou` is that of all pixels, photos without the defect included, so false proposals count.
+
+Clicks on val photos are left out. Defects without new clicks keep the running weights bit for bit. Nothing is
+overwritten: OUT must not exist, or hold a run of the same command that was cut off, which then goes on.
+
+OUT/manifest.json, *.safetensors    promoted weights, for `deploy.sh weights OUT`; the version is called as OUT is
+OUT/report.html, pictures/          both versions' figures, and the photos on which they differ most
+OUT/rejected/                       all of this instead, where the new weights were not promoted
+OUT/clicks/<defect>.csv             old and new clicks: --old-clicks of the next time
+OUT/work/                           checkpoints and masks; not needed once the run is done
+
+The exit status is 0 if the new weights were promoted, 3 if not, and 1 or 2 where something was wrong.
+
+Example:
+    defectcam weak-labels --photos photos --patch-px 64 --out out/feedback
+    defectcam retrain --data ../shared/data --out out/weights-2 && ./deploy.sh weights out/weights-2
+    defectcam retrain --data ../shared/data --weights out/weights-2 --old-clicks out/weights-2/clicks --out out/weights-3
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import jinja2
+import numpy as np
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from defectcam.evaluation.evaluate import COLUMNS, compared
+from defectcam.evaluation.measures import iou
+from defectcam.evaluation.survey import LabelledPhoto, figures, labelled_photos
+from defectcam.request import RequestError, Settings
+from defectcam.training import outline, train
+from defectcam.training.calibrate import calibrate, say
+from defectcam.training.clicks import Click, photo_path, read_clicks, split_stems, write_clicks
+from defectcam.training.train import names
+from defectcam.weights import (
+    OUTLINE_PREFIX,
+    DefectWeights,
+    WeightsError,
+    load_weights,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
+from model_handler import ModelHandler, choose_device
+
+NOT_PROMOTED = 3
+STEPS = 400
+# The paper's rate, and for the head ten times as much, as the shipped weights were trained.
+LR, HEAD_LR = 1e-4, 1e-3
+MARGIN = 0.02  # two clicks in a hundred: less than annotators notice
+JUDGED_BY = ("mean_saved", "iou")
+PICTURES = 12
+PICTURE_PX = 360
+LOG = logging.getLogger("defectcam.retrain")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one defect is retrained from.
+
+    Attributes:
+        defect: its name.
+        fact: the running weights' manifest entry.
+        sets, none_sets: whose train photos are learnt from, with the defect and without it.
+        val_sets, healthy_sets: whose val photos judge, with the defect and without it.
+        clicks: old and new ones of people.
+        new: how many of them are new.
+        on_val: how many clicks were left out, since they are on val photos.
+    """
+
+    defect: str
+    fact: DefectWeights
+    sets: list[str]
+    none_sets: list[str]
+    val_sets: list[str]
+    healthy_sets: list[str]
+    clicks: list[Click]
+    new: int
+    on_val: int
+
+    def facts(self) -> dict:
+        """What defines the run, for its record."""
+        clicks = hashlib.sha256(repr(self.clicks).encode()).hexdigest()
+        sets = {name: getattr(self, name) for name in ("sets", "none_sets", "val_sets", "healthy_sets")}
+        return {**sets, "clicks": len(self.clicks), "new_clicks": self.new, "on_val": self.on_val, "clicks_sha256": clicks}
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A val photo with the masks that both versions propose, (H, W) bool at photo scale."""
+
+    photo: LabelledPhoto
+    running: np.ndarray
+    candidate: np.ndarray
+
+
+def merged_clicks(old: Sequence[Click], new: Sequence[Click]) -> list[Click]:
+    """Old clicks, then new ones. What a later harvest says of an interaction replaces what an earlier one said."""
+    known = {click.interaction for click in new} - {""}
+    return [click for click in old if click.interaction not in known] + list(new)
+
+
+def clicks_of(folder: Path | None, defect: str) -> list[Click]:
+    """The clicks of <folder>/<defect>.csv, none where there is no such file.
+
+    Raises:
+        ValueError: a click is of another defect.
+        FileNotFoundError: a photo is not there.
+    """
+    path = folder / f"{defect}.csv" if folder else None
+    if path is None or not path.exists():
+        return []
+    clicks = read_clicks(path)
+    for click in clicks:
+        if click.defect not in (defect, "none"):
+            raise ValueError(f"{path} has a click on {click.defect!r}; a defect's file holds its own clicks and none-clicks")
+    for image in dict.fromkeys(click.image for click in clicks):
+        if not Path(image).is_file():
+            raise FileNotFoundError(
+                f"{path} names the photo {image}, which is not there; paths count from the folder that "
+                "`defectcam weak-labels` ran in: run this there, too"
+            )
+    return clicks
+
+
+def sets_of(defect: str, fact: DefectWeights, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The sets to learn from and to judge by: those of the options, else those of the running weights.
+
+    Raises:
+        ValueError: they are not known, or not in the data folder.
+    """
+    remedy = "name sets of yours with --sets and --none-sets"
+    if args.sets:
+        found = {"sets": args.sets, "none_sets": args.none_sets, "val_sets": args.sets, "healthy_sets": args.none_sets}
+    elif not fact.training.get("sets"):
+        raise ValueError(f"{args.weights} does not say from which sets its {defect} weights were made: {remedy}")
+    else:
+        val, healthy = fact.training["sets"], fact.training["healthy_sets"]
+        run = fact.training.get("classifier") or {}  # of older weights it does not tell the sets
+        found = {
+            "sets": run.get("sets", val),
+            "none_sets": run.get("none_sets", healthy),
+            "val_sets": val,
+            "healthy_sets": healthy,
+        }
+    there = json.loads((args.data / "splits.json").read_text())
+    for name in (name for group in found.values() for name in group):
+        if name not in there:
+            raise ValueError(f"{args.data / 'splits.json'} has no set {name!r} for {defect}: {remedy}")
+    return found
+
+
+def make_plans(args: argparse.Namespace, facts: dict[str, DefectWeights]) -> list[Plan]:
+    """Plans of the defects that have new clicks beside the val photos.
+
+    Raises:
+        ValueError, FileNotFoundError: as `clicks_of` and `sets_of`.
+    """
+    new_dir = args.new / "clicks"
+    sets = {defect: sets_of(defect, facts[defect], args) for defect in args.defects or facts if clicks_of(new_dir, defect)}
+    judging = {name for own in sets.values() for group in ("val_sets", "healthy_sets") for name in own[group]}
+    stems = [(name, stem) for name in sorted(judging) for stem in split_stems(args.data, name, "val")]
+    val = {
+        sha256_of(photo_path(args.data / name, stem)) for name, stem in tqdm(stems, desc="val photos", unit="photo")
+    }
+    plans = []
+    for defect, own in sets.items():
+        new, old = clicks_of(new_dir, defect), clicks_of(args.old_clicks, defect)
+        digests = {image: sha256_of(Path(image)) for image in {click.image for click in [*old, *new]}}
+        kept = [click for click in merged_clicks(old, new) if digests[click.image] not in val]
+        count = sum(digests[click.image] not in val for click in new)
+        on_val = len(merged_clicks(old, new)) - len(kept)
+        say(f"{defect}: {len(kept)} clicks, {count} of them new; left out, being on val photos: {on_val}")
+        if count:
+            plans.append(Plan(defect, facts[defect], **own, clicks=kept, new=count, on_val=on_val))
+    return plans
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file in one move."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def begin(out: Path, facts: dict) -> dict:
+    """Start or go on with a run; returns its state so far.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    record = out / "retrain.json"
+    if record.exists():
+        state = json.loads(record.read_text())
+        changed = sorted(name for name in facts if facts[name] != state["facts"].get(name))
+        if changed:
+            raise ValueError(f"{out} holds a run with other {', '.join(changed)}: choose another --out")
+        say(f"going on with the run in {out}")
+        return state
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds no run of defectcam retrain: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    state = {"command": "defectcam " + shlex.join(sys.argv[1:]), "facts": facts}
+    write_json(record, state)
+    return state
+
+
+def running_tensors(args: argparse.Namespace, plan: Plan, prefix: str, path: Path) -> Path:
+    """Write the running weights of the classifier ("") or the outline network (OUTLINE_PREFIX) as a file of its own."""
+    tensors = load_file(args.weights / plan.fact.file)
+    own = {name: value for name, value in tensors.items() if name.startswith(OUTLINE_PREFIX) == bool(prefix)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name.removeprefix(prefix): value for name, value in own.items()}, path)
+    return path
+
+
+def training_options(args: argparse.Namespace, plan: Plan, sets: list[str], init: Path, out: Path) -> list[str]:
+    """Options that both trainings share: the running weights' architecture and scale."""
+    fact = plan.fact
+    options = {
+        "defect": plan.defect, "data": args.data, "sets": ",".join(sets), "none-sets": ",".join(plan.none_sets),
+        "working-scale": fact.working_scale, "decoder": ",".join(map(str, fact.decoder_channels)),
+        "downsamplings": fact.downsamplings, "lr": LR, "head-lr": HEAD_LR, "steps": args.steps,
+        "val-every": min(100, args.steps), "init": init, "out": out,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def train_classifier(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
+    """Train from the running weights on old and new clicks; returns the folder of the run."""
+    init = running_tensors(args, plan, "", work / "running.safetensors")
+    options = training_options(args, plan, plan.sets, init, work / "classifier")
+    batch = (plan.fact.training.get("classifier") or {}).get("batch", 32)
+    own = [f"--clicks={args.out / 'clicks' / plan.defect}.csv", f"--crop-px={plan.fact.window_px}", f"--batch={batch}"]
+    train.train(train.parse_args(options + own))
+    return work / "classifier"
+
+
+def finished_outlines(args: argparse.Namespace, plan: Plan) -> list[outline.OutlinePhoto]:
+    """The photos that were clicked on of which `weak-labels` wrote the finished outlines."""
+    groups = {click.photo_group: click.image for click in plan.clicks}
+    masks = {group: args.new / "masks" / plan.defect / f"{group}.png" for group in groups}
+    return [
+        outline.load_outline_photo(Path(image), masks[group], plan.fact.working_scale)
+        for group, image in groups.items()
+        if masks[group].exists()
+    ]
+
+
+def outline_folder(args: argparse.Namespace, plan: Plan, work: Path, classifier: Path) -> Path | None:
+    """The outline network to calibrate with: trained on, or the running one as it is; None where there is none."""
+    record = plan.fact.training.get("outline") or {}
+    if args.outlines:
+        if plan.fact.has_outline_network:
+            init = running_tensors(args, plan, OUTLINE_PREFIX, work / "running-outline.safetensors")
+        else:
+            init = classifier / "best.safetensors"
+        sets = record.get("sets", plan.val_sets) if not args.sets else args.sets
+        options = training_options(args, plan, sets, init, work / "outline")
+        own = ["--arm=outlines", f"--crop-px={record.get('crop_px', 96)}", f"--batch={record.get('batch', 8)}"]
+        run = outline.parse_args(options + own)
+        photos = finished_outlines(args, plan)
+        if record.get("arm") == "outlines":  # else the sets' own masks have never trained these weights
+            photos += outline.train_photos(run)
+        outline.train_outline(run, photos)
+        return work / "outline"
+    if not plan.fact.has_outline_network:
+        return None
+    running_tensors(args, plan, OUTLINE_PREFIX, work / "outline" / "best.safetensors")
+    (work / "outline" / "record.json").write_text(json.dumps(record))
+    return work / "outline"
+
+
+def calibrated(args: argparse.Namespace, plan: Plan, work: Path, classifier: Path, outlines: Path | None) -> Path:
+    """Calibrate the new networks, unless that is done; returns the folder with the defect's weights."""
+    out = work / "weights"
+    try:
+        read_manifest(out)
+        return out
+    except WeightsError:  # not there, or cut off
+        shutil.rmtree(out, ignore_errors=True)
+    way = plan.fact.snap["method"] if plan.fact.snap else "cam"
+    calibrate(
+        argparse.Namespace(
+            defect=plan.defect,
+            classifier=classifier,
+            outline=outlines,
+            data=args.data,
+            sets=plan.val_sets,
+            healthy_sets=plan.healthy_sets,
+            photos=args.val_photos,
+            way=None if args.outlines else way,
+            choose_climb=False,
+            version=args.out.name,
+            out=out,
+        )
+    )
+    return out
+
+
+def assemble(args: argparse.Namespace, calibrated_dirs: dict[str, Path], parent: dict) -> Path:
+    """The new version's weights folder, all defects: what was retrained, and the running weights for the others."""
+    folder = args.out / "work" / "candidate"
+    folder.mkdir(exist_ok=True)
+    entries = json.loads((args.weights / "manifest.json").read_text())["defects"]
+    for defect, entry in entries.items():
+        source = calibrated_dirs.get(defect, args.weights)
+        entries[defect] = json.loads((source / "manifest.json").read_text())["defects"][defect]
+        shutil.copyfile(source / entries[defect]["file"], folder / entries[defect]["file"])
+    write_manifest(folder, args.out.name, entries, parent)
+    return folder
+
+
+def answered(handler: ModelHandler, photo: LabelledPhoto, defect: str, folder: Path) -> np.ndarray:
+    """All pixels that the function proposes for a photo, (H, W) bool; kept in `folder` and read from there."""
+    path = folder / f"{defect}_{photo.set_name}_{photo.stem}.png"
+    known = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.exists() else None
+    if known is not None:
+        return known > 0
+    mask = np.zeros(photo.image_rgb.shape[:2], bool)
+    for component, _ in handler.components(photo.image_rgb, defect, Settings()):
+        x0, y0, x1, y1 = component.box_xyxy
+        mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
+    folder.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), mask.astype(np.uint8) * 255)
+    return mask
+
+
+def compare(args: argparse.Namespace, plan: Plan, candidate: Path) -> list[Judged]:
+    """Both versions' answers on the val photos."""
+    device = choose_device(os.environ)
+    handlers = {
+        name: ModelHandler(folder, device, Settings(), LOG)
+        for name, folder in (("running", args.weights), ("candidate", candidate))
+    }
+    photos = labelled_photos(args.data, plan.val_sets, plan.healthy_sets, "val", plan.defect, args.val_photos)
+    return [
+        Judged(photo, *(answered(handlers[name], photo, plan.defect, args.out / "work" / name) for name in handlers))
+        for photo in photos
+    ]
+
+
+def figures_of(defect: str, judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, float]]]:
+    """Measures per set, and of all photos together as "all", of both versions: set -> version -> figures.
+
+    For "all" a photo without the defect has an empty truth, so that what is proposed on it lowers `iou`.
+    """
+    groups: dict[str, list[Judged]] = {}
+    for one in judged:
+        groups.setdefault(one.photo.set_name, []).append(one)
+        truth = np.zeros_like(one.running) if one.photo.truth is None else one.photo.truth
+        groups.setdefault("all", []).append(replace(one, photo=replace(one.photo, truth=truth)))
+    return {
+        set_name: {
+            version: figures(defect, [(one.photo, getattr(one, version)) for one in group])
+            for version in ("running", "candidate")
+        }
+        for set_name, group in groups.items()
+    }
+
+
+def changes_of(of_all: dict[str, dict[str, float]]) -> dict[str, float]:
+    """By how much the new weights are better in what they are judged by; below 0: worse."""
+    return {name: round(of_all["candidate"][name] - of_all["running"][name], 4) for name in JUDGED_BY}
+
+
+def no_worse(changes: dict[str, float], margin: float) -> bool:
+    """Whether nothing is worse by more than the margin."""
+    return all(change >= -margin for change in changes.values())
+
+
+def most_different(judged: Sequence[Judged]) -> list[Judged]:
+    """The photos on which the two versions agree least; those with the same answers are left out."""
+    differing = [one for one in judged if (one.running != one.candidate).any()]
+    return sorted(differing, key=lambda one: iou(one.running, one.candidate))[:PICTURES]
+
+
+def picture_of(one: Judged) -> np.ndarray:
+    """The photo, the running weights' answer and the new ones' (h, w, 3) uint8 RGB, from left to right."""
+    truth = np.zeros_like(one.running) if one.photo.truth is None else one.photo.truth
+    views = [one.photo.image_rgb] + [compared(one.photo.image_rgb, mask, truth) for mask in (one.running, one.candidate)]
+    height, width = one.running.shape
+    size = (PICTURE_PX, max(1, round(PICTURE_PX * height / width)))
+    how = cv2.INTER_AREA if width > PICTURE_PX else cv2.INTER_LINEAR
+    return np.hstack([cv2.resize(view, size, interpolation=how) for view in views])
+
+
+PAGE = jinja2.Template(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Weights {{ version }} against {{ parent }}</title>
+<style>
+ body { font: 14px/1.4 sans-serif; margin: 2em } table { border-collapse: collapse } td, th { padding: 2px 9px }
+ td { text-align: right } td:nth-child(-n+2) { text-align: left } tr:nth-child(4n+2), tr:nth-child(4n+3) { background: #f3f3f3 }
+ figure { margin: 1em 0 } img { display: block; max-width: 100% } .worse { color: #a00 }
+</style>
+<h1>Weights {{ version }} against the running ones, {{ parent }}</h1>
+<p>{% if promoted %}<b>Promoted.</b>{% else %}<b class="worse">Not promoted.</b>{% endif %} A defect may be worse by
+ {{ margin }} in <code>mean_saved</code> (share of clicks saved, mean over instances) and in <code>iou</code> (all pixels, photos
+ without the defect included, which count in the rows "all" as photos with an empty truth). Thresholds of both were chosen on these photos, so expect less on new ones.
+ {% if kept %}As they were: {{ kept|join(", ") }}.{% endif %}</p>
+{% for defect in defects %}<h2>{{ defect.name }}: {{ defect.new }} new clicks of {{ defect.clicks }} by people</h2>
+<p>{% for name, change in defect.changes.items() %}{{ name }} {{ "%+.4f"|format(change) }}
+ {%- if change < -margin %} <b class="worse">worse by more than {{ margin }}</b>{% endif %}{{ ", " if not loop.last }}{% endfor %}.
+ {%- if defect.on_val %} {{ defect.on_val }} clicks on val photos were left out.{% endif %}</p>
+<table><tr><th>set<th>weights{% for column in columns %}<th>{{ column }}{% endfor %}</tr>
+{% for set_name, versions in defect.figures.items() %}{% for version, own in versions.items() %}<tr><td>{{ set_name }}<td>
+ {{- "running" if version == "running" else "new" }}{% for column in columns %}<td>{{ own[column] if column in own }}{% endfor %}</tr>
+{% endfor %}{% endfor %}</table>
+{% if defect.pictures %}<h3>Where they differ most: photo, running, new (missed green, too much red, right yellow)</h3>
+{% for file, name in defect.pictures %}<figure><img src="{{ file }}" alt="{{ name }}" loading="lazy"><figcaption>{{ name }}</figcaption></figure>
+{% endfor %}{% else %}<p>Both answer the same on all photos.</p>{% endif %}
+{% endfor %}</html>
+""",
+    autoescape=True,
+)
+
+
+def pictures_of(plan: Plan, judged: Sequence[Judged], folder: Path) -> list[tuple[str, str]]:
+    """Write the pictures of a defect; returns their paths within `folder` and what they show."""
+    shown = []
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for one in most_different(judged):
+        file = f"pictures/{plan.defect}_{one.photo.set_name}_{one.photo.stem}.jpg"
+        cv2.imwrite(str(folder / file), cv2.cvtColor(picture_of(one), cv2.COLOR_RGB2BGR))
+        shown.append((file, f"{one.photo.set_name} {one.photo.stem}"))
+    return shown
+
+
+def publish(candidate: Path, folder: Path) -> None:
+    """Copy a weights folder, its manifest last and in one move: whoever sees one sees all."""
+    for path in candidate.glob("*.safetensors"):
+        shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(candidate / "manifest.json", folder / "manifest.tmp")
+    (folder / "manifest.tmp").replace(folder / "manifest.json")
+
+
+def retrain(args: argparse.Namespace) -> bool:
+    """Run all stages as the arguments say, or go on with them; returns whether the new weights were promoted.
+
+    Raises:
+        WeightsError, RequestError, ValueError, FileNotFoundError: bad input, named with the remedy.
+    """
+    running = load_weights(args.weights, "cpu")  # verifies
+    unknown = sorted(set(args.defects or ()) - set(running.facts))
+    if unknown:
+        raise ValueError(f"--defects names {unknown[0]}; {args.weights} has weights for {list(running.facts)}")
+    if args.out.name == running.version:
+        raise ValueError(f"--out {args.out} would name the new version as the running one: choose another")
+    for path in sorted((args.new / "clicks").glob("*.csv")):
+        if path.stem not in running.facts:
+            say(f"{path} is left aside: {args.weights} has no {path.stem} weights to start from; use defectcam train")
+    plans = make_plans(args, running.facts)
+    if not plans:
+        raise ValueError(f"nothing to learn: no new clicks in {args.new / 'clicks'} for {args.defects or list(running.facts)}")
+    parent = {"version": running.version, "manifest_sha256": sha256_of(args.weights / "manifest.json")}
+    facts = {
+        "parent": parent,
+        "data": str(args.data.resolve()),
+        "splits_sha256": sha256_of(args.data / "splits.json"),
+        "defects": {plan.defect: plan.facts() for plan in plans},
+        "outlines": args.outlines,
+        "steps": args.steps,
+        "val_photos": args.val_photos,
+        "margin": args.margin,
+    }
+    state = begin(args.out, facts)
+    if "promoted" not in state:
+        state |= run_stages(args, plans, parent, [defect for defect in running.facts if defect not in facts["defects"]])
+        write_json(args.out / "retrain.json", state)
+    for defect, changes in state["changes"].items():
+        say(f"{defect}: " + ", ".join(f"{name} {change:+.4f}" for name, change in changes.items()))
+    folder = args.out if state["promoted"] else args.out / "rejected"
+    say(f"report: {(folder / 'report.html').resolve()}")
+    if state["promoted"]:
+        say(f"promoted: {folder}; deploy it with: ./deploy.sh weights {folder}")
+    else:
+        say(f"not promoted: worse by more than {args.margin}; the new weights are in {folder}, the running ones stay")
+    return state["promoted"]
+
+
+def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, kept: list[str]) -> dict:
+    """Everything from the clicks to the report; returns what the run's record keeps of it."""
+    (args.out / "clicks").mkdir(exist_ok=True)
+    calibrated_dirs = {}
+    for plan in plans:
+        write_clicks(args.out / "clicks" / f"{plan.defect}.csv", plan.clicks)
+        work = args.out / "work" / plan.defect
+        say(f"{plan.defect}: training")
+        classifier = train_classifier(args, plan, work)
+        outlines = outline_folder(args, plan, work, classifier)
+        say(f"{plan.defect}: calibration")
+        calibrated_dirs[plan.defect] = calibrated(args, plan, work, classifier, outlines)
+    candidate = assemble(args, calibrated_dirs, parent)
+    of_defects, judged = [], {}
+    for plan in plans:
+        say(f"{plan.defect}: comparison")
+        judged[plan.defect] = compare(args, plan, candidate)
+        found = figures_of(plan.defect, judged[plan.defect])
+        of_defects.append(
+            {"name": plan.defect, "new": plan.new, "clicks": len(plan.clicks), "on_val": plan.on_val,
+             "figures": found, "changes": changes_of(found["all"])}
+        )  # fmt: skip
+    promoted = all(no_worse(own["changes"], args.margin) for own in of_defects)
+    folder = args.out if promoted else args.out / "rejected"
+    for plan, own in zip(plans, of_defects):
+        own["pictures"] = pictures_of(plan, judged[plan.defect], folder)
+    page = PAGE.render(
+        version=args.out.name, parent=parent["version"], promoted=promoted, margin=args.margin, kept=kept,
+        defects=of_defects, columns=COLUMNS,
+    )  # fmt: skip
+    (folder / "report.html").write_text(page)
+    publish(candidate, folder)
+    return {
+        "promoted": promoted,
+        "changes": {own["name"]: own["changes"] for own in of_defects},
+        "figures": {own["name"]: own["figures"] for own in of_defects},
+    }
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="defectcam retrain",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--weights", type=Path, default=Path("weights"), help="the running weights (default: %(default)s)")
+    parser.add_argument(
+        "--new", type=Path, default=Path("out/feedback"), help="folder of defectcam weak-labels (default: %(default)s)"
+    )
+    parser.add_argument("--old-clicks", type=Path, help="folder of <defect>.csv: clicks that were learnt from before")
+    parser.add_argument("--outlines", action="store_true", help="train the outline networks too, on the masks in --new")
+    parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json: its val photos judge")
+    parser.add_argument("--sets", type=names, default=[], help="sets with the defect (default: those of the running weights)")
+    parser.add_argument("--none-sets", type=names, default=[], help="with --sets: sets without the defect")
+    parser.add_argument("--defects", type=names, help="retrain these alone (default: all with new clicks)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of every training (default: %(default)s)")
+    parser.add_argument("--val-photos", type=int, help="val photos of each set at most (default: all)")
+    parser.add_argument(
+        "--margin", type=float, default=MARGIN,
+        help="how much worse a figure may be, 0 to 1; below 0: how much better it must be (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new version; its name is the version's")
+    args = parser.parse_args(argv)
+    args.out = args.out.resolve() if args.out.name in ("", "..") else args.out
+    if not -1 <= args.margin <= 1:
+        parser.error(f"--margin is {args.margin}; allowed is -1 to 1")
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}; allowed is 1 or more")
+    if args.none_sets and not args.sets:
+        parser.error("--none-sets goes with --sets")
+    if not (args.data / "splits.json").exists():
+        parser.error(f"no splits.json in {args.data}: name the folder of photo sets with --data")
+    if not (args.new / "clicks").is_dir():
+        parser.error(f"no clicks in {args.new}: name the folder that defectcam weak-labels wrote with --new")
+    if args.old_clicks and not args.old_clicks.is_dir():
+        parser.error(f"--old-clicks {args.old_clicks} is no folder")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `defectcam retrain`."""
+    args = parse_args(argv)
+    try:
+        promoted = retrain(args)
+    except (WeightsError, RequestError, ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    if not promoted:
+        sys.exit(NOT_PROMOTED)

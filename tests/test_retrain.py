@@ -1,0 +1,297 @@
+"""Retraining on a small set: from clicks to weights that can be deployed or are kept back, and nothing is overwritten."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from defectcam.evaluation.survey import LabelledPhoto
+from defectcam.feedback import retrain
+from defectcam.feedback.retrain import Judged, changes_of, figures_of, merged_clicks, no_worse
+from defectcam.network import DefectNet
+from defectcam.tiling import at_working_scale
+from defectcam.training import train
+from defectcam.training.calibrate import calibrate
+from defectcam.training.clicks import Click, read_clicks, write_clicks
+from defectcam.training.crops import CropDataset, read_photo_rgb
+from defectcam.weights import load_weights, write_manifest
+from tests.conftest import ROOT
+
+TRAIN, VAL = slice(0, 3), slice(3, None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_crops():
+    """Validations of a training on 4 crops, not 400."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VAL_CROPS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Photos of 96 x 128: five walls with a dark blob, the defect "spalling", and four without in a set of theirs."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    stems = {"walls": [f"spall{i}" for i in range(5)], "plain": [f"plain{i}" for i in range(4)]}
+    for set_name, own in stems.items():
+        (folder / set_name / "images").mkdir(parents=True)
+        for i, stem in enumerate(own):
+            photo = rng.integers(120, 180, (96, 128, 3), np.uint8)
+            if set_name == "walls":
+                mask = np.zeros((96, 128), np.uint8)
+                cv2.ellipse(mask, (40 + 8 * i, 48), (22, 14), 0, 0, 360, 255, -1)
+                photo[mask > 0] = rng.integers(20, 60, (int((mask > 0).sum()), 3), np.uint8)
+                path = folder / set_name / "masks" / "spalling" / f"{stem}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), mask)
+            cv2.imwrite(str(folder / set_name / "images" / f"{stem}.png"), photo)
+    splits = {name: {"train": own[TRAIN], "val": own[VAL]} for name, own in stems.items()}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    return folder
+
+
+def network_that_sees_dark(data_dir):
+    """A tiny network with random features and a head fitted to the blobs: what a training would take minutes for."""
+    torch.manual_seed(0)
+    network = DefectNet((8, 8, 8))
+    photos = [read_photo_rgb(str(data_dir / "walls" / "images" / f"spall{i}.png")) for i in range(3)]
+    masks = [cv2.imread(str(data_dir / "walls" / "masks" / "spalling" / f"spall{i}.png"), 0) for i in range(3)]
+    images = torch.stack([torch.from_numpy(at_working_scale(photo, 0.5)).permute(2, 0, 1) for photo in photos])
+    inside = np.stack([cv2.resize(mask, (64, 48), interpolation=cv2.INTER_AREA) for mask in masks]) > 127
+    with torch.no_grad():
+        for _ in range(20):  # BatchNorm's means
+            network.train()(network.normalise(images))
+        features = network.decoder(network.eval().encoder(network.normalise(images))).permute(0, 2, 3, 1).numpy()
+        x = np.concatenate([features, np.ones((*inside.shape, 1))], axis=3).reshape(-1, 9)
+        weight = np.linalg.lstsq(x, np.where(inside, 4.0, -4.0).ravel(), rcond=None)[0]
+        network.head.weight.copy_(torch.from_numpy(weight[None, :8]))
+        network.head.bias.copy_(torch.from_numpy(weight[8:]))
+    return network
+
+
+@pytest.fixture(scope="module")
+def running(data_dir, tmp_path_factory):
+    """Weights for spalling, calibrated on that set, and for rust, which nobody clicks on."""
+    folder = tmp_path_factory.mktemp("running")
+    (folder / "run").mkdir()
+    save_file(network_that_sees_dark(data_dir).state_dict(), folder / "run" / "best.safetensors")
+    record = {"decoder": [8, 8, 8], "downsamplings": 2, "crop_px": 16, "working_scale": 0.5, "batch": 4}
+    (folder / "run" / "record.json").write_text(json.dumps(record))  # of an older kind: it does not tell its sets
+    calibrate(
+        argparse.Namespace(
+            defect="spalling", classifier=folder / "run", outline=None, data=data_dir, sets=["walls"],
+            healthy_sets=["plain"], photos=None, way="cam", choose_climb=False, version="one", out=folder / "weights",
+        )  # fmt: skip
+    )
+    weights = folder / "weights"
+    (entry,) = json.loads((weights / "manifest.json").read_text())["defects"].values()
+    entry["training"]["outline"] = {"arm": "outlines", "crop_px": 32, "batch": 2}  # there was a network once
+    shutil.copyfile(weights / "spalling.safetensors", weights / "rust.safetensors")
+    write_manifest(weights, "one", {"spalling": entry, "rust": entry | {"file": "rust.safetensors", "gate": 0.4}})
+    return weights
+
+
+@pytest.fixture(scope="module")
+def new(data_dir, tmp_path_factory):
+    """What weak-labels writes: clicks on three train photos and, by mistake, on a val photo; masks of all of them."""
+    folder = tmp_path_factory.mktemp("feedback")
+    (folder / "clicks").mkdir()
+    clicks = []
+    for i in (0, 1, 2, 3):
+        clicks.append(Click(str(data_dir / "walls" / "images" / f"spall{i}.png"), 40 + 8 * i, 48, "spalling", "",
+                            f"walls/spall{i}", 1 + i / 4, f"interaction{i}"))  # fmt: skip
+    plain = data_dir / "plain" / "images" / "plain0.png"
+    clicks.append(Click(str(plain), 60, 40, "none", "spalling", "plain/plain0", 2.0, "interaction4"))
+    write_clicks(folder / "clicks" / "spalling.csv", clicks)
+    shutil.copytree(data_dir / "walls" / "masks" / "spalling", folder / "masks" / "spalling" / "walls")
+    (folder / "masks" / "spalling" / "plain").mkdir()
+    cv2.imwrite(str(folder / "masks" / "spalling" / "plain" / "plain0.png"), np.zeros((96, 128), np.uint8))
+    return folder
+
+
+def arguments(data_dir, running, new, out, *more):
+    options = ["--data", data_dir, "--weights", running, "--new", new, "--out", out, "--steps", 3, *more]
+    return [str(option) for option in options]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def promoted(data_dir, running, new, tmp_path_factory):
+    """OUT of a run that may be worse by anything."""
+    out, before = tmp_path_factory.mktemp("promoted") / "two", contents(running)
+    retrain.main(arguments(data_dir, running, new, out, "--margin", 1))
+    assert contents(running) == before
+    return out
+
+
+def test_promoted_weights_load_and_name_their_parent(promoted, running):
+    weights = load_weights(promoted, "cpu")
+    assert weights.version == "two" and list(weights.facts) == ["spalling", "rust"]
+    parent = json.loads((promoted / "manifest.json").read_text())["parent"]
+    assert parent["version"] == "one" and len(parent["manifest_sha256"]) == 64
+    fact = weights.facts["spalling"]
+    assert fact.training["classifier"]["steps"] == 3 and fact.window_px == 16 and fact.working_scale == 0.5
+    assert fact.training["classifier"]["init_sha256"] and fact.training["sets"] == ["walls"]
+    assert fact.sha256 != load_weights(running, "cpu").facts["spalling"].sha256
+    assert json.loads((promoted / "retrain.json").read_text())["promoted"] is True
+    assert not (promoted / "rejected").exists()
+
+
+def test_deploy_takes_the_folder(promoted):
+    done = subprocess.run(
+        [ROOT / "deploy.sh", "weights", promoted, "--dry-run"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "no weights in" not in done.stderr + done.stdout
+
+
+def test_a_defect_without_new_clicks_stays_as_it_was(promoted, running):
+    assert (promoted / "rust.safetensors").read_bytes() == (running / "rust.safetensors").read_bytes()
+    old, new = (json.loads((folder / "manifest.json").read_text())["defects"]["rust"] for folder in (running, promoted))
+    assert old == new and new["gate"] == 0.4
+
+
+def test_clicks_on_val_photos_are_left_out(promoted):
+    clicks = read_clicks(promoted / "clicks" / "spalling.csv")
+    assert [click.interaction for click in clicks] == ["interaction0", "interaction1", "interaction2", "interaction4"]
+    assert [click.weight for click in clicks] == [1, 1.25, 1.5, 2]
+    facts = json.loads((promoted / "retrain.json").read_text())["facts"]["defects"]["spalling"]
+    assert (facts["new_clicks"], facts["on_val"]) == (4, 1)
+    record = json.loads((promoted / "work" / "spalling" / "classifier" / "record.json").read_text())
+    assert record["positive_clicks"] == 3 + 3  # people's, and the simulated ones of the train photos
+
+
+def test_the_report_shows_figures_and_pictures(promoted):
+    page = (promoted / "report.html").read_text()
+    assert "<b>Promoted.</b>" in page and "against the running ones, one" in page and "As they were: rust." in page
+    assert page.count("<td>walls") == page.count("<td>all") == 2 and "1 clicks on val photos" in page
+    pictures = list((promoted / "pictures").iterdir())
+    assert all(f"pictures/{path.name}" in page and cv2.imread(str(path)).shape[1] == 3 * 360 for path in pictures)
+    assert 0 < len(pictures) <= 4
+
+
+def test_the_same_command_again_changes_nothing(promoted, data_dir, running, new, capsys):
+    before = contents(promoted)
+    retrain.main(arguments(data_dir, running, new, promoted, "--margin", 1))
+    assert "deploy.sh weights" in capsys.readouterr().out
+    assert contents(promoted) == before
+    with pytest.raises(SystemExit, match="holds a run with other margin, steps: choose another --out"):
+        retrain.main(arguments(data_dir, running, new, promoted, "--steps", 4))
+    assert contents(promoted) == before
+
+
+def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, tmp_path, capsys):
+    """With outlines: their network is trained on the finished ones, and none is lost with the rejection."""
+    out, before = tmp_path / "two", contents(running)
+    with pytest.raises(SystemExit) as error:
+        retrain.main(arguments(data_dir, running, new, out, "--margin", -1, "--outlines"))
+    assert error.value.code == retrain.NOT_PROMOTED == 3
+    assert "not promoted" in capsys.readouterr().out
+    assert contents(running) == before
+    assert not list(out.glob("*.safetensors")) and not (out / "manifest.json").exists()
+    assert load_weights(out / "rejected", "cpu").version == "two"
+    assert "Not promoted." in (out / "rejected" / "report.html").read_text()
+    record = json.loads((out / "work" / "spalling" / "outline" / "record.json").read_text())
+    assert record["arm"] == "outlines" and (record["photos"], record["photos_without"]) == (3 + 3, 1 + 3)  # people's and the sets'
+    tried = load_weights(out / "rejected", "cpu").facts["spalling"].training["outlines_tried"]
+    assert {"network", "cam"} <= set(tried)
+
+
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir, running, new, tmp_path, monkeypatch):
+    out = tmp_path / "two"
+    options = arguments(data_dir, running, new, out, "--margin", 1)
+    crop = CropDataset.__getitem__
+
+    def killed_at_the_third_step(self, draw):
+        if self.augment and draw >= 8:
+            raise KeyboardInterrupt
+        return crop(self, draw)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_SECONDS", -1)
+        patch.setattr(CropDataset, "__getitem__", killed_at_the_third_step)
+        with pytest.raises(KeyboardInterrupt):
+            retrain.main(options)
+    assert (out / "work" / "spalling" / "classifier" / "last.safetensors").exists()
+    assert not (out / "manifest.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, "compare", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retrain.main(options)
+    calibration = out / "work" / "spalling" / "weights" / "manifest.json"
+    written = calibration.stat().st_mtime_ns
+    retrain.main(options)
+    assert calibration.stat().st_mtime_ns == written  # what was done is not done again
+    tensors, whole = load_file(out / "spalling.safetensors"), load_file(promoted / "spalling.safetensors")
+    assert tensors.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=1e-4)
+    found, wanted = (load_weights(folder, "cpu").facts["spalling"] for folder in (out, promoted))
+    assert (found.iterations, found.snap, found.closing_radius_px) == (wanted.iterations, wanted.snap, wanted.closing_radius_px)
+    assert found.threshold == pytest.approx(wanted.threshold, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "prepare, options, reason",
+    [
+        (lambda out: (out.mkdir(), (out / "mine.txt").touch()), [], "holds no run of defectcam retrain"),
+        (None, ["--sets", "bridges"], "no set 'bridges' for spalling.*--sets"),
+        (None, ["--defects", "rust"], "nothing to learn"),
+        (None, ["--defects", "algae"], "--defects names algae.*spalling"),
+        (None, ["--old-clicks", "broken"], "broken/spalling.csv has a click on 'rust'"),
+        (None, ["--old-clicks", "gone"], "gone/spalling.csv names the photo nowhere.png"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(data_dir, running, new, tmp_path, monkeypatch, prepare, options, reason):
+    monkeypatch.chdir(tmp_path)
+    for folder, click in (("broken", Click("a.png", 1, 1, "rust")), ("gone", Click("nowhere.png", 1, 1, "spalling"))):
+        (tmp_path / folder).mkdir()
+        write_clicks(tmp_path / folder / "spalling.csv", [click])
+    if prepare:
+        prepare(tmp_path / "two")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=reason):
+        retrain.main(arguments(data_dir, running, new, tmp_path / "two", *options))
+    assert contents(tmp_path) == before
+
+
+def test_a_later_harvest_replaces_what_an_earlier_one_said():
+    old = [Click("a", 1, 1, "rust", interaction="one"), Click("a", 9, 9, "rust", interaction="two"), Click("b", 5, 5, "none")]
+    new = [Click("a", 2, 2, "rust", interaction="one"), Click("a", 3, 3, "rust", interaction="one")]
+    assert merged_clicks(old, new) == [*old[1:], *new]
+
+
+def test_the_verdict_counts_misses_and_false_proposals():
+    truth = np.zeros((50, 60), bool)
+    truth[10:30, 10:40] = True
+    nothing, image = np.zeros_like(truth), np.zeros((50, 60, 3), np.uint8)
+    wall, plain = LabelledPhoto("walls", "a", image, truth), LabelledPhoto("plain", "b", image, None)
+    same = figures_of("rust", [Judged(wall, truth, truth), Judged(plain, nothing, nothing)])
+    assert set(same) == {"walls", "plain", "all"} and changes_of(same["all"]) == {"mean_saved": 0, "iou": 0}
+    missed = changes_of(figures_of("rust", [Judged(wall, truth, nothing)])["all"])
+    assert missed == {"mean_saved": -1, "iou": -1}
+    flooded = changes_of(figures_of("rust", [Judged(wall, truth, truth), Judged(plain, nothing, ~nothing)])["all"])
+    assert flooded["mean_saved"] == 0 and flooded["iou"] == pytest.approx(600 / 3600 - 1, abs=1e-3)
+    assert no_worse({"mean_saved": -0.02, "iou": 0.5}, 0.02) and not no_worse({"mean_saved": -0.0201, "iou": 0.5}, 0.02)
+
+
+def test_the_photos_that_differ_most_come_first():
+    masks = [np.zeros((20, 20), bool) for _ in range(3)]
+    masks[1][:10], masks[2][:9] = True, True
+    photo = LabelledPhoto("walls", "a", np.zeros((20, 20, 3), np.uint8), masks[1])
+    far, near = Judged(photo, masks[1], masks[0]), Judged(photo, masks[1], masks[2])
+    assert retrain.most_different([Judged(photo, masks[1], masks[1]), near, far]) == [far, near]
+    assert retrain.picture_of(dataclasses.replace(near)).shape == (360, 3 * 360, 3)
