@@ -187,8 +187,18 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
 
 def test_rays_workers_make_the_very_same_files(original, finished, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[bulk]'")
-    assert run(original, "--out", tmp_path / "out", "--iterations", 1, "--workers", 1) == 1
+    end = run(original, "--out", tmp_path / "out", "--iterations", 1, "--workers", 1)
+    if "timed out during startup" in str(end):
+        pytest.skip(f"Ray gives itself 30 s to start, too few on a machine as busy as this: {end}")
+    assert end == 1
     assert files(tmp_path / "out") == files(finished[0])
+
+
+def test_a_cluster_that_is_not_there_is_named(folder, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[bulk]'")
+    monkeypatch.setenv("RAY_ADDRESS", "no-scheme://nowhere")
+    end = run(folder, "--out", tmp_path / "out", "--iterations", 0, "--workers", 1)
+    assert "RAY_ADDRESS" in end and "no-scheme" in end
 
 
 def test_workers_get_a_gpu_each_or_a_cpu_each_but_no_more_than_there_are():

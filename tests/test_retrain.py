@@ -1,7 +1,6 @@
 """Retraining on a small set: from clicks to weights that can be deployed or are kept back, and nothing is overwritten."""
 
 import argparse
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from defectcam.training import train
 from defectcam.training.calibrate import calibrate
 from defectcam.training.clicks import Click, read_clicks, write_clicks
 from defectcam.training.crops import CropDataset, read_photo_rgb
-from defectcam.weights import load_weights, write_manifest
+from defectcam.weights import load_weights, read_manifest, write_manifest
 from tests.conftest import ROOT
 
 TRAIN, VAL = slice(0, 3), slice(3, None)
@@ -143,7 +142,7 @@ def test_promoted_weights_load_and_name_their_parent(promoted, running):
     fact = weights.facts["spalling"]
     assert fact.training["classifier"]["steps"] == 3 and fact.window_px == 16 and fact.working_scale == 0.5
     assert fact.training["classifier"]["init_sha256"] and fact.training["sets"] == ["walls"]
-    assert fact.sha256 != load_weights(running, "cpu").facts["spalling"].sha256
+    assert fact.sha256 != read_manifest(running)[1]["spalling"].sha256
     assert json.loads((promoted / "retrain.json").read_text())["promoted"] is True
     assert not (promoted / "rejected").exists()
 
@@ -153,6 +152,14 @@ def test_deploy_takes_the_folder(promoted):
         [ROOT / "deploy.sh", "weights", promoted, "--dry-run"], capture_output=True, text=True, cwd=ROOT
     )
     assert "no weights in" not in done.stderr + done.stdout
+
+
+def test_altered_running_weights_stop_the_run_before_anything_is_trained(data_dir, running, new, tmp_path):
+    altered = shutil.copytree(running, tmp_path / "altered")
+    (altered / "rust.safetensors").write_bytes((altered / "rust.safetensors").read_bytes()[:-4])
+    with pytest.raises(SystemExit, match="rust.safetensors was truncated"):
+        retrain.main(arguments(data_dir, altered, new, tmp_path / "two"))
+    assert not (tmp_path / "two" / "work").exists()
 
 
 def test_a_defect_without_new_clicks_stays_as_it_was(promoted, running):
@@ -199,12 +206,11 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
     assert "not promoted" in capsys.readouterr().out
     assert contents(running) == before
     assert not list(out.glob("*.safetensors")) and not (out / "manifest.json").exists()
-    assert load_weights(out / "rejected", "cpu").version == "two"
     assert "Not promoted." in (out / "rejected" / "report.html").read_text()
     record = json.loads((out / "work" / "spalling" / "outline" / "record.json").read_text())
     assert record["arm"] == "outlines" and (record["photos"], record["photos_without"]) == (3 + 3, 1 + 3)  # people's and the sets'
-    tried = load_weights(out / "rejected", "cpu").facts["spalling"].training["outlines_tried"]
-    assert {"network", "cam"} <= set(tried)
+    weights = load_weights(out / "rejected", "cpu")
+    assert weights.version == "two" and {"network", "cam"} <= set(weights.facts["spalling"].training["outlines_tried"])
 
 
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir, running, new, tmp_path, monkeypatch):
@@ -239,8 +245,9 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir,
     assert tensors.keys() == whole.keys()
     for name, value in whole.items():
         torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=1e-4)
-    found, wanted = (load_weights(folder, "cpu").facts["spalling"] for folder in (out, promoted))
-    assert (found.iterations, found.snap, found.closing_radius_px) == (wanted.iterations, wanted.snap, wanted.closing_radius_px)
+    found, wanted = (read_manifest(folder)[1]["spalling"] for folder in (out, promoted))
+    for name in ("iterations", "snap", "closing_radius_px", "cam_threshold"):
+        assert getattr(found, name) == getattr(wanted, name), name
     assert found.threshold == pytest.approx(wanted.threshold, abs=0.01)
 
 
@@ -294,4 +301,4 @@ def test_the_photos_that_differ_most_come_first():
     photo = LabelledPhoto("walls", "a", np.zeros((20, 20, 3), np.uint8), masks[1])
     far, near = Judged(photo, masks[1], masks[0]), Judged(photo, masks[1], masks[2])
     assert retrain.most_different([Judged(photo, masks[1], masks[1]), near, far]) == [far, near]
-    assert retrain.picture_of(dataclasses.replace(near)).shape == (360, 3 * 360, 3)
+    assert retrain.picture_of(near).shape == (360, 3 * 360, 3)

@@ -226,7 +226,10 @@ def made_by_ray(photos: Sequence[Photo], given: Mapping[str, str], workers: int)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
     settings = {name: value for name, value in os.environ.items() if name.startswith("ADVCAM_")}
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-    ray.init(logging_level=logging.ERROR, runtime_env={"env_vars": {**settings, "PYTHONPATH": paths}})
+    try:
+        ray.init(logging_level=logging.ERROR, runtime_env={"env_vars": {**settings, "PYTHONPATH": paths}})
+    except Exception as error:  # of all kinds, the plain one among them
+        raise ProposeError(f"Ray does not start, or RAY_ADDRESS cannot be reached: {error}") from error
     try:
         resources = resources_of_worker(ray.cluster_resources(), workers, os.environ.get("ADVCAM_DEVICE"))
         ray.data.DataContext.get_current().enable_progress_bars = False

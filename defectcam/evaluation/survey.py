@@ -49,9 +49,19 @@ class SurveyedPhoto:
 
     def outline_logits(self, wanted: np.ndarray) -> np.ndarray:
         """The outline network's logits, (h, w) float32, at least where `wanted` (h, w) bool says so."""
-        if self.labelled.truth is None:  # judged but once or twice, and large photos need little of it
-            return stitched_score_map(self.outline, self.working_image, region=wanted) + self.outline.head.bias.item()
-        return self._all_outline_logits
+        if self.labelled.truth is not None:
+            return self._all_outline_logits
+        # Large photos without the defect need little of it, and mostly the same twice: for the mask and its confidence.
+        for where, logits in self._some_outline_logits:
+            if not (wanted & ~where).any():
+                return logits
+        logits = stitched_score_map(self.outline, self.working_image, region=wanted) + self.outline.head.bias.item()
+        self._some_outline_logits[:] = [(wanted, logits)]
+        return logits
+
+    @cached_property
+    def _some_outline_logits(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return []
 
     @cached_property
     def _all_outline_logits(self) -> np.ndarray:

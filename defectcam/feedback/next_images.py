@@ -220,9 +220,11 @@ img { display: block; max-width: 100%; } figcaption { overflow-wrap: anywhere; }
 not know. All of them, with their figures, are in next_images.csv.</p>
 {% for row in shown %}<figure><img src="{{ row.picture }}" alt="{{ row.path }}" loading="lazy">
 <figcaption>{{ row.rank }}. <b>{{ row.path }}</b>: score {{ row.score }} ({{ row.defect }}: uncertainty {{ row.uncertainty }},
-disagreement {{ row.disagreement }}; diversity {{ row.diversity }}{% if row.nearest %}, most like {{ row.nearest }}{% endif %})</figcaption></figure>
+disagreement {{ row.disagreement }}; diversity {{ row.diversity }}
+{%- if row.nearest %}, most like {{ row.nearest }}{% endif %})</figcaption></figure>
 {% endfor %}
-{% if skipped %}<h2>Skipped</h2><ul>{% for path, reason in skipped.items() %}<li>{{ path }}: {{ reason }}</li>{% endfor %}</ul>{% endif %}
+{% if skipped %}<h2>Skipped</h2>
+<ul>{% for path, reason in skipped.items() %}<li>{{ path }}: {{ reason }}</li>{% endfor %}</ul>{% endif %}
 </html>
 """,
     autoescape=True,

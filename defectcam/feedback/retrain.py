@@ -424,11 +424,13 @@ PAGE = jinja2.Template(
  {%- if change < -margin %} <b class="worse">worse by more than {{ margin }}</b>{% endif %}{{ ", " if not loop.last }}{% endfor %}.
  {%- if defect.on_val %} {{ defect.on_val }} clicks on val photos were left out.{% endif %}</p>
 <table><tr><th>set<th>weights{% for column in columns %}<th>{{ column }}{% endfor %}</tr>
-{% for set_name, versions in defect.figures.items() %}{% for version, own in versions.items() %}<tr><td>{{ set_name }}<td>
- {{- "running" if version == "running" else "new" }}{% for column in columns %}<td>{{ own[column] if column in own }}{% endfor %}</tr>
+{% for set_name, versions in defect.figures.items() %}{% for version, own in versions.items() -%}
+<tr><td>{{ set_name }}<td>{{ "running" if version == "running" else "new" }}
+ {%- for column in columns %}<td>{{ own[column] if column in own }}{% endfor %}</tr>
 {% endfor %}{% endfor %}</table>
 {% if defect.pictures %}<h3>Where they differ most: photo, running, new (missed green, too much red, right yellow)</h3>
-{% for file, name in defect.pictures %}<figure><img src="{{ file }}" alt="{{ name }}" loading="lazy"><figcaption>{{ name }}</figcaption></figure>
+{% for file, name in defect.pictures %}<figure><img src="{{ file }}" alt="{{ name }}" loading="lazy">
+ <figcaption>{{ name }}</figcaption></figure>
 {% endfor %}{% else %}<p>Both answer the same on all photos.</p>{% endif %}
 {% endfor %}</html>
 """,
@@ -461,19 +463,19 @@ def retrain(args: argparse.Namespace) -> bool:
     Raises:
         WeightsError, RequestError, ValueError, FileNotFoundError: bad input, named with the remedy.
     """
-    running = load_weights(args.weights, "cpu")  # verifies
-    unknown = sorted(set(args.defects or ()) - set(running.facts))
+    running_version, running_facts = read_manifest(args.weights)
+    unknown = sorted(set(args.defects or ()) - set(running_facts))
     if unknown:
-        raise ValueError(f"--defects names {unknown[0]}; {args.weights} has weights for {list(running.facts)}")
-    if args.out.name == running.version:
+        raise ValueError(f"--defects names {unknown[0]}; {args.weights} has weights for {list(running_facts)}")
+    if args.out.name == running_version:
         raise ValueError(f"--out {args.out} would name the new version as the running one: choose another")
     for path in sorted((args.new / "clicks").glob("*.csv")):
-        if path.stem not in running.facts:
+        if path.stem not in running_facts:
             say(f"{path} is left aside: {args.weights} has no {path.stem} weights to start from; use defectcam train")
-    plans = make_plans(args, running.facts)
+    plans = make_plans(args, running_facts)
     if not plans:
-        raise ValueError(f"nothing to learn: no new clicks in {args.new / 'clicks'} for {args.defects or list(running.facts)}")
-    parent = {"version": running.version, "manifest_sha256": sha256_of(args.weights / "manifest.json")}
+        raise ValueError(f"nothing to learn: no new clicks in {args.new / 'clicks'} for {args.defects or list(running_facts)}")
+    parent = {"version": running_version, "manifest_sha256": sha256_of(args.weights / "manifest.json")}
     facts = {
         "parent": parent,
         "data": str(args.data.resolve()),
@@ -486,7 +488,8 @@ def retrain(args: argparse.Namespace) -> bool:
     }
     state = begin(args.out, facts)
     if "promoted" not in state:
-        state |= run_stages(args, plans, parent, [defect for defect in running.facts if defect not in facts["defects"]])
+        load_weights(args.weights, "cpu")  # what is altered or truncated shows here, and not after hours
+        state |= run_stages(args, plans, parent, [defect for defect in running_facts if defect not in facts["defects"]])
         write_json(args.out / "retrain.json", state)
     for defect, changes in state["changes"].items():
         say(f"{defect}: " + ", ".join(f"{name} {change:+.4f}" for name, change in changes.items()))
