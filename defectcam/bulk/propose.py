@@ -12,8 +12,8 @@ The same command once more goes on where a run ended. It leaves out photos that 
 in bytes or time of change, the weights or a setting are others now; photos that could not be processed are tried again.
 
 Every other setting is the function's own: its ADVCAM_* variables count (README), only the time limit is off unless
-ADVCAM_TIME_LIMIT sets one. With --workers Ray starts so many processes, each with a GPU of its own if there are as
-many, else with one CPU; on the machines of the cluster that RAY_ADDRESS names, otherwise on this one. All machines
+ADVCAM_TIME_LIMIT sets one. With --workers Ray starts so many processes, each with a GPU of its own where there
+are GPUs, else with one CPU; on the machines of the cluster that RAY_ADDRESS names, otherwise on this one. All machines
 need FOLDER and this repository under the same paths.
 
 Exit status: 0 if all photos were processed, 1 if not, 2 for a wrong command, 130 if interrupted.
