@@ -208,7 +208,8 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
     assert not list(out.glob("*.safetensors")) and not (out / "manifest.json").exists()
     assert "Not promoted." in (out / "rejected" / "report.html").read_text()
     record = json.loads((out / "work" / "spalling" / "outline" / "record.json").read_text())
-    assert record["arm"] == "outlines" and (record["photos"], record["photos_without"]) == (3 + 3, 1 + 3)  # people's and the sets'
+    assert record["arm"] == "outlines"
+    assert (record["photos"], record["photos_without"]) == (3 + 3, 1 + 3)  # people's and the sets'
     weights = load_weights(out / "rejected", "cpu")
     assert weights.version == "two" and {"network", "cam"} <= set(weights.facts["spalling"].training["outlines_tried"])
 

@@ -355,8 +355,9 @@ def compare(args: argparse.Namespace, plan: Plan, candidate: Path) -> list[Judge
         for name, folder in (("running", args.weights), ("candidate", candidate))
     }
     photos = labelled_photos(args.data, plan.val_sets, plan.healthy_sets, "val", plan.defect, args.val_photos)
+    masks = args.out / "work" / "masks"
     return [
-        Judged(photo, *(answered(handlers[name], photo, plan.defect, args.out / "work" / name) for name in handlers))
+        Judged(photo, *(answered(handlers[name], photo, plan.defect, masks / name) for name in handlers))
         for photo in photos
     ]
 
@@ -417,7 +418,8 @@ PAGE = jinja2.Template(
 <h1>Weights {{ version }} against the running ones, {{ parent }}</h1>
 <p>{% if promoted %}<b>Promoted.</b>{% else %}<b class="worse">Not promoted.</b>{% endif %} A defect may be worse by
  {{ margin }} in <code>mean_saved</code> (share of clicks saved, mean over instances) and in <code>iou</code> (all pixels, photos
- without the defect included, which count in the rows "all" as photos with an empty truth). Thresholds of both were chosen on these photos, so expect less on new ones.
+ without the defect included, which count in the rows "all" as photos with an empty truth). Thresholds of both were
+ chosen on these photos, so expect less on new ones.
  {% if kept %}As they were: {{ kept|join(", ") }}.{% endif %}</p>
 {% for defect in defects %}<h2>{{ defect.name }}: {{ defect.new }} new clicks of {{ defect.clicks }} by people</h2>
 <p>{% for name, change in defect.changes.items() %}{{ name }} {{ "%+.4f"|format(change) }}
