@@ -344,7 +344,7 @@ def test_a_memory_hungry_request_over_http_costs_its_photo_alone():
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     listener.close()
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "ADVCAM_TIME_LIMIT": "80000"}
     command = [sys.executable, "-m", "defectcam", "serve", "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.DEVNULL) as process:
         try:

@@ -6,7 +6,7 @@ import torch
 
 from defectcam.cam import probability, score_sums, window_logits
 from defectcam.climb import ClimbParameters, climb
-from defectcam.tiling import cam_max_at, climbed_map, stitched_score_map, tile_grid, tiles_to_climb
+from defectcam.tiling import CORE_PX, cam_max_at, climbed_map, stitched_score_map, tile_grid, tiles_to_climb
 from tests.conftest import random_network
 
 PARAMETERS = ClimbParameters(xi=0.1, penalty_weight=5.0, salient_share=0.5)
@@ -46,7 +46,7 @@ def test_cores_cover_every_pixel_once(height, width):
         y0, y1, x0, x1 = tile.core
         covered[y0:y1, x0:x1] += 1
         assert y0 % 4 == 0 and x0 % 4 == 0 and tile.outer[0] % 4 == 0 and tile.outer[2] % 4 == 0
-        assert y1 - y0 <= 512 and x1 - x0 <= 512
+        assert y1 - y0 <= CORE_PX and x1 - x0 <= CORE_PX
     assert (covered == 1).all()
 
 
