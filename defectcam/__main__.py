@@ -17,6 +17,7 @@ COMMANDS = {
     "weak-labels": ("defectcam.feedback.labels", "clicks and masks for training from that database"),
     "retrain": ("defectcam.feedback.retrain", "new weights from old and new clicks, promoted if they are no worse"),
     "next-images": ("defectcam.feedback.next_images", "unlabelled photos ordered by what a label would teach"),
+    "loop": ("defectcam.feedback.loop", "whether the loop teaches anything: two rounds with simulated annotators"),
     "audit": ("defectcam.feedback.audit", "labels of old campaigns that the model disagrees with, ranked"),
     "report": ("defectcam.feedback.report", "time saved and shares of accepted proposals, as an HTML page"),
 }

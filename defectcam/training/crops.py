@@ -7,6 +7,8 @@ arithmetic is dear. A photo smaller than the crop gives the whole photo, scaled 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ class CropDataset(Dataset):
         seed: together with the draw's number fixes every crop.
         augment: flips, quarter turns, scale, brightness, contrast, colour, blur, noise; off for validation.
         working_scale: photos are resized by it first, crops are cut from the resized ones.
+        mistakes: none-clicks of which every second negative draw is made, where there are any.
 
     Items: (image_rgb (3, crop_px, crop_px) uint8 tensor, label 0.0 or 1.0, weight 0.0 or more). A crop weighs as
     much as its click does against the mean of its kind, so the kinds stay balanced and equal weights are all 1.
@@ -46,8 +49,15 @@ class CropDataset(Dataset):
     """
 
     def __init__(
-        self, clicks: list[Click], crop_px: int, seed: int, augment: bool, working_scale: float = 1.0
+        self,
+        clicks: list[Click],
+        crop_px: int,
+        seed: int,
+        augment: bool,
+        working_scale: float = 1.0,
+        mistakes: Sequence[Click] = (),
     ) -> None:
+        self.mistakes = mistakes
         self.positives = [click for click in clicks if click.defect != "none"]
         self.negatives = [click for click in clicks if click.defect == "none"]
         if not self.positives or not self.negatives:
@@ -86,7 +96,8 @@ class CropDataset(Dataset):
             order = np.random.default_rng((self.seed, epoch)).permutation(self.draws_per_epoch // 2)
             click = self.positives[order[position // 2] // CROPS_PER_CLICK]
         else:  # evenly from the none-clicks: every photo's turn comes, whatever its number of clicks
-            click = self.negatives[int(rng.integers(len(self.negatives)))]
+            kind = self.mistakes if self.mistakes and draw % 4 == 1 else self.negatives
+            click = kind[int(rng.integers(len(kind)))]
         weight = click.weight / self.mean_weight["defect" if positive else "none"]
         photo = self.photo_rgb(click.image)
         x, y = int(click.x * self.working_scale), int(click.y * self.working_scale)

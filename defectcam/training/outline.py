@@ -31,6 +31,7 @@ from defectcam.network import DefectNet
 from defectcam.tiling import at_working_scale, stitched_score_map
 from defectcam.training.clicks import patch_bounds, photo_path, split_stems
 from defectcam.training.crops import read_photo_rgb, turned, varied_colours
+from defectcam.training.mistakes import mistaken_pixels
 from defectcam.training.train import add_common_arguments, fit, network_from
 
 UNKNOWN = 127  # grey level of mask pixels that nobody vouches for
@@ -76,32 +77,45 @@ class OutlineDataset(Dataset):
     """An endless sequence of crops with their masks: draw k is always the same one.
 
     Args:
-        with_defect, without: photos with the defect and without it (crops of these are 1 in 5 of the draws).
+        with_defect, without: photos with the defect and without it. Crops of these are 1 in 5 of the draws, 2 in 5
+            with `mistakes`; all of their pixels are as likely.
         crop_px: side of the square crops, at working scale.
         seed: together with the draw's number fixes every crop.
+        mistakes: of each photo without the defect the pixels (flat indices) of which half of these draws are made.
 
     Items: (image_rgb (3, crop_px, crop_px) uint8, coverage (crop_px, crop_px) float 0..1, known, the same, 0 or 1).
     """
 
     def __init__(
-        self, with_defect: Sequence[OutlinePhoto], without: Sequence[OutlinePhoto], crop_px: int, seed: int
+        self,
+        with_defect: Sequence[OutlinePhoto],
+        without: Sequence[OutlinePhoto],
+        crop_px: int,
+        seed: int,
+        mistakes: Sequence[np.ndarray] = (),
     ) -> None:
         if not with_defect:
             raise ValueError("training outlines needs photos with the defect, got none")
+        self.without_ends = np.cumsum([photo.coverage.size for photo in without])
+        self.mistakes, self.mistake_ends = mistakes, np.cumsum([len(pixels) for pixels in mistakes])
+        self.mistaken = bool(len(mistakes)) and self.mistake_ends[-1] > 0
         self.with_defect, self.without = with_defect, without
         self.crop_px, self.seed = crop_px, seed
         self.defect_pixels = [np.flatnonzero(photo.coverage > UNKNOWN).astype(np.int32) for photo in with_defect]
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((self.seed, draw))
-        if self.without and draw % 5 == 4:
-            photo, pixels = self.without[int(rng.integers(len(self.without)))], np.empty(0)
+        on_pixel = rng.random() < ON_DEFECT_SHARE
+        if self.without and (draw % 5 == 4 or (draw % 5 == 1 and self.mistaken)):
+            ends = self.mistake_ends if self.mistaken and on_pixel else self.without_ends
+            index = int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
+            photo, pixels = self.without[index], self.mistakes[index] if self.mistaken else np.empty(0)
         else:
             epoch, position = divmod(draw, len(self.with_defect))
             index = np.random.default_rng((self.seed, epoch)).permutation(len(self.with_defect))[position]
             photo, pixels = self.with_defect[index], self.defect_pixels[index]
         height, width = photo.coverage.shape
-        if len(pixels) and rng.random() < ON_DEFECT_SHARE:
+        if len(pixels) and on_pixel:
             y, x = divmod(int(pixels[rng.integers(len(pixels))]), width)
         else:
             y, x = int(rng.integers(height)), int(rng.integers(width))
@@ -142,7 +156,10 @@ class OutlineLoss(nn.Module):
 
 
 def pixel_iou(network: DefectNet, photos: Sequence[OutlinePhoto]) -> float:
-    """Intersection over union of all photos' pixels together, at probability 0.5 and working scale."""
+    """Intersection over union of all photos' pixels together, at probability 0.5 and working scale.
+
+    What is found on photos without the defect counts as found in the wrong place.
+    """
     both = either = 0
     bias = float(network.head.bias[0])
     for photo in photos:
@@ -184,15 +201,22 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
     rng = np.random.default_rng(args.seed)
     val = [photo for photo in gather_photos(args, args.sets, "val", None) if (photo.coverage > UNKNOWN).any()]
     val = [val[index] for index in rng.permutation(len(val))[: args.val_photos]]
+    network = network_from(args)
+    mistakes: list[np.ndarray] = []
+    if args.mistakes:
+        mistakes = mistaken_pixels(network.eval(), [photo.image_rgb for photo in without], args.seed)
+        healthy = [photo for photo in gather_photos(args, args.none_sets, "val", None) if not photo.coverage.any()]
+        val += [healthy[index] for index in rng.permutation(len(healthy))[: args.val_photos // 2]]
     pixels = hashlib.sha256()
     for photo in with_defect:
         pixels.update(np.ascontiguousarray(photo.coverage))
     facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without), "masks_sha256": pixels.hexdigest()}
+    facts |= {"mistaken_pixels": sum(map(len, mistakes))} if args.mistakes else {}
 
     return fit(
         args,
-        OutlineLoss(network_from(args)),
-        OutlineDataset(with_defect, without, args.crop_px, args.seed),
+        OutlineLoss(network),
+        OutlineDataset(with_defect, without, args.crop_px, args.seed, mistakes),
         lambda network: {"val_iou": pixel_iou(network, val)},
         "val_iou",
         facts,

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from defectcam.network import DefectNet
 from defectcam.training.clicks import SMALLEST_CLICKED_PX, Click, read_clicks, simulate_clicks
 from defectcam.training.crops import CropDataset
+from defectcam.training.mistakes import mistaken_clicks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -295,15 +296,24 @@ def train(args: argparse.Namespace) -> dict:
     """Train a classifier as the arguments say; returns and writes the record of the run."""
     clicks, val_clicks = gather_clicks(args, "train"), gather_clicks(args, "val")
     crops = CropDataset(clicks, args.crop_px, args.seed, augment=True, working_scale=args.working_scale)
+    network = network_from(args)
     val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False, working_scale=args.working_scale)
+    if args.mistakes:
+        folders = tuple(f"{set_name}/" for set_name in args.none_sets)
+        for dataset in (crops, val_crops):
+            healthy = list({c.image: c for c in dataset.negatives if c.photo_group.startswith(folders)}.values())
+            photos_rgb = [dataset.photo_rgb(click.image) for click in tqdm(healthy, desc="photos", unit="photo")]
+            dataset.mistakes = mistaken_clicks(
+                network.eval(), healthy, photos_rgb, args.crop_px, args.working_scale, args.seed
+            )
     facts = {
         "clicks_sha256": clicks_sha256(clicks),
         "positive_clicks": len(crops.positives),
         "none_clicks": len(crops.negatives),
-    }
+    } | ({"mistakes_sha256": clicks_sha256(crops.mistakes), "mistakes": len(crops.mistakes)} if args.mistakes else {})
     return fit(
         args,
-        ClassifierLoss(network_from(args)),
+        ClassifierLoss(network),
         crops,
         lambda network: val_figures(network, val_crops, args.batch),
         "val_f",
@@ -338,6 +348,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, crop_px: int, batch: i
     parser.add_argument("--downsamplings", type=int, default=2, choices=(1, 2, 3), help="paper Fig. 4")
     parser.add_argument("--encoder-weights", choices=("imagenet",), help="start from published encoder weights")
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
+    parser.add_argument(
+        "--mistakes",
+        action="store_true",
+        help="learn also from the places in --none-sets where the network of --init sees the defect",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the record")
