@@ -13,7 +13,7 @@ VAL_CLICKS ?=
 # Further options of `defectcam train --help`; weights/README.md has those of the shipped weights.
 ARGS ?=
 
-.PHONY: help install demo test serve train evaluate bench
+.PHONY: help install demo test serve train evaluate loop bench
 help:
 	@echo "make install                          build .venv with exact versions"
 	@echo "make demo IMAGE=photo ITERATIONS=4    proposals for one photo, as JSON and picture, in out/demo"
@@ -22,6 +22,7 @@ help:
 	@echo "make train DEFECT=crack DATA=folder SETS=a,b   train a classifier from clicks, in out/train"
 	@echo "make train DEFECT=crack CLICKS=clicks.csv VAL_CLICKS=val.csv   the same from your own clicks"
 	@echo "make evaluate DATA=folder             the table of all measures on val photos, in out/evaluate.html"
+	@echo "make loop DATA=folder                 two rounds with simulated annotators: docs/loop.md, hours on a CPU"
 	@echo "make bench                            speed, against a plain port and the machine's peak, in out/bench.png"
 
 install: .venv/installed
@@ -48,6 +49,10 @@ train: install
 
 evaluate: install
 	$(VENV)/python -m defectcam evaluate --data $(DATA) $(ARGS)
+
+loop: install
+	$(VENV)/python -m defectcam loop --data $(DATA) --sets deepcrack --none-sets phinet_labelled,cis_corrosion \
+		--init weights/rust.safetensors --out docs $(ARGS)
 
 bench: install
 	$(VENV)/python -m benchmarks.bench $(ARGS)

@@ -32,6 +32,7 @@ OUTLINE_SHIFT_PX = 0.24
 
 CHUNK_PIXELS = 1_000_000
 LARGEST_LOGIT = 6.0  # surer than that no network is
+PIXEL_VARIANCE = 1 / 12  # of a uniform distribution one pixel wide
 
 # What a polygon should share with its component. Wide components have it at a tolerance of 1 px or more; cracks
 # a few pixels wide do not, so their tolerance shrinks step by step, but never below half of what was asked for:
@@ -101,8 +102,10 @@ def component_features(
     window_px: int,
     working_scale: float,
     outline_logits: np.ndarray | None = None,
-) -> tuple[float, float, float]:
-    """What a component's confidence is made of: the classifier's evidence, its length, the outline network's word.
+) -> tuple[float, float, float, float]:
+    """What a component's confidence is made of: both networks' evidence, its length, and how straight it is.
+
+    Edges of structures and joints are as dark and thin as cracks, but straight.
 
     Args:
         component: the proposal.
@@ -115,7 +118,8 @@ def component_features(
     Returns:
         The mean, over the component's pixels, of the classifier's logit for the window around each; log2 of the
         component's length (its box's diagonal) in px at working scale; the mean of the outline network's logits, each
-        within -LARGEST_LOGIT..LARGEST_LOGIT, or 0 where there is none.
+        within -LARGEST_LOGIT..LARGEST_LOGIT, or 0 where there is none; log2 of the minor axis over the major axis of the
+        ellipse with the component's second moments: 0 of a disc, the lower, the straighter.
     """
     total, inside, rows = 0.0, 0.0, max(1, CHUNK_PIXELS // component.mask.shape[1])
     for start in range(0, len(component.mask), rows):  # in chunks: pixel lists of a large region are large
@@ -126,15 +130,23 @@ def component_features(
         if outline_logits is not None:
             inside += float(np.clip(outline_logits[ys, xs], -LARGEST_LOGIT, LARGEST_LOGIT).sum())
     length_px = working_scale * math.hypot(*component.mask.shape)
-    return total / component.area_px, math.log2(length_px), inside / component.area_px
+    return total / component.area_px, math.log2(length_px), inside / component.area_px, _log2_aspect(component.mask)
 
 
-def component_confidence(features: tuple[float, float, float], weights: Sequence[float]) -> float:
+def _log2_aspect(mask: np.ndarray) -> float:
+    moments = cv2.moments(mask.view(np.uint8), binaryImage=True)
+    along_x, along_y, mixed = (moments[name] / moments["m00"] for name in ("mu20", "mu02", "mu11"))
+    along_x, along_y = along_x + PIXEL_VARIANCE, along_y + PIXEL_VARIANCE
+    middle, radius = (along_x + along_y) / 2, math.hypot((along_x - along_y) / 2, mixed)
+    return 0.5 * math.log2(max(middle - radius, PIXEL_VARIANCE) / (middle + radius))
+
+
+def component_confidence(features: tuple[float, float, float, float], weights: Sequence[float]) -> float:
     """Probability (0..1) that a component is a defect: logistic regression fitted on val proposals.
 
     Args:
         features: of `component_features`.
-        weights: of the three features in their order, and the intercept.
+        weights: of the four features in their order, and the intercept.
     """
     return float(probability(np.dot(weights, (*features, 1.0))))
 

@@ -201,7 +201,7 @@ def _check_facts(fact: DefectWeights) -> None:
     if not fact.cam_max or list(fact.cam_max) != sorted(fact.cam_max):
         raise ValueError(f"cam_max must be numbers that do not decrease, not {fact.cam_max!r}")
     need("confidence_weights", fact.confidence_weights, -1e6, 1e6)
-    for name, count in (("mean_rgb", 3), ("std_rgb", 3), ("confidence_weights", 4)):
+    for name, count in (("mean_rgb", 3), ("std_rgb", 3), ("confidence_weights", 5)):
         if len(getattr(fact, name)) != count:
             raise ValueError(f"{name} must have {count} numbers, not {getattr(fact, name)!r}")
     if fact.snap is not None:

@@ -468,7 +468,7 @@ def test_faint_proposals_that_are_asked_for_are_climbed_too(monkeypatch):
     assert gates == [min(fact.gate, fact.threshold / 2), 0.01]
 
 
-def test_confidence_comes_from_windows_length_and_outline_network(monkeypatch):
+def test_confidence_comes_from_windows_length_outline_network_and_straightness(monkeypatch):
     rng = np.random.default_rng(3)
     score = rng.normal(size=(60, 70)).astype(np.float32)
     mask = rng.random((20, 30)) > 0.5
@@ -477,12 +477,18 @@ def test_confidence_comes_from_windows_length_and_outline_network(monkeypatch):
     logits = rng.normal(size=score.shape) * 3
     logits[20:] = -np.inf  # where the outline network was not asked
     inside = np.clip(logits[ys + 7, xs + 9], -6, 6).mean()
+    minor, major = np.sqrt(np.linalg.eigvalsh(np.cov(xs, ys, bias=True) + np.eye(2) / 12))
     for chunk in (1, 50, 10**6):
         monkeypatch.setattr(proposals, "CHUNK_PIXELS", chunk)
         found = proposals.component_features(Component(mask, 9, 7), score_sums(score), 0.3, 16, 1.0, logits)
-        assert found == pytest.approx((wanted, np.log2(np.hypot(20, 30)), inside))
+        assert found == pytest.approx(
+            (wanted, np.log2(np.hypot(20, 30)), inside, np.log2(minor / major))
+        )
     assert proposals.component_features(Component(mask, 9, 7), score_sums(score), 0.3, 16, 1.0)[2] == 0
-    assert proposals.component_confidence((2.0, 8.0, 1.0), (0.5, 0.25, 1.0, -4.0)) == pytest.approx(0.5)
+    line, disc = np.ones((1, 100), bool), np.hypot(*np.mgrid[-40:41, -40:41]) <= 40
+    of_line, of_disc = (proposals._log2_aspect(shape) for shape in (line, disc))
+    assert of_line == pytest.approx(np.log2(1 / 100)) and of_disc == pytest.approx(0, abs=1e-6)
+    assert proposals.component_confidence((2.0, 8.0, 1.0, -2.0), (0.5, 0.25, 1.0, 0.5, -3.0)) == pytest.approx(0.5)
 
 
 def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):

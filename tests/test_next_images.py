@@ -47,7 +47,7 @@ def weights_dir(tmp_path_factory):
     entry = {
         "file": "crack.safetensors", "decoder_channels": [16, 16, 8], "downsamplings": 2, "mean_rgb": IMAGENET_MEAN_RGB,
         "std_rgb": IMAGENET_STD_RGB, "working_scale": 1.0, "window_px": 32, "gate": 0.5, "threshold": 0.5,
-        "confidence_weights": [1.0, 0.0, 0.0, 0.0], "iterations": 0, "xi": 0.08, "penalty_weight": 7.0,
+        "confidence_weights": [1.0, 0.0, 0.0, 0.0, 0.0], "iterations": 0, "xi": 0.08, "penalty_weight": 7.0,
         "salient_share": 0.5, "cam_max": [1.0], "cam_threshold": 0.3, "closing_radius_px": 0, "min_area_px": 4,
         "snap": None, "tolerance_px": 1.0, "hole_share": 0.02, "training": {},
     }  # fmt: skip

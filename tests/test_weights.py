@@ -120,7 +120,7 @@ def test_spoilt_files_stop_the_start_and_are_named(folder, spoil, reason):
         ({"penalty_weight": float("nan")}, "penalty_weight"),
         ({"std_rgb": [0, 0, 0]}, "std_rgb"),
         ({"mean_rgb": [0.5]}, "mean_rgb must have 3"),
-        ({"confidence_weights": [1.0]}, "confidence_weights must have 4"),
+        ({"confidence_weights": [1.0]}, "confidence_weights must have 5"),
         ({"tolerance_px": -1}, "tolerance_px"),
         ({"snap": {}}, "snap method must be one of"),
         ({"iterations": 2.5}, "iterations must be an integer in 0..50, not 2.5"),

@@ -3,13 +3,14 @@
 1. `cam_max`: median over some photos with the defect of the largest value of the summed maps.
 2. xi and lambda: the pair whose map at T = 2 fits best (at its best theta).
 3. Outline: every way of `snap.py` on the plain map; the one that serves best.
-4. T: on some photos with that outline, every T; the one that serves best. Then theta and the outline's own parameters
-   once more, on all photos.
+4. T: on some photos with that outline, every T; the one that serves best.
 5. Confidence: logistic regression on the proposals, hit or miss, from the mean logit of the windows along a proposal,
-   its length and the mean of the outline network's logits. Windows are as large as the crops the classifier was
-   trained on: with the paper's 320 px, in which a crack is a small part, hits and misses look alike.
+   its length, the mean of the outline network's logits and its straightness. Windows are as large as the crops the
+   classifier was trained on: with the paper's 320 px, in which a crack is a small part, hits and misses look alike.
 6. Threshold: the lowest confidence that leaves 90 % of the photos without the defect without proposals, and no more
    than 1.5 misses a photo.
+7. Theta and the outline's own parameters: 5 and 6 for the best of every way and the runners-up of the best way; what
+   serves best after its threshold is kept. A way that finds everything, edges of structures too, serves nobody.
 
 "Fit" is the mean over photos of F1 with 2 px tolerance for cracks, of IoU for other defects; "saved" is the simulated
 annotator's mean share of clicks saved. What serves best has the largest mean of both: few instances are saved in
@@ -28,7 +29,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from defectcam.evaluation.measures import f1_2px, iou, saved_per_component
 from defectcam.evaluation.survey import LabelledPhoto, SurveyedPhoto, figures, labelled_photos, survey
 from defectcam.network import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, DefectNet
 from defectcam.postprocess import binarise
-from defectcam.proposals import component_confidence, component_features, find_components
+from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.snap import NETWORK_METHODS, snap
 from defectcam.training.train import names
 from defectcam.weights import OUTLINE_PREFIX, read_manifest, write_manifest
@@ -55,6 +56,7 @@ THETAS = (0.05, 0.1, 0.2, 0.3)
 CLIMBS = tuple(ClimbParameters(xi, weight, 0.5) for xi, weight in product((0.02, 0.08, 0.3), (0.7, 7.0, 70.0)))
 REFERENCE_CLIMB = ClimbParameters(xi=0.08, penalty_weight=7.0, salient_share=0.5)  # AdvCAM's defaults
 CLIMB_PHOTOS = 8  # for xi and lambda, which cost a climb each
+WORTH_A_LOOK = 0.5  # of what the best way serves: with less no threshold makes up for it
 FINALISTS = 4  # choices that fit best, of which is seen what they save: that takes a hundred times as long
 TRIAL_PHOTOS = 8  # for T, which is slow
 HEALTHY_SHARE = 0.9
@@ -79,6 +81,22 @@ class Choice:
         if self.snap:
             mask = snap(photo.working_image, mask, self.snap, photo.outline_logits)
         return mask
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A choice with its confidence and threshold, and what it answers.
+
+    Attributes:
+        merit: mean of fit and saved.
+        answers: photos, those with the defect first, and masks (H, W) bool at photo scale.
+    """
+
+    merit: float
+    choice: Choice
+    confidence_weights: tuple[float, ...]
+    threshold: float
+    answers: list[tuple[LabelledPhoto, np.ndarray]]
 
 
 def ways(defect: str, has_network: bool, min_area_px: int) -> dict[str, list[tuple[int, dict | None]]]:
@@ -106,7 +124,7 @@ def ways(defect: str, has_network: bool, min_area_px: int) -> dict[str, list[tup
         ridges = {"method": "network_ridges", "width_px": 9, "closing_radius_px": 1, **area}
         found["network_ridges"] = [
             (12, {"probability": probability, "ridge_weight": weight, **ridges})
-            for probability, weight in product((0.15, 0.3, 0.5), (1.0, 1.5, 2.0))
+            for probability, weight in product((0.15, 0.3, 0.5), (0.5, 1.0, 2.0))
         ]
     return found
 
@@ -159,10 +177,10 @@ class Calibration:
             for photo in tqdm(photos, desc=f"maps, T = {max(steps)}", unit="photo")
         ]
 
-    def best(
+    def finalists(
         self, photos: Sequence[SurveyedPhoto], choices: Sequence[Choice], cam_max: dict[int, float]
-    ) -> tuple[float, Choice, dict[str, float]]:
-        """The choice that serves best, with fit and saved."""
+    ) -> list[tuple[float, Choice, dict[str, float]]]:
+        """The choices that fit best, those that serve best first, with fit and saved."""
 
         def masks(choice: Choice) -> list[np.ndarray]:
             return [photo.at_photo_scale(choice.mask(photo, cam_max, self.min_area_px)) for photo in photos]
@@ -173,7 +191,7 @@ class Calibration:
             saved = saved_by(self.defect, photos, masks(choices[index]))
             figures = {"fit": round(fits[index], 3), "mean_saved": round(saved, 3)}
             merits.append(((fits[index] + saved) / 2, choices[index], figures))
-        return max(merits, key=lambda merit: merit[0])
+        return sorted(merits, key=lambda merit: -merit[0])
 
     def choose_climb(self) -> ClimbParameters:
         """xi and lambda by the plain map at T = 2, on a few photos."""
@@ -182,36 +200,70 @@ class Calibration:
         for climb in CLIMBS:
             photos = self.surveyed(some, (2,), climb, 0.0, outline=False)
             cam_max = typical_maxima(photos, (2,))
-            _, choice, found = self.best(photos, [Choice(2, theta, 3, None) for theta in THETAS], cam_max)
+            _, choice, found = self.finalists(photos, [Choice(2, theta, 3, None) for theta in THETAS], cam_max)[0]
             fits[climb] = found["fit"]
             say(f"xi {climb.xi}, lambda {climb.penalty_weight}: fit {fits[climb]:.3f} at theta {choice.cam_threshold}")
         # The reference's values unless others are better by more than chance on so few photos.
         return max(CLIMBS, key=lambda climb: fits[climb] + 0.01 * (climb == REFERENCE_CLIMB))
 
-    def choose_way(self, photos: Sequence[SurveyedPhoto], cam_max: dict[int, float]) -> tuple[str, dict]:
-        """The way to an outline that serves best on the plain maps, and every way's figures."""
-        best, report = (-1.0, ""), {}
+    def choose_way(
+        self, photos: Sequence[SurveyedPhoto], cam_max: dict[int, float]
+    ) -> tuple[str, list[Choice], dict]:
+        """The way to an outline that serves best on the plain maps, choices worth a closer look, every way's figures."""
+        finalists, report = {}, {}
         for way in ways(self.defect, self.outline is not None, self.min_area_px):
             if self.args.way not in (None, way):
                 continue
-            merit, choice, found = self.best(photos, self.choices(way, 0), cam_max)
+            finalists[way] = self.finalists(photos, self.choices(way, 0), cam_max)
+            _, choice, found = finalists[way][0]
             report[way] = found | {"cam_threshold": choice.cam_threshold}
-            best = max(best, (merit, way))
             say(f"outline by {way}: {report[way]} {choice.snap}")
         if not report:
             sys.exit(f"--way is {self.args.way!r}, which there is not for {self.defect} and these networks")
-        return best[1], report
+        best = max(finalists, key=lambda way: finalists[way][0][0])
+        least = finalists[best][0][0] * WORTH_A_LOOK
+        closer = [own[0] for way, own in finalists.items() if way != best and own[0][0] >= least]
+        return best, [choice for _, choice, _ in [*finalists[best], *closer]], report
 
     def choose_steps(self, photos: Sequence[SurveyedPhoto], way: str, cam_max: dict[int, float]) -> tuple[int, dict]:
         """T, and the figures for every T."""
         best, report = (-1.0, 0), {}
         for steps in STEPS:
-            merit, choice, found = self.best(photos, self.choices(way, steps), cam_max)
+            merit, choice, found = self.finalists(photos, self.choices(way, steps), cam_max)[0]
             report[steps] = found | {"cam_threshold": choice.cam_threshold}
             say(f"T {steps}: {report[steps]} {choice.snap}")
             if merit > best[0] + 0.002:  # a further step must be worth its time
                 best = merit, steps
         return best[1], report
+
+    def judged(
+        self, choice: Choice, photos: Sequence[SurveyedPhoto], healthy: Sequence[SurveyedPhoto], cam_max: dict[int, float]
+    ) -> Judged:
+        """What a choice answers once its confidence and threshold are fitted."""
+        bias, found = self.network.head.bias.item(), {}
+        for photo in tqdm([*photos, *healthy], desc="confidence", unit="photo", leave=False):
+            mask = choice.mask(photo, cam_max, self.min_area_px)
+            found[photo.labelled] = with_features(photo, mask, bias, self.window_px, self.working_scale)
+        every = [component for components in found.values() for component in components]
+        weights = fit_confidence([features for _, features, _ in every], [hit for _, _, hit in every])
+        peaks = [
+            max((component_confidence(features, weights) for _, features, _ in found[photo.labelled]), default=0.0)
+            for photo in healthy
+        ]
+        misses = [component_confidence(features, weights) for _, features, hit in every if not hit]
+        threshold = least_confidence(peaks, misses, len(found))
+        answers = []
+        for photo, components in found.items():
+            mask = np.zeros(photo.image_rgb.shape[:2], bool)
+            for component, features, _ in components:
+                if component_confidence(features, weights) >= threshold:
+                    x0, y0, x1, y1 = component.box_xyxy
+                    mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
+            answers.append((photo, mask))
+        masks = [mask for _, mask in answers[: len(photos)]]
+        fit, saved = fit_of(self.defect, photos, masks), saved_by(self.defect, photos, masks)
+        say(f"{choice}: after the threshold {threshold:.3f} fit {fit:.3f}, saved {saved:.3f}")
+        return Judged((fit + saved) / 2, choice, weights, threshold, answers)
 
     def choices(self, way: str, steps: int) -> list[Choice]:
         """Everything there is to choose for a way to an outline and T."""
@@ -231,8 +283,8 @@ def spread(items: Sequence, count: int) -> list:
 
 def with_features(
     photo: SurveyedPhoto, mask: np.ndarray, bias: float, window_px: int, working_scale: float
-) -> list[tuple[np.ndarray, tuple[float, float, float], bool]]:
-    """Components of a mask (h, w) at working scale: pixels and features at photo scale, and whether it is a hit.
+) -> list[tuple[Component, tuple[float, ...], bool]]:
+    """Components of a mask (h, w) at working scale, at photo scale, with their features, and whether each is a hit.
 
     A hit lies for the most part within 2 px of the truth.
     """
@@ -243,14 +295,12 @@ def with_features(
     for component in find_components(mask):
         x0, y0, x1, y1 = component.box_xyxy
         hit = near is not None and near[y0 : y1 + 1, x0 : x1 + 1][component.mask].mean() > 0.5
-        pixels = np.zeros_like(mask)
-        pixels[y0 : y1 + 1, x0 : x1 + 1] = component.mask
-        found.append((pixels, component_features(component, sums, bias, window_px, working_scale, logits), hit))
+        found.append((component, component_features(component, sums, bias, window_px, working_scale, logits), hit))
     return found
 
 
 def fit_confidence(features: Sequence[tuple[float, ...]], hits: Sequence[bool]) -> tuple[float, ...]:
-    """The four weights of `component_confidence`."""
+    """The weights of `component_confidence`."""
     if not len(features):
         sys.exit("the network proposes nothing on any val photo, so there is nothing to calibrate: train it longer")
     x, y = np.column_stack([np.array(features), np.ones(len(features))]), np.array(hits, float)
@@ -259,7 +309,7 @@ def fit_confidence(features: Sequence[tuple[float, ...]], hits: Sequence[bool]) 
         logits = x @ weights
         return float((np.logaddexp(0, logits) - y * logits).mean() + 1e-4 * (weights**2).sum())
 
-    weights = minimize(loss, [0.5, 0.5, 0.5, -3.0]).x
+    weights = minimize(loss, [0.5, 0.5, 0.5, 0.0, -3.0]).x
     say(f"confidence: {int(y.sum())} hits, {int((1 - y).sum())} misses, weights {np.round(weights, 3).tolist()}")
     return tuple(float(f"{weight:.5g}") for weight in weights)
 
@@ -286,44 +336,24 @@ def calibrate(args: argparse.Namespace) -> None:
     some = work.surveyed(spread(work.labelled, TRIAL_PHOTOS), STEPS, climb, 0.0, outline=True)
     cam_max = typical_maxima(some, STEPS)
     photos = work.surveyed(work.labelled, (0,), climb, 0.0, outline=True)
-    way, way_report = work.choose_way(photos, cam_max)
+    way, choices, way_report = work.choose_way(photos, cam_max)
     steps, step_report = work.choose_steps(some, way, cam_max)
     if steps:
         photos = work.surveyed(work.labelled, (steps,), climb, 0.0, outline=True)
-    _, choice, _ = work.best(photos, work.choices(way, steps), cam_max)
-    say(f"chosen: {way}, {choice}")
-
-    bias = work.network.head.bias.item()
-    healthy = work.surveyed(work.healthy, (choice.iterations,), climb, GATE, outline=True)
-    if choice.iterations:  # tiles that are not climbed keep the plain map, in its own units
+    healthy = work.surveyed(work.healthy, (steps,), climb, GATE, outline=True)
+    if steps:  # tiles that are not climbed keep the plain map, in its own units
         for photo in healthy:
             plain = np.maximum(photo.score, 0)
-            untouched = photo.maps[choice.iterations] == plain
-            photo.maps[choice.iterations][untouched] *= cam_max[choice.iterations] / cam_max[0]
-    found = {
-        photo.labelled: with_features(
-            photo, choice.mask(photo, cam_max, work.min_area_px), bias, work.window_px, work.working_scale
-        )
-        for photo in [*photos, *healthy]
-    }
-    every = [component for components in found.values() for component in components]
-    weights = fit_confidence([features for _, features, _ in every], [hit for _, _, hit in every])
-    peaks = [
-        max((component_confidence(features, weights) for _, features, _ in found[photo]), default=0.0)
-        for photo in work.healthy
-    ]
-    misses = [component_confidence(features, weights) for _, features, hit in every if not hit]
-    threshold = least_confidence(peaks, misses, len(found))
-    say(f"minimum confidence {threshold:.3f}")
+            untouched = photo.maps[steps] == plain
+            photo.maps[steps][untouched] *= cam_max[steps] / cam_max[0]
+    judged = [work.judged(replace(choice, iterations=steps), photos, healthy, cam_max) for choice in choices]
+    best = max(judged, key=lambda one: one.merit)
+    say(f"chosen: {best.choice}, minimum confidence {best.threshold:.3f}")
 
-    judged: dict[str, list] = {}
-    for photo, components in found.items():
-        mask = np.zeros(photo.image_rgb.shape[:2], bool)
-        for pixels, features, _ in components:
-            if component_confidence(features, weights) >= threshold:
-                mask |= pixels
-        judged.setdefault(photo.set_name, []).append((photo, mask))
-    val = {set_name: figures(work.defect, of_set) for set_name, of_set in judged.items()}
+    of_sets: dict[str, list] = {}
+    for photo, mask in best.answers:
+        of_sets.setdefault(photo.set_name, []).append((photo, mask))
+    val = {set_name: figures(work.defect, of_set) for set_name, of_set in of_sets.items()}
     print(json.dumps(val, indent=1))
     record = {
         "calibration": "defectcam " + shlex.join(sys.argv[1:]),
@@ -335,20 +365,18 @@ def calibrate(args: argparse.Namespace) -> None:
         "steps_tried": step_report,
         "val": val,
     }
-    write(work, climb, cam_max, choice, weights, threshold, record)
+    write(work, climb, cam_max, best, record)
 
 
 def write(
     work: Calibration,
     climb: ClimbParameters,
     cam_max: dict[int, float],
-    choice: Choice,
-    confidence_weights: Sequence[float],
-    threshold: float,
+    best: Judged,
     record: dict,
 ) -> None:
     """Write the defect's file and its entry of the manifest, the other defects' entries left as they are."""
-    args = work.args
+    args, choice = work.args, best.choice
     args.out.mkdir(parents=True, exist_ok=True)
     parts = {"": work.network}
     if choice.snap and choice.snap["method"] in NETWORK_METHODS:
@@ -367,8 +395,8 @@ def write(
         "working_scale": work.working_scale,
         "window_px": work.window_px,
         "gate": GATE,
-        "confidence_weights": list(confidence_weights),
-        "threshold": round(threshold, 4),
+        "confidence_weights": list(best.confidence_weights),
+        "threshold": round(best.threshold, 4),
         "iterations": choice.iterations,
         "xi": climb.xi,
         "penalty_weight": climb.penalty_weight,

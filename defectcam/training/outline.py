@@ -201,7 +201,7 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
     rng = np.random.default_rng(args.seed)
     val = [photo for photo in gather_photos(args, args.sets, "val", None) if (photo.coverage > UNKNOWN).any()]
     val = [val[index] for index in rng.permutation(len(val))[: args.val_photos]]
-    network = network_from(args)
+    network = network_from(args, wants_outline=True)
     mistakes: list[np.ndarray] = []
     if args.mistakes:
         mistakes = mistaken_pixels(network.eval(), [photo.image_rgb for photo in without], args.seed)

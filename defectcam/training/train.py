@@ -35,6 +35,7 @@ from defectcam.network import DefectNet
 from defectcam.training.clicks import SMALLEST_CLICKED_PX, Click, read_clicks, simulate_clicks
 from defectcam.training.crops import CropDataset
 from defectcam.training.mistakes import mistaken_clicks
+from defectcam.weights import OUTLINE_PREFIX
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -256,12 +257,18 @@ def draw_curves(history: list[dict], path: Path) -> None:
     pyplot.close()
 
 
-def network_from(args: argparse.Namespace) -> DefectNet:
-    """The network to start from: random, with ImageNet's encoder, or as in `--init`."""
+def network_from(args: argparse.Namespace, wants_outline: bool = False) -> DefectNet:
+    """The network to start from: random, with ImageNet's encoder, or as in `--init`.
+
+    A defect's weights file may hold two: the outline network if that is wanted, else the classifier.
+    """
     torch.manual_seed(args.seed)
     network = DefectNet(args.decoder, args.downsamplings, encoder_weights=args.encoder_weights)
     if args.init:
-        network.load_state_dict(load_file(args.init))
+        parts: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+        for name, value in load_file(args.init).items():
+            parts[name.startswith(OUTLINE_PREFIX)][name.removeprefix(OUTLINE_PREFIX)] = value
+        network.load_state_dict(parts[wants_outline and bool(parts[True])])
     return network
 
 
