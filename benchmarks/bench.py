@@ -10,6 +10,7 @@ meanwhile, or that others use too, hardly changes them. The photos are generated
                              The least: the operations of T + 1 forward and T backward passes to the input, at the
                              speed of this machine's fastest large convolution
     outside_network_share    of the function's time for 4 megapixels, the share not spent in forward and backward passes
+    log_share                what writing an answer to the proposal log takes, over the time for 1 megapixel
     growth_25mp              time for 25 megapixels over that for 1, the defects as dense
     peak_host_mb, peak_gpu_mb  of a process that answers 25 megapixels
     seconds_1mp, seconds_click, seconds_25mp_gpu  the function with all deployed defects at T = 2; one click
@@ -46,7 +47,8 @@ from benchmarks.answers import Function, clock
 from benchmarks.plain_climb import network_input, plain_climbed_map
 from defectcam.cam import score_sums
 from defectcam.network import DefectNet
-from defectcam.request import RequestError
+from defectcam.proposal_log import ProposalLog, image_hash
+from defectcam.request import RequestError, Settings
 from defectcam.tiling import CLIMBED_CORE_PX, Tile, climbed_map, stitched_score_map, tile_grid, tiles_to_climb
 from model_handler import ModelHandler
 
@@ -69,6 +71,7 @@ AIMS = {
     "climb_speedup_all_tiles": (2, "at least"),
     "floor_share": (0.6, "at least"),
     "outside_network_share": (0.1, "at most"),
+    "log_share": (0.05, "at most"),
     "growth_25mp": (27, "at most"),
     "peak_host_mb": (2500, "at most"),
     "seconds_1mp": (20, "at most"),
@@ -202,20 +205,31 @@ def time_answers(function: Function, folder: Path, repetitions: int) -> dict:
         "4 megapixels": partial(function.answer, medium, {"iterations": STEPS}, "4 megapixels"),
         "click": partial(function.answer, small, {"pos_points": [[x, y]]}, "click"),
     }
+    model: ModelHandler = function.context.user_data.model
+    log, shapes = ProposalLog(folder / "log", function.context.logger), model.propose(image_rgb, Settings(iterations=STEPS))
     function.warm_up()
     answers = alternate(calls, repetitions, "answers")
     seconds = {name: median(answer["seconds"] for answer in of_call) for name, of_call in answers.items()}
+    seconds_log = median(seconds_of(log_answer, log, image_rgb, model, shapes) for _ in range(repetitions))
     outside = [1 - answer["network_seconds"] / answer["seconds"] for answer in answers["4 megapixels"]]
     return {
         "outside_network_share": median(outside),
         "seconds_1mp": seconds["1 megapixel"],
         "seconds_4mp": seconds["4 megapixels"],
         "seconds_click": seconds["click"],
+        "log_share": seconds_log / seconds["1 megapixel"],
         "growth_4mp": seconds["4 megapixels"] / seconds["1 megapixel"],
         "proposals_1mp": answers["1 megapixel"][0]["proposals"],
         "answer_bytes_1mp": answers["1 megapixel"][0]["answer_bytes"],
         "answer_bytes_4mp": answers["4 megapixels"][0]["answer_bytes"],
     }
+
+
+def log_answer(log: ProposalLog, image_rgb: np.ndarray, model: ModelHandler, shapes: list[dict]) -> None:
+    """What the function does beside its answer where ADVCAM_LOG_DIR is set."""
+    height, width = image_rgb.shape[:2]
+    in_force = {defect: model.effective(defect, model.settings) for defect in model.defects}
+    log.append(image_hash(image_rgb), width, height, model.weights.version, in_force, shapes)
 
 
 def time_large_answer(folder: Path, device: str, seconds_1mp: float) -> dict:
@@ -262,7 +276,7 @@ def draw(results: dict, path: Path) -> None:
     """The picture: ratios with their aims, seconds against megapixels."""
     groups = {
         "times as fast": ["climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup"],
-        "share of time": ["floor_share", "outside_network_share"],
+        "share of time": ["floor_share", "outside_network_share", "log_share"],
         "times as long as for 1 MP": ["growth_4mp", "growth_25mp"],
         "seconds": ["seconds_1mp", "seconds_4mp", "seconds_25mp", "seconds_click"],
     }

@@ -78,7 +78,7 @@ def test_a_quick_run_writes_all_it_measures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "CONVOLUTIONS", [(16, 32), (32, 16)])
     bench.main(["--quick", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "bench.json").read_text())
-    measured = ["climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup", "floor_share", "outside_network_share",
+    measured = ["climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup", "floor_share", "outside_network_share", "log_share",
                 "growth_4mp", "seconds_1mp", "seconds_click"]  # fmt: skip
     for key in measured:
         assert math.isfinite(results[key]) and results[key] > 0, key
