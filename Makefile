@@ -52,7 +52,7 @@ evaluate: install
 
 loop: install
 	$(VENV)/python -m defectcam loop --data $(DATA) --sets deepcrack --none-sets phinet_labelled,cis_corrosion \
-		--init weights/rust.safetensors --out docs $(ARGS)
+		--out docs $(ARGS)
 
 bench: install
 	$(VENV)/python -m benchmarks.bench $(ARGS)

@@ -19,7 +19,7 @@ OUT/loop.md, loop.json, loop.png    what came out; OUT/loop/ has the work, not n
 
 Example:
     defectcam loop --defect crack --data ../shared/data --sets deepcrack --none-sets phinet_labelled,cis_corrosion \\
-        --init weights/rust.safetensors --out out/loop
+        --out out/loop
 """
 
 from __future__ import annotations
@@ -405,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--photos", type=int, default=40, help="of each set: in the campaign, and of val (default: %(default)s)")
     parser.add_argument("--error", type=float, default=0.05, help="of the annotators, 0 to 1 (default: %(default)s)")
     parser.add_argument("--init", type=Path, help="round 1 starts from these weights (safetensors); else from scratch")
-    parser.add_argument("--first-steps", type=int, default=600, help="of round 1 (default: %(default)s)")
+    parser.add_argument("--first-steps", type=int, default=900, help="of round 1 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of every arm of round 2 (default: %(default)s)")
     parser.add_argument("--crop-px", type=int, default=64, help="side of the classifiers' crops (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="crops per step (default: %(default)s)")
