@@ -52,7 +52,8 @@ evaluate: install
 
 loop: install
 	$(VENV)/python -m defectcam loop --data $(DATA) --sets deepcrack --none-sets phinet_labelled,cis_corrosion \
-		--out docs $(ARGS)
+		--out out/loop $(ARGS)
+	cp out/loop/loop.md out/loop/loop.json out/loop/loop.png docs/
 
 bench: install
 	$(VENV)/python -m benchmarks.bench $(ARGS)

@@ -152,13 +152,17 @@ def test_all_arms_run_and_are_told_apart(data_dir, tmp_path, monkeypatch, capsys
     outcomes = found["annotators"]
     assert sum(outcomes.get(kind, 0) for kind in ("accepted", "modified", "miss")) == 2  # blobs on the photos shown
     assert found["clicks"]["loop"]["positive"] == 2 == found["clicks"]["plain_clicks"]["positive"]
+    records = {arm: tmp_path / "out" / arm / "classifier" / "record.json" for arm in loop.ARMS[:-1]}
+    assert len({json.loads(record.read_text())["clicks_sha256"] for record in records.values()}) == 3
     page = (tmp_path / "out" / "loop.md").read_text()
     assert all(page.count(f"| {arm} |") == 2 for arm in loop.ARMS) and (tmp_path / "out" / "loop.png").exists()
     capsys.readouterr()
-    trained = (tmp_path / "out" / "loop" / "loop" / "classifier" / "best.safetensors").stat().st_mtime_ns
+    trained = (tmp_path / "out" / "loop" / "classifier" / "best.safetensors").stat().st_mtime_ns
     loop.main(options)  # what is done is not done again
-    assert (tmp_path / "out" / "loop" / "loop" / "classifier" / "best.safetensors").stat().st_mtime_ns == trained
+    assert (tmp_path / "out" / "loop" / "classifier" / "best.safetensors").stat().st_mtime_ns == trained
     assert json.loads((tmp_path / "out" / "loop.json").read_text()) == found
+    with pytest.raises(SystemExit, match="other arguments"):
+        loop.main([*options, "--error=0.5"])
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):

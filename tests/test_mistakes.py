@@ -1,6 +1,7 @@
 """Hard negatives: where a network errs is found, and that is what the trainings are shown."""
 
 import argparse
+import json
 
 import cv2
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from defectcam.training import mistakes
+from defectcam.training import mistakes, outline, train
 from defectcam.training.clicks import Click
 from defectcam.training.crops import CropDataset
 from defectcam.training.mistakes import mistaken_clicks, mistaken_pixels
@@ -92,18 +93,57 @@ def test_every_second_negative_crop_is_of_a_mistake(tmp_path):
         paths[name] = str(tmp_path / f"{name}.png")
         cv2.imwrite(paths[name], np.full((40, 40, 3), grey, np.uint8))
     clicks = [Click(paths["defect"], 20, 20, "crack"), Click(paths["easy"], 20, 20, "none", "crack")]
-    crops = CropDataset(clicks, 16, 0, False, mistakes=[Click(paths["mistake"], 20, 20, "none", "crack")])
+    crops = CropDataset(clicks, 16, 0, False)
+    crops.mistakes = [Click(paths["mistake"], 20, 20, "none", "crack")]
     assert [int(crops[draw][0][0, 0, 0]) for draw in range(8)] == [20, 120, 20, 200] * 2
 
 
 def test_training_starts_from_the_right_one_of_two_networks_in_a_weights_file(tmp_path):
-    classifier, outline = random_network(0, dtype=torch.float32), random_network(1, dtype=torch.float32)
-    both = dict(classifier.state_dict()) | {OUTLINE_PREFIX + k: v for k, v in outline.state_dict().items()}
+    classifier, other = random_network(0, dtype=torch.float32), random_network(1, dtype=torch.float32)
+    both = dict(classifier.state_dict()) | {OUTLINE_PREFIX + k: v for k, v in other.state_dict().items()}
     save_file({name: value.contiguous() for name, value in both.items()}, tmp_path / "both.safetensors")
     save_weights(classifier, tmp_path / "one.safetensors")
-    for file, wants_outline, wanted in (("both", False, classifier), ("both", True, outline), ("one", True, classifier)):
+    for file, wants_outline, wanted in (("both", False, classifier), ("both", True, other), ("one", True, classifier)):
         args = argparse.Namespace(
             seed=0, decoder=(16, 16, 8), downsamplings=2, encoder_weights=None, init=tmp_path / f"{file}.safetensors"
         )
         network = network_from(args, wants_outline)
         assert torch.equal(network.head.weight, wanted.head.weight)
+
+
+def test_only_photos_that_show_nothing_of_the_defect_are_looked_at(tmp_path):
+    """A set made for another defect has photos that show this one too: what the network sees there may be right."""
+    rng = np.random.default_rng(0)
+    for set_name, shown in (("walls", (True, True)), ("beams", (True, False))):
+        (tmp_path / set_name / "images").mkdir(parents=True)
+        (tmp_path / set_name / "masks" / "crack").mkdir(parents=True)
+        for number, cracked in enumerate(shown):
+            cv2.imwrite(str(tmp_path / set_name / "images" / f"{number}.png"), rng.integers(90, 160, (80, 80, 3), np.uint8))
+            mask = np.zeros((80, 80), np.uint8)
+            mask[30:40, 10 : 10 + 60 * cracked] = 255
+            cv2.imwrite(str(tmp_path / set_name / "masks" / "crack" / f"{number}.png"), mask)
+    splits = {name: {"train": ["0", "1"], "val": ["0", "1"]} for name in ("walls", "beams")}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    init = tmp_path / "init.safetensors"
+    save_weights(random_network(dtype=torch.float32), init)
+    common = [f"--data={tmp_path}", "--defect=crack", "--sets=walls", "--none-sets=beams", "--crop-px=16", "--batch=4",
+              "--decoder=16,16,8", "--steps=2", "--val-every=2", f"--init={init}", "--mistakes"]  # fmt: skip
+    args = train.parse_args([*common, f"--out={tmp_path / 'run'}"])
+    clicks, healthy = train.gather_clicks(args, "train")
+    assert {click.photo_group for click in healthy} == {"beams/1"}
+    assert {click.photo_group for click in clicks if click.defect == "none"} == {"walls/0", "walls/1", "beams/0", "beams/1"}
+    train.VAL_CROPS, val_crops = 4, train.VAL_CROPS
+    try:
+        assert train.train(args)["mistakes"] is True
+    finally:
+        train.VAL_CROPS = val_crops
+    outlines = outline.parse_args([*common, "--arm=outlines", f"--out={tmp_path / 'outlines'}"])
+    record = outline.train_outline(outlines, outline.train_photos(outlines))
+    assert record["photos"] == 2 and record["photos_without"] == 1 and record["mistakes"] is True
+
+
+def test_mistakes_of_nobody_or_nowhere_are_refused(capsys):
+    for missing in (["--none-sets=b"], ["--init=x"]):
+        with pytest.raises(SystemExit):
+            train.parse_args(["--defect=crack", "--data=d", "--sets=a", "--out=o", "--mistakes", *missing])
+        assert "--mistakes needs --init" in capsys.readouterr().err

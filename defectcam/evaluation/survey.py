@@ -51,17 +51,17 @@ class SurveyedPhoto:
         """The outline network's logits, (h, w) float32, at least where `wanted` (h, w) bool says so."""
         if self.labelled.truth is not None:
             return self._all_outline_logits
-        # Large photos without the defect need little of it, and mostly the same twice: for the mask and its confidence.
-        for where, logits in self._some_outline_logits:
-            if not (wanted & ~where).any():
-                return logits
-        logits = stitched_score_map(self.outline, self.working_image, region=wanted) + self.outline.head.bias.item()
-        self._some_outline_logits[:] = [(wanted, logits)]
+        # Large photos without the defect need little of it.
+        logits = self._some_outline_logits
+        missing = wanted & np.isneginf(logits)
+        if missing.any():
+            more = stitched_score_map(self.outline, self.working_image, region=missing) + self.outline.head.bias.item()
+            np.maximum(logits, more, out=logits)
         return logits
 
     @cached_property
-    def _some_outline_logits(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return []
+    def _some_outline_logits(self) -> np.ndarray:
+        return np.full(self.score.shape, -np.inf, np.float32)
 
     @cached_property
     def _all_outline_logits(self) -> np.ndarray:

@@ -9,8 +9,9 @@
    classifier was trained on: with the paper's 320 px, in which a crack is a small part, hits and misses look alike.
 6. Threshold: the lowest confidence that leaves 90 % of the photos without the defect without proposals, and no more
    than 1.5 misses a photo.
-7. Theta and the outline's own parameters: 5 and 6 for the best of every way and the runners-up of the best way; what
-   serves best after its threshold is kept. A way that finds everything, edges of structures too, serves nobody.
+7. The outline's own parameters: 5 and 6 for the best of every way, and for the best way with all its parameters, each
+   at its best theta; what serves best after its threshold is kept, of those that leave 90 % in peace if any does. A
+   way that finds everything, edges of structures too, serves nobody.
 
 "Fit" is the mean over photos of F1 with 2 px tolerance for cracks, of IoU for other defects; "saved" is the simulated
 annotator's mean share of clicks saved. What serves best has the largest mean of both: few instances are saved in
@@ -84,14 +85,16 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Trial:
     """A choice with its confidence and threshold, and what it answers.
 
     Attributes:
+        quiet: whether it leaves HEALTHY_SHARE of the photos without the defect in peace.
         merit: mean of fit and saved.
         answers: photos, those with the defect first, and masks (H, W) bool at photo scale.
     """
 
+    quiet: bool
     merit: float
     choice: Choice
     confidence_weights: tuple[float, ...]
@@ -177,21 +180,28 @@ class Calibration:
             for photo in tqdm(photos, desc=f"maps, T = {max(steps)}", unit="photo")
         ]
 
-    def finalists(
+    def fits(
         self, photos: Sequence[SurveyedPhoto], choices: Sequence[Choice], cam_max: dict[int, float]
-    ) -> list[tuple[float, Choice, dict[str, float]]]:
-        """The choices that fit best, those that serve best first, with fit and saved."""
+    ) -> list[float]:
+        """How well every choice fits, 0..1, all that it proposes counted."""
+        bar = tqdm(choices, desc="fits", leave=False)
+        return [fit_of(self.defect, photos, self._masks(choice, photos, cam_max)) for choice in bar]
 
-        def masks(choice: Choice) -> list[np.ndarray]:
-            return [photo.at_photo_scale(choice.mask(photo, cam_max, self.min_area_px)) for photo in photos]
+    def _masks(
+        self, choice: Choice, photos: Sequence[SurveyedPhoto], cam_max: dict[int, float]
+    ) -> list[np.ndarray]:
+        return [photo.at_photo_scale(choice.mask(photo, cam_max, self.min_area_px)) for photo in photos]
 
-        fits = [fit_of(self.defect, photos, masks(choice)) for choice in tqdm(choices, desc="fits", leave=False)]
-        merits = []
+    def best(
+        self, photos: Sequence[SurveyedPhoto], choices: Sequence[Choice], cam_max: dict[int, float]
+    ) -> tuple[float, Choice, dict[str, float]]:
+        """Of the choices that fit best the one that serves best: its merit, itself, fit and saved."""
+        fits, finalists = self.fits(photos, choices, cam_max), []
         for index in np.argsort(fits)[::-1][:FINALISTS].tolist():
-            saved = saved_by(self.defect, photos, masks(choices[index]))
+            saved = saved_by(self.defect, photos, self._masks(choices[index], photos, cam_max))
             figures = {"fit": round(fits[index], 3), "mean_saved": round(saved, 3)}
-            merits.append(((fits[index] + saved) / 2, choices[index], figures))
-        return sorted(merits, key=lambda merit: -merit[0])
+            finalists.append(((fits[index] + saved) / 2, choices[index], figures))
+        return max(finalists, key=lambda finalist: finalist[0])
 
     def choose_climb(self) -> ClimbParameters:
         """xi and lambda by the plain map at T = 2, on a few photos."""
@@ -200,7 +210,7 @@ class Calibration:
         for climb in CLIMBS:
             photos = self.surveyed(some, (2,), climb, 0.0, outline=False)
             cam_max = typical_maxima(photos, (2,))
-            _, choice, found = self.finalists(photos, [Choice(2, theta, 3, None) for theta in THETAS], cam_max)[0]
+            _, choice, found = self.best(photos, [Choice(2, theta, 3, None) for theta in THETAS], cam_max)
             fits[climb] = found["fit"]
             say(f"xi {climb.xi}, lambda {climb.penalty_weight}: fit {fits[climb]:.3f} at theta {choice.cam_threshold}")
         # The reference's values unless others are better by more than chance on so few photos.
@@ -209,27 +219,38 @@ class Calibration:
     def choose_way(
         self, photos: Sequence[SurveyedPhoto], cam_max: dict[int, float]
     ) -> tuple[str, list[Choice], dict]:
-        """The way to an outline that serves best on the plain maps, choices worth a closer look, every way's figures."""
-        finalists, report = {}, {}
+        """The way to an outline that serves best on the plain maps, the best of others worth a look, all figures."""
+        best_of, report = {}, {}
         for way in ways(self.defect, self.outline is not None, self.min_area_px):
             if self.args.way not in (None, way):
                 continue
-            finalists[way] = self.finalists(photos, self.choices(way, 0), cam_max)
-            _, choice, found = finalists[way][0]
+            merit, choice, found = self.best(photos, self.choices(way, 0), cam_max)
+            best_of[way] = merit, choice
             report[way] = found | {"cam_threshold": choice.cam_threshold}
             say(f"outline by {way}: {report[way]} {choice.snap}")
         if not report:
             sys.exit(f"--way is {self.args.way!r}, which there is not for {self.defect} and these networks")
-        best = max(finalists, key=lambda way: finalists[way][0][0])
-        least = finalists[best][0][0] * WORTH_A_LOOK
-        closer = [own[0] for way, own in finalists.items() if way != best and own[0][0] >= least]
-        return best, [choice for _, choice, _ in [*finalists[best], *closer]], report
+        best = max(best_of, key=lambda way: best_of[way][0])
+        least = best_of.pop(best)[0] * WORTH_A_LOOK
+        return best, [choice for merit, choice in best_of.values() if merit >= least], report
+
+    def with_best_theta(
+        self, photos: Sequence[SurveyedPhoto], way: str, steps: int, cam_max: dict[int, float]
+    ) -> list[Choice]:
+        """A way with all its parameters, each at the theta that fits best."""
+        choices = self.choices(way, steps)
+        found: dict[str, tuple[float, Choice]] = {}
+        for fit, choice in zip(self.fits(photos, choices, cam_max), choices):
+            parameters = repr((choice.closing_radius_px, choice.snap))
+            if fit > found.get(parameters, (-1.0,))[0]:
+                found[parameters] = fit, choice
+        return [choice for _, choice in found.values()]
 
     def choose_steps(self, photos: Sequence[SurveyedPhoto], way: str, cam_max: dict[int, float]) -> tuple[int, dict]:
         """T, and the figures for every T."""
         best, report = (-1.0, 0), {}
         for steps in STEPS:
-            merit, choice, found = self.finalists(photos, self.choices(way, steps), cam_max)[0]
+            merit, choice, found = self.best(photos, self.choices(way, steps), cam_max)
             report[steps] = found | {"cam_threshold": choice.cam_threshold}
             say(f"T {steps}: {report[steps]} {choice.snap}")
             if merit > best[0] + 0.002:  # a further step must be worth its time
@@ -238,13 +259,19 @@ class Calibration:
 
     def judged(
         self, choice: Choice, photos: Sequence[SurveyedPhoto], healthy: Sequence[SurveyedPhoto], cam_max: dict[int, float]
-    ) -> Judged:
-        """What a choice answers once its confidence and threshold are fitted."""
+    ) -> Trial | None:
+        """What a choice answers once its confidence and threshold are fitted; None for one that proposes nothing."""
         bias, found = self.network.head.bias.item(), {}
+        # As it will be deployed: only with these ways the outline network is shipped.
+        with_logits = choice.snap is not None and choice.snap["method"] in NETWORK_METHODS
         for photo in tqdm([*photos, *healthy], desc="confidence", unit="photo", leave=False):
             mask = choice.mask(photo, cam_max, self.min_area_px)
-            found[photo.labelled] = with_features(photo, mask, bias, self.window_px, self.working_scale)
+            found[photo.labelled] = with_features(
+                photo, mask, bias, self.window_px, self.working_scale, with_logits
+            )
         every = [component for components in found.values() for component in components]
+        if not every:
+            return None
         weights = fit_confidence([features for _, features, _ in every], [hit for _, _, hit in every])
         peaks = [
             max((component_confidence(features, weights) for _, features, _ in found[photo.labelled]), default=0.0)
@@ -262,8 +289,9 @@ class Calibration:
             answers.append((photo, mask))
         masks = [mask for _, mask in answers[: len(photos)]]
         fit, saved = fit_of(self.defect, photos, masks), saved_by(self.defect, photos, masks)
-        say(f"{choice}: after the threshold {threshold:.3f} fit {fit:.3f}, saved {saved:.3f}")
-        return Judged((fit + saved) / 2, choice, weights, threshold, answers)
+        quiet = float(np.mean(np.less(peaks, threshold)))
+        say(f"{choice}: after the threshold {threshold:.3f} fit {fit:.3f}, saved {saved:.3f}, quiet {quiet:.2f}")
+        return Trial(quiet >= HEALTHY_SHARE, (fit + saved) / 2, choice, weights, threshold, answers)
 
     def choices(self, way: str, steps: int) -> list[Choice]:
         """Everything there is to choose for a way to an outline and T."""
@@ -282,13 +310,13 @@ def spread(items: Sequence, count: int) -> list:
 
 
 def with_features(
-    photo: SurveyedPhoto, mask: np.ndarray, bias: float, window_px: int, working_scale: float
+    photo: SurveyedPhoto, mask: np.ndarray, bias: float, window_px: int, working_scale: float, with_logits: bool
 ) -> list[tuple[Component, tuple[float, ...], bool]]:
     """Components of a mask (h, w) at working scale, at photo scale, with their features, and whether each is a hit.
 
-    A hit lies for the most part within 2 px of the truth.
+    A hit lies for the most part within 2 px of the truth. `with_logits` says whether the outline network's are a feature.
     """
-    logits = photo.outline_logits(mask) if photo.outline and mask.any() else None
+    logits = photo.outline_logits(mask) if with_logits and mask.any() else None
     mask = photo.at_photo_scale(mask)
     sums, truth, found = score_sums(photo.score), photo.labelled.truth, []
     near = None if truth is None else cv2.dilate(truth.astype(np.uint8), np.ones((5, 5), np.uint8))
@@ -301,8 +329,6 @@ def with_features(
 
 def fit_confidence(features: Sequence[tuple[float, ...]], hits: Sequence[bool]) -> tuple[float, ...]:
     """The weights of `component_confidence`."""
-    if not len(features):
-        sys.exit("the network proposes nothing on any val photo, so there is nothing to calibrate: train it longer")
     x, y = np.column_stack([np.array(features), np.ones(len(features))]), np.array(hits, float)
 
     def loss(weights: np.ndarray) -> float:
@@ -336,7 +362,7 @@ def calibrate(args: argparse.Namespace) -> None:
     some = work.surveyed(spread(work.labelled, TRIAL_PHOTOS), STEPS, climb, 0.0, outline=True)
     cam_max = typical_maxima(some, STEPS)
     photos = work.surveyed(work.labelled, (0,), climb, 0.0, outline=True)
-    way, choices, way_report = work.choose_way(photos, cam_max)
+    way, others, way_report = work.choose_way(photos, cam_max)
     steps, step_report = work.choose_steps(some, way, cam_max)
     if steps:
         photos = work.surveyed(work.labelled, (steps,), climb, 0.0, outline=True)
@@ -346,8 +372,11 @@ def calibrate(args: argparse.Namespace) -> None:
             plain = np.maximum(photo.score, 0)
             untouched = photo.maps[steps] == plain
             photo.maps[steps][untouched] *= cam_max[steps] / cam_max[0]
-    judged = [work.judged(replace(choice, iterations=steps), photos, healthy, cam_max) for choice in choices]
-    best = max(judged, key=lambda one: one.merit)
+    choices = work.with_best_theta(photos, way, steps, cam_max) + [replace(one, iterations=steps) for one in others]
+    judged = [one for choice in choices if (one := work.judged(choice, photos, healthy, cam_max))]
+    if not judged:
+        sys.exit("the network proposes nothing on any val photo, so there is nothing to calibrate: train it longer")
+    best = max(judged, key=lambda one: (one.quiet, one.merit))
     say(f"chosen: {best.choice}, minimum confidence {best.threshold:.3f}")
 
     of_sets: dict[str, list] = {}
@@ -372,7 +401,7 @@ def write(
     work: Calibration,
     climb: ClimbParameters,
     cam_max: dict[int, float],
-    best: Judged,
+    best: Trial,
     record: dict,
 ) -> None:
     """Write the defect's file and its entry of the manifest, the other defects' entries left as they are."""

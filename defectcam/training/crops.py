@@ -1,7 +1,7 @@
 """Crops around clicks: the classifier's training images (paper 4.1).
 
-Five crops around every positive click and as many negative ones, drawn evenly from the none-clicks, a binary set
-per defect. The paper's crops are 320 px; the network is fully convolutional, so smaller ones train it where
+Five crops around every positive click and as many negative ones, drawn evenly from the none-clicks and, where there
+are any, half of them from the network's mistakes; a binary set per defect. The paper's crops are 320 px; the network is fully convolutional, so smaller ones train it where
 arithmetic is dear. A photo smaller than the crop gives the whole photo, scaled up to the crop's size.
 """
 
@@ -39,7 +39,9 @@ class CropDataset(Dataset):
         seed: together with the draw's number fixes every crop.
         augment: flips, quarter turns, scale, brightness, contrast, colour, blur, noise; off for validation.
         working_scale: photos are resized by it first, crops are cut from the resized ones.
-        mistakes: none-clicks of which every second negative draw is made, where there are any.
+
+    Attributes:
+        mistakes: none-clicks of which every second negative draw is made, where there are any; none at first.
 
     Items: (image_rgb (3, crop_px, crop_px) uint8 tensor, label 0.0 or 1.0, weight 0.0 or more). A crop weighs as
     much as its click does against the mean of its kind, so the kinds stay balanced and equal weights are all 1.
@@ -55,9 +57,8 @@ class CropDataset(Dataset):
         seed: int,
         augment: bool,
         working_scale: float = 1.0,
-        mistakes: Sequence[Click] = (),
     ) -> None:
-        self.mistakes = mistakes
+        self.mistakes: Sequence[Click] = ()
         self.positives = [click for click in clicks if click.defect != "none"]
         self.negatives = [click for click in clicks if click.defect == "none"]
         if not self.positives or not self.negatives:
@@ -91,14 +92,16 @@ class CropDataset(Dataset):
     def __getitem__(self, draw: int) -> tuple[torch.Tensor, float, float]:
         rng = np.random.default_rng((self.seed, draw))
         positive = draw % 2 == 0
+        mean_weight = self.mean_weight["defect" if positive else "none"]
         if positive:
             epoch, position = divmod(draw, self.draws_per_epoch)
             order = np.random.default_rng((self.seed, epoch)).permutation(self.draws_per_epoch // 2)
             click = self.positives[order[position // 2] // CROPS_PER_CLICK]
+        elif self.mistakes and draw % 4 == 1:
+            click, mean_weight = self.mistakes[int(rng.integers(len(self.mistakes)))], 1.0
         else:  # evenly from the none-clicks: every photo's turn comes, whatever its number of clicks
-            kind = self.mistakes if self.mistakes and draw % 4 == 1 else self.negatives
-            click = kind[int(rng.integers(len(kind)))]
-        weight = click.weight / self.mean_weight["defect" if positive else "none"]
+            click = self.negatives[int(rng.integers(len(self.negatives)))]
+        weight = click.weight / mean_weight
         photo = self.photo_rgb(click.image)
         x, y = int(click.x * self.working_scale), int(click.y * self.working_scale)
         size = self.crop_px

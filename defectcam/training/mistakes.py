@@ -34,7 +34,7 @@ def mistaken_pixels(network: DefectNet, photos_rgb: Sequence[np.ndarray], seed: 
     found = [np.empty(0, np.int32) for _ in photos_rgb]
     for index in _some(photos_rgb, seed):
         score_map = stitched_score_map(network, photos_rgb[index])
-        found[index] = np.flatnonzero(score_map > -float(network.head.bias[0])).astype(np.int32)
+        found[index] = np.flatnonzero(score_map > -network.head.bias.item()).astype(np.int32)
     return found
 
 
@@ -49,9 +49,9 @@ def mistaken_clicks(
         window_px: side of the windows, at working scale.
 
     Returns:
-        Clicks at the windows whose logit is above 0, the surest first, no two of a photo within half a window.
+        Clicks at the windows whose logit is above 0, of each photo the surest first, no two within half a window.
     """
-    bias, found = float(network.head.bias[0]), []
+    bias, found = network.head.bias.item(), []
     for index in _some(photos_rgb, seed):
         score_map = stitched_score_map(network, photos_rgb[index])
         ys, xs = (np.arange(SPACING_PX // 2, size, SPACING_PX) for size in score_map.shape)
@@ -72,4 +72,5 @@ def _some(photos_rgb: Sequence[np.ndarray], seed: int) -> Iterable[int]:
     """Indices of photos in random order, up to LOOKED_AT_PX."""
     order = np.random.default_rng(seed).permutation(len(photos_rgb))
     pixels = np.cumsum([photos_rgb[index].shape[0] * photos_rgb[index].shape[1] for index in order])
-    return tqdm(order[pixels <= LOOKED_AT_PX].tolist(), desc="mistakes", unit="photo")
+    most = max(LOOKED_AT_PX, *pixels[:1].tolist())  # the first always, however large
+    return tqdm(order[pixels <= most].tolist(), desc="mistakes", unit="photo")

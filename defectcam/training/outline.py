@@ -2,7 +2,7 @@
 
 Where a defect is and how far it reaches, the climbed map of the classifier says, which is trained by clicks alone.
 Where exactly its edge runs, this network says. It starts from the classifier's weights and learns from masks, in
-one of two arms that every table names:
+one of two arms that every table names (of a weights file that holds an outline network it starts from that):
 
 clicks      masks are the classifier's own snapped proposals (`defectcam pseudo-masks`): nothing but clicks.
 outlines    masks are finished outlines: those of the data sets, or the shapes of completed CVAT jobs.
@@ -32,7 +32,7 @@ from defectcam.tiling import at_working_scale, stitched_score_map
 from defectcam.training.clicks import patch_bounds, photo_path, split_stems
 from defectcam.training.crops import read_photo_rgb, turned, varied_colours
 from defectcam.training.mistakes import mistaken_pixels
-from defectcam.training.train import add_common_arguments, fit, network_from
+from defectcam.training.train import add_common_arguments, fit, mistakes_fact, network_from, parsed
 
 UNKNOWN = 127  # grey level of mask pixels that nobody vouches for
 ON_DEFECT_SHARE = 0.5  # of the crops are around a defect's pixel, the others anywhere
@@ -78,7 +78,7 @@ class OutlineDataset(Dataset):
 
     Args:
         with_defect, without: photos with the defect and without it. Crops of these are 1 in 5 of the draws, 2 in 5
-            with `mistakes`; all of their pixels are as likely.
+            with `mistakes`; a photo's chance grows with its size.
         crop_px: side of the square crops, at working scale.
         seed: together with the draw's number fixes every crop.
         mistakes: of each photo without the defect the pixels (flat indices) of which half of these draws are made.
@@ -161,7 +161,7 @@ def pixel_iou(network: DefectNet, photos: Sequence[OutlinePhoto]) -> float:
     What is found on photos without the defect counts as found in the wrong place.
     """
     both = either = 0
-    bias = float(network.head.bias[0])
+    bias = network.head.bias.item()
     for photo in photos:
         found = stitched_score_map(network, photo.image_rgb) > -bias
         wanted = photo.coverage > UNKNOWN
@@ -204,15 +204,16 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
     network = network_from(args, wants_outline=True)
     mistakes: list[np.ndarray] = []
     if args.mistakes:
-        mistakes = mistaken_pixels(network.eval(), [photo.image_rgb for photo in without], args.seed)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        found = mistaken_pixels(network.eval(), [photo.image_rgb for photo in without], args.seed)
+        mistakes = [pixels[photo.known.ravel()[pixels]] for photo, pixels in zip(without, found)]
         healthy = [photo for photo in gather_photos(args, args.none_sets, "val", None) if not photo.coverage.any()]
         val += [healthy[index] for index in rng.permutation(len(healthy))[: args.val_photos // 2]]
     pixels = hashlib.sha256()
     for photo in with_defect:
         pixels.update(np.ascontiguousarray(photo.coverage))
     facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without), "masks_sha256": pixels.hexdigest()}
-    facts |= {"mistaken_pixels": sum(map(len, mistakes))} if args.mistakes else {}
-
+    facts |= mistakes_fact(args)
     return fit(
         args,
         OutlineLoss(network),
@@ -232,9 +233,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--arm", choices=("clicks", "outlines"), required=True)
     parser.add_argument("--masks", type=Path, help="folder of <set>/<photo>.png, from `defectcam pseudo-masks` or `weak-labels`")
-    parser.add_argument("--val-photos", type=int, default=40, help="photos the best checkpoint is chosen on")
+    parser.add_argument("--val-photos", type=int, default=40, help="photos with the defect that the best checkpoint is chosen on; with --mistakes half as many without, too")
     add_common_arguments(parser, crop_px=96, batch=8, val_every=250)
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     if args.arm == "clicks" and args.masks is None:
         parser.error("--arm clicks needs --masks: only `--arm outlines` may learn from the sets' own masks")
     return args

@@ -18,7 +18,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -101,7 +101,8 @@ def fit(
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, network, optimiser)
         if state["facts"] != facts:
-            changed = sorted(name for name in facts if facts[name] != state["facts"].get(name))
+            names_of_both = facts.keys() | state["facts"].keys()
+            changed = sorted(name for name in names_of_both if facts.get(name) != state["facts"].get(name))
             sys.exit(f"{args.out} holds a run with other {', '.join(changed)}: choose another --out, or remove it")
         print(f"going on from step {state['step']} of {checkpoint}", file=sys.stderr)
     objective.to(accelerator.device, memory_format=torch.channels_last)
@@ -166,12 +167,17 @@ def own_draws(first: int, steps: int, batch: int, process: int, processes: int) 
         yield range(start, start + share)
 
 
-def gather_clicks(args: argparse.Namespace, split: str) -> list[Click]:
+def gather_clicks(args: argparse.Namespace, split: str) -> tuple[list[Click], list[Click]]:
     """A person's own clicks from a file, or those a person would have given, simulated from the sets' masks.
 
-    Of the sets without the defect none-clicks alone.
+    Of the sets without the defect none-clicks alone: they were made for another defect, but photos of theirs may show
+    this one too.
+
+    Returns:
+        All clicks, and of the sets without the defect one none-click on every photo that shows nothing of it.
     """
     clicks: list[Click] = []
+    healthy: list[Click] = []
     own = args.clicks if split == "train" else args.val_clicks
     if own:
         clicks += read_clicks(own)
@@ -183,8 +189,11 @@ def gather_clicks(args: argparse.Namespace, split: str) -> list[Click]:
         )
     for set_name in args.none_sets:
         found = simulate_clicks(args.data, set_name, split, args.defect, patch_px, 1, args.seed)
-        clicks += [click for click in found if click.defect == "none"]
-    return clicks
+        none = [click for click in found if click.defect == "none"]
+        showing = {click.image for click in found if click.defect != "none"}
+        clicks += none
+        healthy += [click for click in none if click.image not in showing]
+    return clicks, healthy
 
 
 def f_measure(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -292,6 +301,11 @@ def common_facts(args: argparse.Namespace) -> dict:
     }
 
 
+def mistakes_fact(args: argparse.Namespace) -> dict:
+    """What `--mistakes` adds to the facts: not which they are, since a window at the limit hangs on rounding."""
+    return {"mistakes": True} if args.mistakes else {}
+
+
 def clicks_sha256(clicks: list[Click]) -> str:
     """Hash of what a run learns from, hexadecimal."""
     # Weights of 1 are left out, so that runs from before there were weights can go on.
@@ -301,23 +315,23 @@ def clicks_sha256(clicks: list[Click]) -> str:
 
 def train(args: argparse.Namespace) -> dict:
     """Train a classifier as the arguments say; returns and writes the record of the run."""
-    clicks, val_clicks = gather_clicks(args, "train"), gather_clicks(args, "val")
+    clicks, healthy = gather_clicks(args, "train")
+    val_clicks, val_healthy = gather_clicks(args, "val")
     crops = CropDataset(clicks, args.crop_px, args.seed, augment=True, working_scale=args.working_scale)
     network = network_from(args)
     val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False, working_scale=args.working_scale)
     if args.mistakes:
-        folders = tuple(f"{set_name}/" for set_name in args.none_sets)
-        for dataset in (crops, val_crops):
-            healthy = list({c.image: c for c in dataset.negatives if c.photo_group.startswith(folders)}.values())
-            photos_rgb = [dataset.photo_rgb(click.image) for click in tqdm(healthy, desc="photos", unit="photo")]
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        for dataset, without in ((crops, healthy), (val_crops, val_healthy)):
+            photos_rgb = [dataset.photo_rgb(click.image) for click in tqdm(without, desc="photos", unit="photo")]
             dataset.mistakes = mistaken_clicks(
-                network.eval(), healthy, photos_rgb, args.crop_px, args.working_scale, args.seed
+                network.eval(), without, photos_rgb, args.crop_px, args.working_scale, args.seed
             )
     facts = {
         "clicks_sha256": clicks_sha256(clicks),
         "positive_clicks": len(crops.positives),
         "none_clicks": len(crops.negatives),
-    } | ({"mistakes_sha256": clicks_sha256(crops.mistakes), "mistakes": len(crops.mistakes)} if args.mistakes else {})
+    } | mistakes_fact(args)
     return fit(
         args,
         ClassifierLoss(network),
@@ -358,11 +372,19 @@ def add_common_arguments(parser: argparse.ArgumentParser, crop_px: int, batch: i
     parser.add_argument(
         "--mistakes",
         action="store_true",
-        help="learn also from the places in --none-sets where the network of --init sees the defect",
+        help="learn also from the places where the network of --init sees the defect on photos without it",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the record")
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a training run; ends with a message where `--mistakes` has nothing to learn from."""
+    args = parser.parse_args(argv)
+    if args.mistakes and not (args.init and args.none_sets):
+        parser.error("--mistakes needs --init, whose mistakes they are, and --none-sets, where they are")
+    return args
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -376,7 +398,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val-clicks", type=Path, help="clicks on other photos, to choose the best checkpoint by")
     parser.add_argument("--none-per-photo", type=int, default=6, help="simulated none-clicks per photo (default 6)")
     add_common_arguments(parser, crop_px=320, batch=32, val_every=100)
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     if bool(args.clicks) != bool(args.val_clicks) and not args.sets:
         parser.error(
             "--clicks needs --val-clicks, or --sets with val photos: the best checkpoint is chosen on photos not trained on"
