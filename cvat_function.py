@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,11 @@ import yaml
 from cvat_sdk.attributes import attribute_vals_from_dict
 from cvat_sdk.masks import encode_mask
 
-from defectcam.request import Request, RequestError
-from model_handler import ModelHandler
+# cvat-cli loads this file by its path, which makes nothing beside it importable, and model_handler is installed nowhere.
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from defectcam.request import Request, RequestError  # noqa: E402
+from model_handler import ModelHandler  # noqa: E402
 
 FUNCTION_YAML = Path(__file__).parent / "function.yaml"
 NO_TIME_LIMIT_S = "86400"  # nobody waits for a frame as CVAT waits for Nuclio

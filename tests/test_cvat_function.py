@@ -5,6 +5,8 @@ import http.server
 import io
 import json
 import logging
+import subprocess
+import sys
 import threading
 import zipfile
 from dataclasses import replace
@@ -185,6 +187,23 @@ def test_parameters_come_before_the_environment_before_the_manifest(monkeypatch)
     assert (effective["hole_share"], effective["tolerance_px"]) == (0.5, 2.0)
     assert effective["threshold"] == function.model.weights.facts["crack"].threshold
     assert function.model.cvat_task is None
+
+
+# As cvat-cli's loader does it, to which the folder of the file is nothing.
+LOADED_BY_CVAT_CLI = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("__cvat_function__", sys.argv[1])
+function = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(function)
+print([label.name for label in function.create(iterations=4).spec.labels])
+"""
+
+
+def test_cvat_cli_can_load_it_from_any_folder(tmp_path):
+    command = [sys.executable, "-I", "-c", LOADED_BY_CVAT_CLI, str(ROOT / "cvat_function.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['crack', 'unprocessed']"
 
 
 # ---- a whole task ----
