@@ -7,7 +7,7 @@
 # CVAT's repository): processor, dashboard and nuctl speak to each other. 1.13.0 belongs to CVAT 2.15.
 ARG NUCLIO_VERSION=1.13.0
 ARG NUCLIO_ARCH=amd64
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 
 FROM quay.io/nuclio/handler-builder-python-onbuild:${NUCLIO_VERSION}-${NUCLIO_ARCH} AS nuclio
 

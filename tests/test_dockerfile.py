@@ -94,7 +94,8 @@ def test_requirements_are_pinned():
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     names = {line.lower().replace("_", "-") for line in PROJECT["optional-dependencies"]["runtime"]}
     assert names <= pinned
-    assert all(re.search(r":\S*\d", image) for image in of("ARG") if "IMAGE" in image), "no image without a version"
+    images = [argument.split("=")[1] for argument in of("ARG") if "IMAGE" in argument]
+    assert images and all(re.search(r":\d+\.\d+\.\d+-\w+", image) for image in images), "a tag of two numbers moves on"
 
 
 def test_program_that_reads_the_requirements():
