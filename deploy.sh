@@ -14,6 +14,7 @@ SAMPLE_CLICK='[746.0, 469.0]' # on a crack of the sample photo
 TITLE_MAX=24                  # characters of a name that CVAT's model list shows
 READY_SECONDS=${READY_SECONDS:-300}
 ANSWER_SECONDS=${ANSWER_SECONDS:-300} # a CPU may take minutes for the sample with many climbing steps
+DRIVER=580                            # NVIDIA's, the first for CUDA 13, which PyTorch brings along
 NUCLIO_VERSION=$(sed -n 's/^ARG NUCLIO_VERSION=//p' "$ROOT/Dockerfile")
 
 usage() {
@@ -411,6 +412,27 @@ request_for() { # request_for RELEASE NAME
     fi
 }
 
+# What a function file's env sets of the model, KEY=VALUE a line; not what names CVAT or folders mounted in the container
+# alone, and no device where the function runs on another machine.
+file_settings() {
+    local others='LOG_DIR|WEIGHTS|CVAT_.*'
+    [[ $platform == local ]] || others+='|DEVICE'
+    awk '
+        function flush() { if (name ~ /^ADVCAM_/ && value != "") print name "=" value; name = value = "" }
+        /^  env:/ { inside = 1; next }
+        /^  [a-z]/ || /^[^ #]/ { inside = 0 }
+        !inside || /^ *#/ { next }
+        /^ *- / { flush() }
+        match($0, /name: *[A-Z_]+/) { name = substr($0, RSTART, RLENGTH); sub(/name: */, "", name) }
+        match($0, /value: */) {
+            value = substr($0, RSTART + RLENGTH)
+            if (value ~ /^["\047]/) value = substr(value, 2, index(substr(value, 2), substr(value, 1, 1)) - 1)
+            else if (/{/) sub(/ *[,}].*/, "", value)
+            else sub(/ +#.*| +$/, "", value)
+        }
+        END { flush() }' "$1" | grep -vE "^ADVCAM_($others)=" || true
+}
+
 # settings_as_options RELEASE NAME: sets $options to --env KEY=VALUE ..., which docker and nuctl share.
 settings_as_options() {
     local setting
@@ -422,14 +444,22 @@ settings_as_options() {
 
 # What every function must answer, from the image itself. It proves weights and settings before anything is touched.
 work_out_answers() {
-    local name options gpus=()
-    [[ $device != gpu || $platform == kube ]] || gpus=(--gpus all)
+    local name setting options own gpus=() advice=''
+    if [[ $device == gpu && $platform == local ]]; then
+        gpus=(--gpus all --env ADVCAM_DEVICE=cuda) # without it a GPU that PyTorch cannot use would be passed over
+        advice="; a GPU needs NVIDIA's driver $DRIVER or newer: nvidia-smi"
+    fi
     for name in $(functions_of "$release"); do
         say "working out what $name must answer"
         settings_as_options "$release" "$name"
-        run_program "$ANSWER_PROGRAM" ${gpus[@]+"${gpus[@]}"} ${options[@]+"${options[@]}"} "$image" \
-            <"$(request_for "$release" "$name")" >"$folder/answers/$name" ||
-            die "$name cannot be deployed: its image, weights or settings do not work (see above)"
+        own=()
+        while IFS= read -r setting; do
+            own+=(--env "$setting")
+        done < <(file_settings "$folder/functions/$name.yaml")
+        # Of a variable given twice the last one counts: the file's, then the preset's.
+        run_program "$ANSWER_PROGRAM" ${gpus[@]+"${gpus[@]}"} ${own[@]+"${own[@]}"} ${options[@]+"${options[@]}"} \
+            "$image" <"$(request_for "$release" "$name")" >"$folder/answers/$name" ||
+            die "$name cannot be deployed: its image, weights or settings do not work (see above)$advice"
         ! grep -q '"unprocessed"' <(tail -n 1 "$folder/answers/$name") ||
             die "$name cannot process $SAMPLE: $(tail -n 1 "$folder/answers/$name")"
     done

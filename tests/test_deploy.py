@@ -280,7 +280,8 @@ def world(tmp_path):
                 self.send_error(503)
                 return
             lies = json.loads((world.folder / "faults").read_text()).get("answer " + function["weights"], {})
-            environ = {"WEIGHTS": function["weights"]} | function["environ"] | lies
+            variables = {v["name"]: v["value"] for v in function["config"]["spec"]["env"]}
+            environ = {"WEIGHTS": function["weights"]} | variables | function["environ"] | lies
             answer = json.dumps(module["answer"](body, environ)).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
@@ -442,6 +443,38 @@ def test_deployed_is_the_function_file_but_for_name_and_build(world, device, nam
     expected["metadata"]["name"] = "advcam-defects-t-2"
     expected["metadata"]["annotations"]["name"] = "AdvCAM defects T=2"
     assert world.functions["advcam-defects-t-2"]["config"] == expected
+
+
+def test_settings_in_the_function_file_are_expected_of_the_answers_too(world):
+    file = world.repository / "function.yaml"
+    for line in re.findall(r"^    # (- \{name: ADVCAM_.*)$", file.read_text(), re.MULTILINE):  # as offered there
+        file.write_text(file.read_text().replace(f"# {line}", line))
+    block = "\n    - name: ADVCAM_TOLERANCE_PX  # px\n      value: 2.5  # not in quotes\n  build:"
+    file.write_text(file.read_text().replace("\n  build:", block, 1))
+    world.succeed("cpu", "--iterations", "2")
+    (default,) = [call for call in world.calls if call[:2] == ["docker", "run"] and "ADVCAM_ITERATIONS=2" in call]
+    given = [default[place + 1] for place, word in enumerate(default) if word == "--env"]
+    assert given == [
+        "ADVCAM_DEVICE=cpu",
+        "ADVCAM_ITERATIONS=8",
+        "ADVCAM_THRESHOLD=0.5",
+        "ADVCAM_CAM_THRESHOLD=0.1",
+        "ADVCAM_SNAP=false",
+        "ADVCAM_DEFECTS=crack",
+        "ADVCAM_TIME_LIMIT=100",
+        "ADVCAM_SHAPE=mask",
+        "ADVCAM_MAX_MEGAPIXELS=64",
+        "ADVCAM_IDLE_SECONDS=300",
+        "ADVCAM_TOLERANCE_PX=2.5",
+        "ADVCAM_ITERATIONS=2",  # the preset's, which counts
+    ]
+
+
+def test_expected_answers_for_a_local_gpu_are_a_gpus(world):
+    world.faults({"docker run": "fail"})
+    assert "driver 580 or newer" in world.refused("gpu")
+    runs = [call for call in world.calls if call[:2] == ["docker", "run"]]
+    assert all("--gpus" in call and "ADVCAM_DEVICE=cuda" in call for call in runs)
 
 
 def test_output_has_urls_and_labels_to_paste(world):
