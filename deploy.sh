@@ -87,13 +87,15 @@ parse_arguments() {
                 shift
                 ;;
             -*) die "unknown option '$1'; ./deploy.sh --help" ;;
-            cpu | gpu | weights | rollback | status | remove)
+            *)
+                if [[ $command == weights && -z $argument ]]; then # whatever the folder is called
+                    argument=$1
+                    shift
+                    continue
+                fi
+                [[ $1 =~ ^(cpu|gpu|weights|rollback|status|remove)$ ]] || die "unknown command '$1'; ./deploy.sh --help"
                 [[ -z $command ]] || die "two commands, '$command' and '$1'; ./deploy.sh --help"
                 command=$1
-                ;;
-            *)
-                [[ $command == weights && -z $argument ]] || die "unknown command '$1'; ./deploy.sh --help"
-                argument=$1
                 ;;
         esac
         shift
@@ -467,6 +469,8 @@ work_out_answers() {
 
 # ---------------------------------------------------------------------------------------------- deploying
 
+ask() { call curl --noproxy '*' --silent --fail "$@"; } # a function: on this machine, whatever proxy the network has
+
 # reach NAME: sets $url to where this machine reaches a deployed function.
 reach() {
     hang_up
@@ -478,7 +482,8 @@ reach() {
             call docker port "nuclio-$namespace-$1" 8080
         fi
     elif [[ $platform == kube ]]; then
-        coproc FORWARD { exec kubectl port-forward --namespace "$namespace" "service/nuclio-$1" :8080 2>&1; }
+        # Without the lock: if this script is killed, it goes on, and would keep every later run out.
+        coproc FORWARD { exec kubectl port-forward --namespace "$namespace" "service/nuclio-$1" :8080 2>&1 9>&-; }
         local line
         IFS= read -r -t 30 line <&"${FORWARD[0]}" && [[ $line =~ 127\.0\.0\.1:([0-9]+) ]] || return 1
         url=http://localhost:${BASH_REMATCH[1]}/
@@ -507,7 +512,7 @@ address_of() { # address_of NAME: where CVAT reaches it
 # verify RELEASE NAME: wait until it answers, then compare its answer to the sample with the expected one.
 verify() {
     local deadline=$((SECONDS + READY_SECONDS)) answer=$STATE/releases/$1/answers/$2.deployed
-    until reach "$2" && call curl --silent --fail --max-time 10 --output "$answer" "$url"; do
+    until reach "$2" && ask --max-time 10 --output "$answer" "$url"; do
         ((SECONDS < deadline)) || {
             say "$2 did not get ready within $READY_SECONDS s"
             return 1
@@ -515,8 +520,8 @@ verify() {
         sleep 1
     done
     [[ -n $dry_run ]] || printf '\n' >>"$answer"
-    call curl --silent --fail --show-error --max-time "$ANSWER_SECONDS" --header 'Content-Type: application/json' \
-        --data-binary "@$(request_for "$1" "$2")" "$url" >>"$answer" || return 1
+    ask --show-error --max-time "$ANSWER_SECONDS" --header 'Content-Type: application/json' --data-binary \
+        "@$(request_for "$1" "$2")" "$url" >>"$answer" || return 1
     run_program "$COMPARE_PROGRAM" "$(<"$STATE/releases/$1/image")" \
         < <(cat "$STATE/releases/$1/answers/$2" "$answer") || {
         say "$2 does not answer as its weights must"
@@ -639,13 +644,16 @@ deploy() {
     build_image
     work_out_answers
     push_image
-    call nuctl get project cvat "${where[@]}" 2>/dev/null | grep -qw cvat ||
-        call nuctl create project cvat "${where[@]}" >&2
+    local projects
+    projects=$(call nuctl get project cvat "${where[@]}" 2>/dev/null) || projects='' # there may be none
+    grep -qw cvat <<<"$projects" || call nuctl create project cvat "${where[@]}" >&2
     switch_to "$release"
     finish
 }
 
 deploy_weights() {
+    call docker image inspect "$current_code" >/dev/null ||
+        die "image $current_code, on which weights are put, is gone (docker image prune?): run ./deploy.sh cpu or gpu again"
     new_release
     local from=$STATE/releases/$current
     cp -r "$from/functions" "$from/settings" "$from/names" "$folder"
@@ -686,7 +694,7 @@ status() {
     [[ -z $current ]] || tell 'release %s\n' "$current"
     for name in $(functions_of "$current"); do
         tell '%-26s' "$(<"$STATE/releases/$current/functions/$name.title")"
-        if reach "$name" && call curl --silent --fail --max-time 10 --output "$STATE/answer" "$url"; then
+        if reach "$name" && ask --max-time 10 --output "$STATE/answer" "$url"; then
             [[ -n $dry_run ]] || printf '%s  weights %s\n' "$(address_of "$name")" \
                 "$(sed 's/.*"weights": *"\([^"]*\)".*/\1/' "$STATE/answer")"
         else

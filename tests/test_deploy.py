@@ -178,6 +178,7 @@ def kubectl_get():
 
 
 def kubectl_port_forward():
+    assert not Path("/proc/self/fd/9").exists(), "an orphan would hold the lock"
     function = path_of("functions", arguments[3].removeprefix("service/nuclio-"))
     print(f"Forwarding from 127.0.0.1:{{json.loads(function.read_text())['port']}} -> 8080", flush=True)
     time.sleep(600)
@@ -221,7 +222,7 @@ class World:
         """What to do at a call that starts so: fail, SIGKILL, SIGINT, else print the text."""
         (self.folder / "faults").write_text(json.dumps(faults))
 
-    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    def run(self, *arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
         (self.folder / "calls").write_text("")
         process = subprocess.Popen(
             [self.repository / "deploy.sh", *map(str, arguments)],
@@ -229,18 +230,19 @@ class World:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
+            cwd=cwd,
             text=True,
             start_new_session=True,
         )
         stdout, stderr = process.communicate(timeout=300)
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
-    def succeed(self, *arguments: str, **environ: str) -> str:
+    def succeed(self, *arguments: str, **environ) -> str:
         done = self.run(*arguments, **environ)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def refused(self, *arguments: str, **environ: str) -> str:
+    def refused(self, *arguments: str, **environ) -> str:
         """The error of a run that must fail without touching what is deployed."""
         done = self.run(*arguments, **environ)
         assert done.returncode != 0
@@ -514,6 +516,20 @@ def test_address_and_token_of_cvat_reach_the_functions_but_no_command_line(world
     assert files and all(path.stat().st_mode & 0o077 == 0 for path in files)
 
 
+def test_a_proxy_of_the_network_is_not_asked_for_what_runs_here(world):
+    nobody = "http://127.0.0.1:9"
+    output = world.succeed("cpu", http_proxy=nobody, all_proxy=nobody, no_proxy="", NO_PROXY="")
+    assert "weights old" in output
+
+
+def test_the_project_is_made_once(world):
+    made = []
+    for _ in range(2):
+        world.succeed("cpu")
+        made.append([call for call in world.calls if call[:2] == ["nuctl", "create"]])
+    assert len(made[0]) == 1 and made[1] == []
+
+
 def test_functions_no_longer_named_are_deleted_and_come_back_with_a_rollback(world):
     world.succeed("cpu", "--iterations", "0,2")
     world.succeed("cpu", "--iterations", "2")
@@ -554,6 +570,22 @@ def test_new_weights_reach_every_function_and_the_code_stays(world):
     assert not any(str(world.repository) == call[-1] for call in world.calls), "only weights are built"
     world.succeed("rollback")
     assert world.weights == {"old"} and set(world.functions) == set(before)
+
+
+def test_a_weights_folder_may_be_called_as_a_command_is(world):
+    world.succeed("cpu")
+    world.write_weights(world.folder / "weights", "newer")
+    world.succeed("weights", "weights", cwd=world.folder)
+    assert world.weights == {"newer"}
+    assert "two commands" in world.refused("weights", "weights", "status", cwd=world.folder)
+
+
+def test_new_weights_need_the_image_of_the_code(world):
+    world.succeed("cpu")
+    for image in (world.folder / "images").iterdir():  # docker image prune -a
+        image.unlink()
+    assert "run ./deploy.sh cpu or gpu again" in world.refused("weights", world.write_weights(world.folder / "new", "n"))
+    world.succeed("cpu")
 
 
 def test_weights_that_do_not_load_are_refused_before_anything_is_touched(world):
