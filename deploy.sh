@@ -50,7 +50,7 @@ that is being annotated (docs/cvat.md).
 EOF
 }
 
-say() { printf '%s\n' "$*" >&2; }
+say() { printf '%s\n' "$*" >&2 || true; } # a closed terminal must not end the way back
 die() {
     printf 'deploy.sh: %s\n' "$@" >&2
     exit 1
@@ -529,7 +529,7 @@ verify() {
     }
 }
 
-# activate RELEASE [OLD]: deploy and verify all its functions, then delete those that only OLD has.
+# activate RELEASE: deploy and verify all its functions.
 activate() {
     local name options extra
     for name in $(functions_of "$1"); do
@@ -551,48 +551,60 @@ activate() {
             return 1
         }
     done
-    delete_functions "$(only_in "${2:-}" "$1")"
 }
 
-only_in() { # names of the first release that the second does not have
-    local name
-    for name in $(functions_of "$1"); do
-        functions_of "$2" | grep -qxF "$name" || printf '%s\n' "$name"
-    done
+# Names of all functions that may be deployed, those of runs that were cut off too. A dry run's folder has none.
+functions_of_all() { cat "$STATE"/releases/[0-9]*/names 2>/dev/null | sort -u; }
+
+# Delete all functions but a release's. To delete one that is not there is no error.
+delete_others() {
+    local names
+    names=$(functions_of_all | grep -vxF -f <(functions_of "$1")) || return 0 # there are no others
+    delete_functions "$names"
 }
 
+# --force: a run that was cut off leaves functions "building", which Nuclio keeps otherwise.
 delete_functions() {
-    local name
+    local name failed=0
     for name in $1; do
         say "deleting $name"
-        call nuctl delete function "$name" "${where[@]}" >&2 || return 1
+        call nuctl delete function "$name" --force "${where[@]}" >&2 || {
+            say "nuctl could not delete $name (see above)"
+            failed=1
+        }
     done
+    return "$failed"
 }
 
 # switch_to RELEASE: the one way by which a release becomes current. What ends it early, on_exit puts right.
 switch_to() {
     if [[ -n $dry_run ]]; then
-        activate "$1" "$current"
+        activate "$1"
+        delete_others "$1"
         return
     fi
     point pending "$1"
     switching=$1
-    activate "$1" "$current" || exit 1
+    activate "$1" || exit 1
     switching=''
     [[ -z $current || $current == "$1" ]] || point previous "$current"
     point current "$1"
+    delete_others "$1" || die "release $1 is deployed and verified, but others are left: run this again"
     rm -f "$STATE/pending"
     say "release $1 is deployed and verified"
 }
 
 on_exit() {
     local code=$?
-    trap - EXIT INT TERM HUP
+    set +e               # one failure more must not end the way back,
+    trap '' INT TERM HUP # nor a second Ctrl-C
+    trap - EXIT
     hang_up
     if [[ -n $switching ]]; then
+        [[ $code != 129 ]] || exec >>"$STATE/going-back.log" 2>&1 # the terminal is gone, and nuctl too fails to write there
         if [[ -n $current && $current != "$switching" ]]; then
-            say "going back to release $current"
-            if activate "$current" "$switching"; then
+            say "going back to release $current; this cannot be interrupted"
+            if activate "$current" && delete_others "$current"; then
                 rm -f "$STATE/pending"
                 say "release $current is deployed again; $switching was given up"
             else
@@ -677,7 +689,7 @@ finish() {
 # After an interruption to the current release, else to the one before: a second rollback undoes the first.
 rollback() {
     if [[ -n $pending ]]; then
-        activate "$current" "$pending" ||
+        { activate "$current" && delete_others "$current"; } ||
             die "release $current is not back: put right what is said above, then once more"
         [[ -n $dry_run ]] || rm -f "$STATE/pending"
     else
@@ -718,10 +730,8 @@ labels() {
 }
 
 remove() {
-    local path tag
-    for path in "$STATE"/releases/*/names; do
-        [[ ! -f $path ]] || delete_functions "$(<"$path")"
-    done
+    local tag
+    delete_functions "$(functions_of_all)" || die "not all is deleted: put right what is said above, then once more"
     for tag in $(images_of_releases); do
         delete_image "$tag"
     done

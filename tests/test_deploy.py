@@ -74,9 +74,15 @@ for start, fault in faults.items():
     if call.startswith(start):
         if fault == "fail":
             sys.exit(f"{{call}}: failed")
-        if fault in ("SIGKILL", "SIGINT"):  # once: of the whole run, as at a power cut or a Ctrl-C
+        if fault in ("SIGKILL", "SIGINT", "hang"):  # once: of the whole run, as at a power cut or a Ctrl-C
+            if arguments[0] == "deploy":
+                path = world / "functions" / arguments[1]
+                new = {{"port": 0, "weights": "", "environ": {{}}, "arguments": []}}
+                function = json.loads(path.read_text()) if path.exists() else new
+                path.write_text(json.dumps(function | {{"state": "building"}}))
             (world / "faults").write_text("{{}}")
-            os.killpg(0, getattr(signal, fault))
+            if fault != "hang":
+                os.killpg(0, getattr(signal, fault))
             time.sleep(30)
         print(fault)
         sys.exit()
@@ -161,7 +167,7 @@ def nuctl_deploy():
     path = path_of("functions", arguments[1])
     ports = json.loads((world / "ports").read_text())
     taken = [json.loads(other.read_text())["port"] for other in path.parent.iterdir() if other != path]
-    port = json.loads(path.read_text())["port"] if path.exists() else min(set(ports) - set(taken))
+    port = path.exists() and json.loads(path.read_text())["port"] or min(set(ports) - set(taken))
     environ = dict(arguments[i + 1].split("=", 1) for i, word in enumerate(arguments) if word == "--env")
     weights = path_of("images", value("--run-image")).read_text()
     path.write_text(json.dumps({{"port": port, "image": value("--run-image"), "weights": weights, "environ": environ,
@@ -169,7 +175,10 @@ def nuctl_deploy():
 
 
 def nuctl_delete():
-    path_of("functions", arguments[2]).unlink(missing_ok=True)
+    function = path_of("functions", arguments[2])
+    if function.exists() and "state" in json.loads(function.read_text()) and "--force" not in arguments:
+        sys.exit("Function is building and cannot be deleted")
+    function.unlink(missing_ok=True)
 
 
 def kubectl_get():
@@ -219,21 +228,24 @@ class World:
         return folder
 
     def faults(self, faults: dict[str, str]) -> None:
-        """What to do at a call that starts so: fail, SIGKILL, SIGINT, else print the text."""
+        """What to do at a call that starts so: fail, SIGKILL, SIGINT, hang, else print the text."""
         (self.folder / "faults").write_text(json.dumps(faults))
 
-    def run(self, *arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
+    def start(self, *arguments, cwd=None, environ={}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) -> subprocess.Popen:
         (self.folder / "calls").write_text("")
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [self.repository / "deploy.sh", *map(str, arguments)],
             env=os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "READY_SECONDS": "20"} | environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             stdin=subprocess.DEVNULL,
             cwd=cwd,
             text=True,
             start_new_session=True,
         )
+
+    def run(self, *arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
+        process = self.start(*arguments, cwd=cwd, environ=environ)
         stdout, stderr = process.communicate(timeout=300)
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
@@ -670,6 +682,55 @@ def test_after_a_kill_status_says_so_and_rollback_goes_back(world):
     assert "was interrupted" in world.succeed("status")
     world.succeed("rollback")
     assert world.weights == {"old"}
+
+
+def test_functions_of_a_run_that_was_cut_off_are_deleted(world):
+    world.succeed("cpu")
+    for again in (["cpu"], ["rollback"], ["remove"]):
+        world.faults({"nuctl deploy advcam-defects-t-2": "SIGKILL"})
+        assert world.run("cpu", "--iterations", "0,2").returncode == -signal.SIGKILL
+        assert world.functions["advcam-defects-t-2"]["state"] == "building"
+        assert len(world.functions) == 3
+        world.succeed(*again)
+        assert set(world.functions) == ({"advcam-defects"} if again != ["remove"] else set())
+
+
+def test_what_cannot_be_deleted_is_said_and_deleted_by_the_next_run(world):
+    world.succeed("cpu", "--iterations", "0,2,4")
+    world.faults({"nuctl delete function advcam-defects-t-2": "fail"})
+    done = world.run("cpu")
+    assert done.returncode == 1 and "could not delete advcam-defects-t-2" in done.stderr
+    assert set(world.functions) == {"advcam-defects", "advcam-defects-t-2"}, "the others are deleted all the same"
+    assert "was interrupted" in world.succeed("status")
+    world.faults({})
+    world.succeed("cpu")
+    assert set(world.functions) == {"advcam-defects"}
+
+
+def test_going_back_needs_no_terminal_and_cannot_be_interrupted(world):
+    world.succeed("cpu", "--iterations", "2")
+    new = world.write_weights(world.folder / "new", "newer")
+    world.faults({"nuctl deploy advcam-defects-t-2": "hang"})
+    master, slave = os.openpty()
+    process = world.start("weights", new, stdout=slave, stderr=slave)
+    os.close(slave)
+    wait_until(lambda: (world.folder / "faults").read_text() == "{}")
+    os.close(master)  # the terminal's window is closed
+    (world.folder / "calls").write_text("")
+    os.killpg(process.pid, signal.SIGHUP)
+    wait_until(lambda: any(call[:2] == ["nuctl", "deploy"] for call in world.calls))
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+    assert process.wait(timeout=120) == 1
+    assert world.weights == {"old"} and "interrupted" not in world.succeed("status")
+
+
+def wait_until(true) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_two_runs_at_once_are_refused(world):
