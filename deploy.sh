@@ -232,7 +232,8 @@ add_function() {
     ((${#title} <= TITLE_MAX)) || die "'$title' has ${#title} characters, but CVAT shows $TITLE_MAX: shorten it"
     ! grep -qxF "$name" "$folder/names" 2>/dev/null || die "two entries named '$title' ($name): rename one"
     for setting in ADVCAM_CVAT_URL ADVCAM_CVAT_TOKEN; do
-        [[ -n ${!setting:-} ]] || continue
+        # An entry with a T of its own is chosen for that T: the task's label must not replace it.
+        [[ -n ${!setting:-} && " $* " != *" ADVCAM_ITERATIONS="* ]] || continue
         [[ ${!setting} != *[\"\\[:space:]]* ]] || die "$setting has a quote, a backslash or a space in it"
         secret+=("$setting=${!setting}")
     done
@@ -467,6 +468,21 @@ work_out_answers() {
     done
 }
 
+# The T that these weights answer with comes first in its label's select: "From model" makes the first one the default.
+put_iterations_first() {
+    local name said defect steps
+    name=$(functions_of "$release" | head -n 1)
+    said=$(head -n 1 "$folder/answers/$name")
+    while IFS= read -r defect; do
+        steps=$(sed -n "s/.*\"$defect\": *{[^}]*\"iterations\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" <<<"$said")
+        [[ -n $steps ]] || continue # no weights for it, or a dry run
+        sed -i "/{\"name\": \"$defect\"/,/\"name\": \"iterations\"/ {
+            s/\(\"name\": \"iterations\".*\"values\": \[\)/\1\"$steps\", /
+            s/\(\"values\": \[\"$steps\".*\), \"$steps\"/\1/
+        }" "$folder"/functions/*.yaml
+    done < <(sed -n 's/^.*{"name": "\([^"]*\)", "type": "polygon".*$/\1/p' "$folder/functions/$name.yaml")
+}
+
 # ---------------------------------------------------------------------------------------------- deploying
 
 ask() { call curl --noproxy '*' --silent --fail "$@"; } # a function: on this machine, whatever proxy the network has
@@ -509,12 +525,21 @@ address_of() { # address_of NAME: where CVAT reaches it
     fi
 }
 
+# is_new RELEASE NAME: on Kubernetes a copy of the last release may answer for a while; its device alone may differ.
+is_new() {
+    [[ $platform == kube && -z $dry_run ]] || return 0
+    local answers=$STATE/releases/$1/answers
+    [[ $(head -n 1 "$answers/$2" | no_device) == "$(no_device <"$answers/$2.deployed")" ]]
+}
+
+no_device() { sed 's/"device": *"[a-z]*"//'; }
+
 # verify RELEASE NAME: wait until it answers, then compare its answer to the sample with the expected one.
 verify() {
     local deadline=$((SECONDS + READY_SECONDS)) answer=$STATE/releases/$1/answers/$2.deployed
-    until reach "$2" && ask --max-time 10 --output "$answer" "$url"; do
+    until reach "$2" && ask --max-time 10 --output "$answer" "$url" && is_new "$1" "$2"; do
         ((SECONDS < deadline)) || {
-            say "$2 did not get ready within $READY_SECONDS s"
+            say "$2 did not get ready, with the weights and settings deployed, within $READY_SECONDS s"
             return 1
         }
         sleep 1
@@ -655,6 +680,7 @@ deploy() {
     ((${#extra[@]} == 0)) || printf '%s\n' "${extra[@]}" >"$folder/options"
     build_image
     work_out_answers
+    put_iterations_first
     push_image
     local projects
     projects=$(call nuctl get project cvat "${where[@]}" 2>/dev/null) || projects='' # there may be none
@@ -673,6 +699,7 @@ deploy_weights() {
     write_requests
     build_weights
     work_out_answers
+    put_iterations_first
     push_image
     switch_to "$release"
     finish
@@ -725,7 +752,8 @@ tell() {
 
 # CVAT's label editor wants `mutable` and a default as well.
 labels() {
-    awk '/^    spec: \|/ { inside = 1; next } inside && !/^      / { exit } inside' "$ROOT/function.yaml" |
+    awk '/^    spec: \|/ { inside = 1; next } inside && !/^      / { exit } inside' \
+        "$STATE/releases/$current/functions/$(functions_of "$current" | head -n 1).yaml" |
         sed 's/^      //; s/"values": \["\([^"]*\)"/"mutable": false, "default_value": "\1", &/'
 }
 

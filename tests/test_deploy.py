@@ -37,7 +37,8 @@ import json, os
 
 
 def answer(body, environ):
-    weights, iterations = environ["WEIGHTS"], environ.get("ADVCAM_ITERATIONS", "0")
+    weights = environ["WEIGHTS"]  # "better T=4" were found best with 4 steps
+    iterations = environ.get("ADVCAM_ITERATIONS", weights.partition("T=")[2] or "0")
     if weights == "broken":
         raise RuntimeError("crack.safetensors: its checksum is wrong")
     if not body:
@@ -170,7 +171,8 @@ def nuctl_deploy():
     port = path.exists() and json.loads(path.read_text())["port"] or min(set(ports) - set(taken))
     environ = dict(arguments[i + 1].split("=", 1) for i, word in enumerate(arguments) if word == "--env")
     weights = path_of("images", value("--run-image")).read_text()
-    path.write_text(json.dumps({{"port": port, "image": value("--run-image"), "weights": weights, "environ": environ,
+    before = json.loads(path.read_text()) if path.exists() else None
+    path.write_text(json.dumps({{"port": port, "before": before, "image": value("--run-image"), "weights": weights, "environ": environ,
                                  "config": config, "arguments": arguments}}))
 
 
@@ -293,7 +295,11 @@ def world(tmp_path):
             if function is None:
                 self.send_error(503)
                 return
-            lies = json.loads((world.folder / "faults").read_text()).get("answer " + function["weights"], {})
+            faults = json.loads((world.folder / "faults").read_text())
+            if function["before"] and body == b"" and self.server.old_answers < faults.get("old answers", 0):
+                self.server.old_answers += 1  # a copy that a rolling update has not ended yet
+                function = function["before"]
+            lies = faults.get("answer " + function["weights"], {})
             variables = {v["name"]: v["value"] for v in function["config"]["spec"]["env"]}
             environ = {"WEIGHTS": function["weights"]} | variables | function["environ"] | lies
             answer = json.dumps(module["answer"](body, environ)).encode()
@@ -313,6 +319,7 @@ def world(tmp_path):
 
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(PORTS)]
     for server in servers:
+        server.old_answers = 0
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     (world.folder / "ports").write_text(json.dumps([server.server_address[1] for server in servers]))
     yield world
@@ -540,6 +547,28 @@ def test_the_project_is_made_once(world):
         world.succeed("cpu")
         made.append([call for call in world.calls if call[:2] == ["nuctl", "create"]])
     assert len(made[0]) == 1 and made[1] == []
+
+
+def test_an_entry_with_a_t_of_its_own_does_not_ask_the_task_for_it(world):
+    (world.folder / "presets").write_text("AdvCAM cracks | defects=crack\nAdvCAM cracks T | defects=crack iterations=4\n")
+    token = {"ADVCAM_CVAT_URL": "http://cvat.example:8080", "ADVCAM_CVAT_TOKEN": "s3cr3t"}
+    world.succeed("cpu", "--iterations", "8", "--presets", world.folder / "presets", **token)
+    asking = {name for name, function in world.functions.items() if "s3cr3t" in json.dumps(function["config"])}
+    assert asking == {"advcam-defects", "advcam-cracks"}
+
+
+@pytest.mark.parametrize("steps, values", [("4", "4 0 1 2 8 auto"), ("0", "0 1 2 4 8 auto"), ("16", "16 0 1 2 4 8 auto")])
+def test_the_t_of_new_weights_is_the_default_of_their_labels(world, steps, values):
+    world.succeed("cpu", "--iterations", "2")
+    output = world.succeed("weights", world.write_weights(world.folder / "new", f"better T={steps}"))
+    for function in world.functions.values():
+        spec = json.loads(function["config"]["metadata"]["annotations"]["spec"])
+        selects = {label["name"]: label["attributes"][1]["values"] for label in spec[:3]}
+        assert selects["crack"] == values.split()
+        assert selects["rust"] == selects["spalling"] == ["0", "1", "2", "4", "8", "auto"], "they have no weights"
+    labels = json.loads(output[output.index("\n[") :])
+    assert labels[0]["attributes"][1]["default_value"] == steps
+    assert labels[0]["attributes"][1]["values"] == values.split()
 
 
 def test_functions_no_longer_named_are_deleted_and_come_back_with_a_rollback(world):
@@ -772,6 +801,14 @@ def test_kubernetes(world):
     assert world.weights == {"newer"} and function["image"].startswith(f"{registry}/")
     assert function["image"] in (world.folder / "pushed").read_text().split()
     assert "--max-replicas 3" in " ".join(function["arguments"])
+
+
+def test_copies_of_the_last_release_may_answer_for_a_while_on_kubernetes(world):
+    kube = ("--platform", "kube", "--registry", "registry.example.org/bridges")
+    world.succeed("cpu", *kube)
+    world.faults({"old answers": 2})
+    world.succeed("weights", world.write_weights(world.folder / "new", "newer"), "--platform", "kube")
+    assert world.weights == {"newer"}
 
 
 @pytest.mark.parametrize("command", ["gpu --iterations 0,2,8", "weights new", "rollback", "status", "remove"])
