@@ -201,6 +201,8 @@ release_of() { # the name of the release that a link points to; nothing where th
     printf '%s' "${path##*/}"
 }
 
+read_links() { current=$(release_of current) previous=$(release_of previous) pending=$(release_of pending); }
+
 point() { # point LINK RELEASE: in one step, so that no interruption leaves half a link
     ln -sfn "releases/$2" "$STATE/$1.new"
     mv -T "$STATE/$1.new" "$STATE/$1"
@@ -305,6 +307,16 @@ describe_release() { # the functions that cpu and gpu were asked for
         done <"$presets"
     fi
     [[ ! -f $ROOT/interactor.yaml ]] || add_function "$ROOT/interactor.yaml" '' ''
+}
+
+suppose_release() { # for a dry run where nothing is deployed yet: as if cpu had been run
+    device=cpu
+    new_release
+    describe_release
+    name_image "$IMAGE" "$IMAGE:code-cpu-RELEASE"
+    rm -rf "$STATE/releases/RELEASE"
+    mv "$folder" "$STATE/releases/RELEASE"
+    current=RELEASE
 }
 
 build_image() {
@@ -647,7 +659,7 @@ on_exit() {
 # Folders and images of all releases but the current and the one before.
 forget_old_releases() {
     local path kept tags tag
-    kept=" $(release_of current) $(release_of previous) "
+    kept=" $current $previous "
     tags=$(images_of_releases)
     for path in "$STATE"/releases/*; do
         [[ $kept == *" ${path##*/} "* ]] || rm -rf "$path"
@@ -707,6 +719,7 @@ deploy_weights() {
 
 finish() {
     [[ -z $dry_run ]] || return 0
+    read_links
     forget_old_releases
     status
     printf '\nLabels for a CVAT task (tab Raw of its label editor; "From model" makes the same by clicks):\n'
@@ -723,12 +736,13 @@ rollback() {
         [[ -n $previous ]] || die "there is no earlier release to go back to"
         switch_to "$previous"
     fi
-    [[ -n $dry_run ]] || status
+    [[ -z $dry_run ]] || return 0
+    read_links
+    status
 }
 
 status() {
     local name
-    current=$(release_of current) previous=$(release_of previous) pending=$(release_of pending)
     [[ -n $current$pending ]] || die "nothing is deployed on $platform in namespace $namespace"
     [[ -z $current ]] || tell 'release %s\n' "$current"
     for name in $(functions_of "$current"); do
@@ -775,8 +789,9 @@ STATE=$ROOT/out/deploy/$platform-$namespace
 mkdir -p "$STATE/releases"
 exec 9>"$ROOT/out/deploy/lock"
 [[ $command == status ]] || flock --nonblock 9 || die "another deploy.sh is at work in this folder"
-current=$(release_of current) previous=$(release_of previous) pending=$(release_of pending)
+read_links
 device=$command
+[[ -z $dry_run || -n $current || ! $command =~ ^(weights|status)$ ]] || suppose_release
 if [[ $command == weights || $command == rollback ]]; then
     [[ -n $current ]] || die "nothing is deployed on $platform in namespace $namespace: ./deploy.sh cpu or gpu first"
     device=$(<"$STATE/releases/$current/device")

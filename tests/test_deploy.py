@@ -839,6 +839,18 @@ def test_dry_run_prints_every_command_and_runs_none(world, command):
         assert said == done
 
 
+@pytest.mark.parametrize("command", [["weights"], ["status"]])
+def test_dry_run_needs_nothing_deployed(world, command):
+    write_compose_file(world)
+    new = [world.write_weights(world.folder / "new", "newer")] if command == ["weights"] else []
+    printed = world.succeed(*command, *new, "--cvat", world.folder / "cvat", "--dry-run")
+    assert world.calls == [] and {line.split()[0] for line in printed.splitlines()} <= {"docker", "nuctl", "curl"}
+    assert "curl --noproxy" in printed and ("nuctl deploy advcam-defects" in printed) == bool(new)
+    assert "nothing is deployed" in world.refused(*command, *new)
+    world.succeed("cpu")
+    assert "status" not in command or "weights old" in world.succeed("status")
+
+
 def test_real_tools_know_every_option_that_is_used(world):
     if not REAL_DOCKER:
         pytest.skip("no docker client on this machine, whose --help lists its options")
