@@ -427,8 +427,8 @@ request_for() { # request_for RELEASE NAME
     fi
 }
 
-# What a function file's env sets of the model, KEY=VALUE a line; not what names CVAT or folders mounted in the container
-# alone, and no device where the function runs on another machine.
+# What a function file's env sets of the model, KEY=VALUE a line; not what names CVAT or a folder that is mounted when
+# it is deployed, and no device where the function runs on another machine.
 file_settings() {
     local others='LOG_DIR|WEIGHTS|CVAT_.*'
     [[ $platform == local ]] || others+='|DEVICE'
@@ -638,7 +638,8 @@ on_exit() {
     trap - EXIT
     hang_up
     if [[ -n $switching ]]; then
-        [[ $code != 129 ]] || exec >>"$STATE/going-back.log" 2>&1 # the terminal is gone, and nuctl too fails to write there
+        # After a SIGHUP the terminal is gone, and nuctl too would fail to write there.
+        [[ $code != 129 ]] || exec >>"$STATE/going-back.log" 2>&1
         if [[ -n $current && $current != "$switching" ]]; then
             say "going back to release $current; this cannot be interrupted"
             if activate "$current" && delete_others "$current"; then
@@ -703,7 +704,8 @@ deploy() {
 
 deploy_weights() {
     call docker image inspect "$current_code" >/dev/null ||
-        die "image $current_code, on which weights are put, is gone (docker image prune?): run ./deploy.sh cpu or gpu again"
+        die "image $current_code, which weights are put on, is gone (docker image prune?):" \
+            "run ./deploy.sh cpu or gpu again"
     new_release
     local from=$STATE/releases/$current
     cp -r "$from/functions" "$from/settings" "$from/names" "$folder"
