@@ -18,21 +18,25 @@ def handler(context, event):
     """GET: what runs here. Anything else: the proposals for the image in the body, or with `pos_points` the outline
     that was clicked, as CVAT wants them."""
     model = context.user_data.model
-    status = 200
     if event.method == "GET":
-        answer = model.describe()
-    else:
-        try:
-            request = parse_request(event.body, model.settings, model.defects)
-            answer = model.answer(request)
-        except RequestError as error:
-            status, answer = 400, {"error": str(error)}
-            context.logger.warn(f"refused: {error}")
-        except Exception:
-            context.logger.error(traceback.format_exc())
-            reason = "internal error, see the function's log"
-            # A frame must never cost CVAT's whole run: say so on it, go on with the next. A click costs nothing.
-            status, answer = (500, {"error": reason}) if request.clicks else (200, model.unprocessed(reason))
+        return _response(context, 200, model.describe())
+    request = None
+    try:
+        request = parse_request(event.body, model.settings, model.defects)
+        return _response(context, 200, model.answer(request))
+    except RequestError as error:
+        context.logger.warn(f"refused: {error}")
+        return _response(context, 400, {"error": str(error)})
+    except Exception as error:  # while parsing or writing JSON as well: memory may end anywhere
+        context.logger.error(traceback.format_exc())
+        reason = model.reason(error) or "internal error, see the function's log"
+        # A frame must never cost CVAT's whole run: say so on it, go on with the next. A click costs nothing.
+        if request and request.clicks:
+            return _response(context, 500, {"error": reason})
+        return _response(context, 200, model.unprocessed(reason))
+
+
+def _response(context, status, answer):
     return context.Response(
         body=json.dumps(answer, allow_nan=False, separators=(",", ":")),  # masks are millions of numbers
         headers={},

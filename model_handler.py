@@ -255,7 +255,10 @@ class ModelHandler:
                 for defect in request.settings.defects or self.defects
             }
             pixels = image_hash(np.ascontiguousarray(image_rgb))
-            self.proposal_log.append(pixels, width, height, self.weights.version, in_force, answer)
+            try:
+                self.proposal_log.append(pixels, width, height, self.weights.version, in_force, answer)
+            except Exception as error:  # memory for a line of many masks: the answer itself is there
+                self.logger.error(f"proposal log: this answer is not logged: {error!r}")
         what = "outline clicked" if request.clicks else f"{len(answer)} proposals"
         self.logger.info(f"{what} on {width} x {height} in {time.monotonic() - started:.1f} s")
         return answer

@@ -299,8 +299,11 @@ def _base64_bytes(value: object) -> bytes:
     if isinstance(value, str):
         head = re.match(r"\s*data:image/[^,]{1,80};base64,", value)
         try:
-            text = (value[head.end() :] if head else value).encode("ascii").translate(None, b" \t\r\n\v\f")
-            image_bytes = binascii.a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
+            # Of text without a head, line breaks or missing padding, as CVAT sends it, nothing here makes a copy.
+            text = value[head.end() :] if head else value
+            if re.search(r"[ \t\r\n\v\f]", text):
+                text = text.encode("ascii").translate(None, b" \t\r\n\v\f").decode()
+            image_bytes = binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
         except ValueError:
             image_bytes = b""
         if image_bytes:

@@ -276,6 +276,28 @@ def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(mon
     assert model.answer(request) == []  # the worker lives on
 
 
+@pytest.mark.parametrize("place", ["main.parse_request", "main.json.dumps"])
+def test_memory_that_ends_while_json_is_read_or_written_costs_the_photo_alone(client, spec, monkeypatch, place):
+    import main
+
+    real = {"main.parse_request": main.parse_request, "main.json.dumps": json.dumps}[place]
+    calls = []
+
+    def short_of_memory(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise MemoryError
+        return real(*arguments, **named)
+
+    body = json.dumps({"image": encoded(np.zeros((8, 8, 3), np.uint8))}).encode()
+    monkeypatch.setattr(place, short_of_memory)
+    answer = client.post("", content=body)
+    assert answer.status_code == 200
+    check_answer(answer.json(), spec, 8, 8)
+    assert answer.json()[0]["attributes"][0]["value"].startswith("out of memory")
+    assert client.post("", content=body).json() == []  # the worker lives on
+
+
 def answer_and_pixels(model, image_rgb, **settings):
     """A photo's answer, and how many pixels the crack network saw for it."""
     seen = []
@@ -561,6 +583,18 @@ def test_every_answer_is_logged_where_a_folder_is_named(tmp_path, sample_rgb):
     assert answer and line["shapes"] == answer and (line["width"], line["height"]) == (500, 400)
     assert line["weights"] == model.weights.version
     assert line["settings"]["crack"]["threshold"] == 0.05 and line["settings"]["crack"]["iterations"] == 0
+
+
+def test_a_log_that_fails_never_costs_the_answer(tmp_path, monkeypatch, caplog):
+    model = ModelHandler.from_env({"ADVCAM_LOG_DIR": str(tmp_path), "ADVCAM_ITERATIONS": "0"}, LOG)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(model.proposal_log, "append", fail)
+    request = Request(base64.b64decode(encoded(np.zeros((8, 8, 3), np.uint8))), model.settings, ())
+    assert model.answer(request) == []
+    assert "this answer is not logged: MemoryError" in caplog.text
 
 
 def test_a_log_folder_that_cannot_be_written_to_stops_the_start(tmp_path):

@@ -821,6 +821,18 @@ def test_tiff_tiles_larger_than_their_image_are_refused_before_they_are_decoded(
         decode_image(data, 10**8)
 
 
+def test_base64_as_cvat_sends_it_is_not_copied():
+    import tracemalloc
+
+    text = base64.b64encode(bytes(6_000_000)).decode()
+    tracemalloc.start()
+    try:
+        parse_request({"image": text}, Settings(), ["crack"])
+        assert tracemalloc.get_traced_memory()[1] < 6_100_000  # the image file alone
+    finally:
+        tracemalloc.stop()
+
+
 def test_whitespace_in_base64_costs_no_memory_to_speak_of():
     import tracemalloc
 
