@@ -3,9 +3,12 @@
 import json
 import os
 import traceback
+from datetime import datetime, timezone
 
 from defectcam.request import RequestError, parse_request
 from model_handler import ModelHandler
+
+LONGEST_WAIT_S = 3600  # no queue is longer: a time of arrival before that is a clock's mistake
 
 
 def init_context(context):
@@ -23,7 +26,7 @@ def handler(context, event):
     request = None
     try:
         request = parse_request(event.body, model.settings, model.defects)
-        return _response(context, 200, model.answer(request))
+        return _response(context, 200, model.answer(request, waited_s(event.timestamp)))
     except RequestError as error:
         context.logger.warn(f"refused: {error}")
         return _response(context, 400, {"error": str(error)})
@@ -34,6 +37,19 @@ def handler(context, event):
         if request and request.clicks:
             return _response(context, 500, {"error": reason})
         return _response(context, 200, model.unprocessed(reason))
+
+
+def waited_s(arrival: object) -> float:
+    """Seconds since an event's arrival, which the processor stamps before the queue; 0 where that cannot be.
+
+    Args:
+        arrival: nuclio_sdk's `event.timestamp`: UTC without saying so, cut to whole seconds; 0 where there is none.
+    """
+    if not isinstance(arrival, datetime):
+        return 0.0
+    arrival = arrival if arrival.tzinfo else arrival.replace(tzinfo=timezone.utc)
+    seconds = (datetime.now(timezone.utc) - arrival).total_seconds()
+    return seconds if 0 <= seconds < LONGEST_WAIT_S else 0.0
 
 
 def _response(context, status, answer):

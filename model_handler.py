@@ -137,7 +137,7 @@ class ModelHandler:
         device: "cuda" or "cpu".
         settings: of the deployment; the request's come before them, the manifest's after.
         max_pixels: larger photos are not processed.
-        time_limit_s: a photo that takes longer is not answered with proposals but with the reason.
+        time_limit_s: a photo whose answer takes longer, from its arrival on, gets no proposals but the reason.
         logger: with `info`, `warn` and `error`, as Nuclio's.
         idle_s: see `OnDemand`.
         cvat_task: who to ask for the climbing steps set on the task in CVAT.
@@ -223,17 +223,22 @@ class ModelHandler:
             },
         }
 
-    def answer(self, request: Request) -> list[dict] | dict:
+    def answer(self, request: Request, waited_s: float = 0.0) -> list[dict] | dict:
         """CVAT's answer to a parsed request: a detector's, or an interactor's where it has clicks.
 
         A photo that cannot be processed gives one `unprocessed` tag; an annotator's click on it costs no run, so
         that is a RequestError.
+
+        Args:
+            waited_s: how long ago the request arrived; the time limit counts from then, as CVAT's does.
         """
         if request.ignored:
             self.logger.warn(f"unknown keys ignored: {', '.join(request.ignored)}")
         started = time.monotonic()
-        deadline = started + self.time_limit_s
+        deadline = started + self.time_limit_s - waited_s
         try:
+            if started > deadline:
+                raise TimeLimitError
             image_rgb = decode_image(request.image_bytes, self.max_pixels)
             if request.clicks:
                 answer = outline_clicked(self, image_rgb, request.clicks, request.settings, deadline)
@@ -241,7 +246,7 @@ class ModelHandler:
                 iterations = self.iterations_of_task(request, image_rgb)
                 answer = self.propose(image_rgb, request.settings, deadline, iterations)
         except Exception as error:
-            reason = self.reason(error)
+            reason = self.reason(error, waited_s)
             if reason is None:
                 raise
             self.logger.error(f"unprocessed: {reason} ({error!r})")
@@ -263,12 +268,18 @@ class ModelHandler:
         self.logger.info(f"{what} on {width} x {height} in {time.monotonic() - started:.1f} s")
         return answer
 
-    def reason(self, error: Exception) -> str | None:
+    def reason(self, error: Exception, waited_s: float = 0.0) -> str | None:
         """Why a photo cannot be processed, in words for its annotator; None for an error of the program."""
         if isinstance(error, ImageError):
             return str(error)
         if isinstance(error, TimeLimitError):
-            needed = f"needs about {self.time_limit_s + error.late_s:.0f} s here, of" if error.late_s else "over"
+            needed_s = self.time_limit_s - waited_s + error.late_s
+            if needed_s <= self.time_limit_s if error.late_s else waited_s > self.time_limit_s / 2:
+                return (
+                    f"busy: {waited_s:.0f} s of {self.time_limit_s:g} s went by before its turn; send fewer photos at "
+                    "once, or give the function a GPU or more workers"
+                )
+            needed = f"needs about {needed_s:.0f} s here, of" if error.late_s else "over"
             return f"too slow: {needed} {self.time_limit_s:g} s; use a GPU, a region of interest or fewer iterations"
         return "out of memory: use a smaller image or a region of interest" if out_of_memory(error) else None
 

@@ -123,20 +123,21 @@ class _Worker:
             body = None  # nobody is left to read the answer
         if body is None:
             return Response("Error when parsing request", 400, media_type="text/plain")
+        arrival = time.time()  # as on the processor: the body is here, the queue comes after
         try:
             async with asyncio.timeout(self.queue_seconds):
                 await self.turn.acquire()
         except TimeoutError:
             return Response(status_code=503)
         try:  # also for a caller who has gone meanwhile: the processor does not notice that either
-            return await asyncio.get_running_loop().run_in_executor(self.thread, self._handle, request, body)
+            return await asyncio.get_running_loop().run_in_executor(self.thread, self._handle, request, body, arrival)
         finally:
             self.turn.release()
 
-    def _handle(self, request: Request, body: bytes) -> Response:
+    def _handle(self, request: Request, body: bytes, arrival: float) -> Response:
         encode = Encoder().encode
         try:
-            output = self.handler(self.context, _to_event(request, body, self.trigger))
+            output = self.handler(self.context, _to_event(request, body, arrival, self.trigger))
             if isinstance(output, list):
                 self.context.logger.warn("a bare list was returned: Nuclio takes it for a batch of answers")
             answer = nuclio_sdk.Response.from_entrypoint_output(encode, output)
@@ -159,7 +160,7 @@ async def _read_body(request: Request, limit: int) -> bytes | None:
     return bytes(body)
 
 
-def _to_event(request: Request, body: bytes, trigger: nuclio_sdk.TriggerInfo) -> nuclio_sdk.Event:
+def _to_event(request: Request, body: bytes, arrival: float, trigger: nuclio_sdk.TriggerInfo) -> nuclio_sdk.Event:
     """The request as the wrapper gets it from the processor, by the SDK's own rule for JSON bodies."""
     message = {
         "body": body,
@@ -172,7 +173,7 @@ def _to_event(request: Request, body: bytes, trigger: nuclio_sdk.TriggerInfo) ->
         "path": request.scope["path"],
         "shard_id": -1,
         "size": len(body),
-        "timestamp": time.time(),
+        "timestamp": arrival,
         "trigger": {"kind": trigger.kind, "name": trigger.name},
         "type": "",
         "type_version": "",

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -33,12 +34,13 @@ def random_network(seed: int = 0, downsamplings: int = 2, dtype: torch.dtype = t
 
 
 @contextmanager
-def running_function(**environ: str):
-    """URL of a server of the real function, started with these variables."""
+def running_function(handler=None, **environ: str):
+    """URL of a server of the real function, started with these variables; `handler` in place of its own."""
     with pytest.MonkeyPatch.context() as environment:
         for name, value in environ.items():
             environment.setenv(name, value)
-        app = serve.create_app(serve.load_main())
+        main = serve.load_main()
+        app = serve.create_app(SimpleNamespace(init_context=main.init_context, handler=handler or main.handler))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

@@ -8,8 +8,10 @@ import logging
 import os
 import re
 import resource
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 
 import cv2
 import httpx
@@ -25,6 +27,7 @@ from defectcam.network import DefectNet
 from defectcam.pace import SAMPLE_PX
 from defectcam.proposals import Component
 from defectcam.request import ImageError, Request, RequestError, Settings, parse_request
+from defectcam.tiling import TimeLimitError
 from defectcam.weights import OUTLINE_PREFIX
 from model_handler import ModelHandler, OnDemand
 from tests.conftest import ROOT, running_function
@@ -274,6 +277,46 @@ def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(mon
     assert tag["label"] == "unprocessed" and "out of memory" in tag["attributes"][0]["value"]
     limit = 2
     assert model.answer(request) == []  # the worker lives on
+
+
+def test_waiting_in_the_queue_counts_as_time():
+    """One request holds the worker for longer than the time limit; the next one is told so and costs nothing."""
+    import main
+
+    held, body = threading.Event(), {"image": encoded(np.zeros((8, 8, 3), np.uint8)), "iterations": 0}
+
+    def handler(context, event):
+        if event.path == "/hold":
+            held.set()
+            time.sleep(6)
+        return main.handler(context, event)
+
+    with running_function(handler, ADVCAM_TIME_LIMIT="5") as url, ThreadPoolExecutor(1) as pool:
+        holder = pool.submit(httpx.get, url + "hold", timeout=60)
+        assert held.wait(30)
+        (tag,) = httpx.post(url, json=body, timeout=60).json()
+        assert re.match(r"busy: \d+ s of 5 s went by .* fewer photos at once.* workers", tag["attributes"][0]["value"])
+        assert holder.result().status_code == 200
+        assert httpx.post(url, json=body, timeout=60).json() == []
+
+
+def test_what_waiting_left_too_little_time_for_is_said_to_be_busy():
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=100)
+    assert model.reason(TimeLimitError(60), waited_s=70).startswith("busy: 70 s of 100 s")
+    assert model.reason(TimeLimitError(60), waited_s=10).startswith("too slow: needs about 150 s")
+    assert model.reason(TimeLimitError(), waited_s=70).startswith("busy")
+    assert model.reason(TimeLimitError(), waited_s=10).startswith("too slow: over 100 s")
+
+
+def test_the_time_since_arrival_is_0_where_it_cannot_be_told():
+    from main import waited_s
+
+    now = datetime.now(timezone.utc)
+    ago = now - timedelta(seconds=20)
+    assert waited_s(ago) == pytest.approx(20, abs=5)
+    assert waited_s(ago.replace(tzinfo=None)) == pytest.approx(20, abs=5)  # as nuclio_sdk gives it
+    for arrival in (None, 0, "now", now + timedelta(hours=1), now - timedelta(days=1), datetime.fromtimestamp(0)):
+        assert waited_s(arrival) == 0
 
 
 @pytest.mark.parametrize("place", ["main.parse_request", "main.json.dumps"])
