@@ -28,6 +28,9 @@ SHAPES = ("polygon", "mask")
 STRIP_PIXELS = 1 << 20
 IGNORED_KEYS_SHOWN = 10
 LARGEST_TIFF_TILE_PIXELS = 1 << 20
+MAX_JPEG_SCANS = 100  # cameras write about 10; libtiff has the same limit for JPEG within TIFF
+# The next marker of a JPEG file that is no part of a scan's data (FF 00, and restarts) and has a segment.
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
 MAX_CLICKS = 100
 
 # Pillow warns of odd metadata and of images above 89 MP; neither concerns the caller. The filter is set once,
@@ -169,6 +172,8 @@ def decode_image(source: bytes | Image.Image, max_pixels: int) -> np.ndarray:
             if width_px * height_px > max_pixels:
                 raise _too_large(width_px * height_px, max_pixels)
             _check_tiff_tiles(image)
+            if isinstance(source, bytes) and source.startswith(b"\xff\xd8"):
+                _check_jpeg_scans(source)
             image.load()
             _turn_upright(image)
             return _rgb_array(image)
@@ -338,6 +343,16 @@ def _check_tiff_tiles(image: Image.Image) -> None:
     tile_pixels = int(tags.get(322, 0)) * int(tags.get(323, 0))  # TileWidth, TileLength
     if tile_pixels > max(image.width * image.height, LARGEST_TIFF_TILE_PIXELS):
         raise ImageError(f"image too large: TIFF tiles of {tile_pixels / 1e6:g} MP")
+
+
+def _check_jpeg_scans(jpeg: bytes) -> None:
+    """A scan of a few bytes is work for the whole image, and a file may have any number of them."""
+    scans, start = 0, 2
+    while (marker := JPEG_MARKER.search(jpeg, start)) and marker[1] != b"\xd9":  # end of the image
+        scans += marker[1] == b"\xda"
+        start = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")  # thumbnails are skipped
+    if scans > MAX_JPEG_SCANS:
+        raise ImageError(f"image takes too long to decode: JPEG of {scans} scans, limit {MAX_JPEG_SCANS}; save it anew")
 
 
 def _turn_upright(image: Image.Image) -> None:

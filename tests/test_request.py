@@ -821,6 +821,24 @@ def test_tiff_tiles_larger_than_their_image_are_refused_before_they_are_decoded(
         decode_image(data, 10**8)
 
 
+def progressive_jpeg(copies: int, **options) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    out = io.BytesIO()
+    Image.new("L", (64, 48), 90).save(out, "JPEG", progressive=True, **options)
+    data = out.getvalue()
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + copies * data[last:end] + data[end:]
+
+
+def test_jpegs_of_very_many_scans_are_refused_before_they_are_decoded(monkeypatch):
+    exif = Image.Exif()
+    exif[270] = 200 * b"\xff\xda\x00\x08"  # what looks like scans in a segment, or behind the end, is none
+    assert decode_image(progressive_jpeg(50, exif=exif) + 200 * b"\xff\xda\x00\x08", 10**6).shape == (48, 64, 3)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match="too long to decode: JPEG of 40006 scans, limit 100"):
+        decode_image(progressive_jpeg(40_000), 10**6)
+
+
 def test_base64_as_cvat_sends_it_is_not_copied():
     import tracemalloc
 
