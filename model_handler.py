@@ -343,6 +343,7 @@ class ModelHandler:
                         hole_share=effective["hole_share"],
                         image_width=width,
                         image_height=height,
+                        deadline=deadline,
                     )
                 )
         return shapes

@@ -104,7 +104,7 @@ def outline_clicked(
         chosen |= found
     handler.logger.info(f"{defect} clicked, {len(missed)} times where the networks find nothing")
     largest = max(find_components(chosen), key=lambda component: component.area_px)
-    points = polygon_points_xy(largest, effective["tolerance_px"], effective["hole_share"], width, height)
+    points = polygon_points_xy(largest, effective["tolerance_px"], effective["hole_share"], width, height, deadline)
     return {"mask": chosen.astype(np.uint8).tolist(), "points": list(zip(points[::2], points[1::2]))}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from shapely import GEOSException, Polygon, constrained_delaunay_triangles, get_
 from skimage.measure import find_contours
 
 from defectcam.cam import probability, window_logits
+from defectcam.tiling import TimeLimitError
 
 # The outline passes 0.24 px outside the centres of the component's border pixels, then moves by as much to
 # the right and down: it fills [i, i + 0.48] of pixel i, rounds and truncates to i, and never has zero width.
@@ -41,6 +43,7 @@ MIN_IOU = 0.95
 TOLERANCE_STEP = 0.8
 LEAST_TOLERANCE_SHARE = 0.5
 FINEST_TOLERANCE_PX = 0.2
+MAX_HOLES = 1000  # of a polygon: no one could edit more, and simplifying takes time that grows faster than they do
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,12 +155,18 @@ def component_confidence(features: tuple[float, float, float, float], weights: S
 
 
 def outline_length_px(mask: np.ndarray) -> int:
-    """Pixel edges between the mask and its outside, the crop's rim left out."""
-    return np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
+    """Pixel edges between the mask and its outside."""
+    inner = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
+    return inner + sum(np.count_nonzero(rim) for rim in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
 
 
 def polygon_points_xy(
-    component: Component, tolerance_px: float, hole_share: float, image_width: int, image_height: int
+    component: Component,
+    tolerance_px: float,
+    hole_share: float,
+    image_width: int,
+    image_height: int,
+    deadline: float = math.inf,
 ) -> list[float]:
     """Outlines a component by one polygon; the holes that matter are cut free along zero-width bridges.
 
@@ -167,9 +176,11 @@ def polygon_points_xy(
             half at the least, for a component that would otherwise agree with its polygon at an IoU below 0.95;
             further only where the polygon would cross itself.
         hole_share: holes are filled, smallest first, as long as together they have at most this share of the
-            component's area; 0 keeps all, infinity none. Above 0.03 that IoU may be missed.
+            component's area; 0 keeps all, infinity none. Above 0.03 that IoU may be missed. Of more than MAX_HOLES
+            holes all but the largest are filled.
         image_width: px.
         image_height: px.
+        deadline: on the clock of time.monotonic, s.
 
     Returns:
         [x0, y0, x1, y1, ...] in px of the image as told at the top of this module, two decimals, inside the
@@ -178,13 +189,14 @@ def polygon_points_xy(
 
     Raises:
         ValueError: a negative or undefined tolerance or share, or a component that leaves the image.
+        TimeLimitError: the deadline passed.
     """
     if not 0 <= tolerance_px < math.inf or not hole_share >= 0:
         raise ValueError(f"tolerance_px {tolerance_px!r} or hole_share {hole_share!r} is not 0 or more")
     left, top, right, bottom = component.box_xyxy
     if left < 0 or top < 0 or right >= image_width or bottom >= image_height:
         raise ValueError(f"component {component.box_xyxy} leaves the {image_width} x {image_height} image")
-    polygon = _simplified(_outline(component.mask, hole_share), component.mask, tolerance_px)
+    polygon = _simplified(_outline(component.mask, hole_share), component.mask, tolerance_px, deadline)
     points = _single_ring(polygon.normalize())
     return [round(value, 2) for x, y in points for value in (x + left, y + top)]
 
@@ -218,6 +230,7 @@ def cvat_shape(
     hole_share: float,
     image_width: int,
     image_height: int,
+    deadline: float = math.inf,
 ) -> dict:
     """One element of the answer to CVAT.
 
@@ -228,14 +241,15 @@ def cvat_shape(
         iterations: climbing steps the region was found with, as the label's select attribute lists them.
         digest: see `proposal_id`.
         shape: "polygon" or "mask". A mask carries the polygon too, for CVAT's "Convert masks to polygons".
-        tolerance_px, hole_share, image_width, image_height: see `polygon_points_xy`.
+        tolerance_px, hole_share, image_width, image_height, deadline: see `polygon_points_xy`.
 
     Returns:
         label, type, points, mask (only for masks) and attributes, all built-in types ready for JSON. CVAT
         keeps attribute values only if they are strings and, for a number attribute, digits alone.
 
     Raises:
-        ValueError: confidence is not finite, an unknown shape, and as `polygon_points_xy`.
+        ValueError: confidence is not finite, an unknown shape.
+        ValueError, TimeLimitError: as `polygon_points_xy`.
     """
     if not math.isfinite(confidence):
         raise ValueError(f"confidence is a finite number, not {confidence!r}")
@@ -249,7 +263,7 @@ def cvat_shape(
     element = {
         "label": defect,
         "type": shape,
-        "points": polygon_points_xy(component, tolerance_px, hole_share, image_width, image_height),
+        "points": polygon_points_xy(component, tolerance_px, hole_share, image_width, image_height, deadline),
         "attributes": [{"name": name, "value": str(value)} for name, value in attributes.items()],
     }
     if shape == "mask":
@@ -265,15 +279,18 @@ def _outline(mask: np.ndarray, hole_share: float) -> Polygon:
     *holes, shell = sorted(rings, key=lambda ring: ring.area)
     filled_px = np.cumsum([hole.area for hole in holes])
     first = np.searchsorted(filled_px, hole_share * np.count_nonzero(mask), side="right")
+    first = max(first, len(holes) - MAX_HOLES)
     return Polygon(shell.exterior, [hole.exterior for hole in holes[first:]])
 
 
-def _simplified(outline: Polygon, mask: np.ndarray, tolerance_px: float) -> Polygon:
+def _simplified(outline: Polygon, mask: np.ndarray, tolerance_px: float, deadline: float) -> Polygon:
     """The outline at the largest tolerance, tolerance_px at most, that is sound and agrees with the mask."""
     # Where the holes filled have used up the promise, simplifying still gets a share of its own.
     enough = min(MIN_IOU, _iou(outline, mask) - 0.02)
     finest_px = LEAST_TOLERANCE_SHARE * tolerance_px
     while tolerance_px >= FINEST_TOLERANCE_PX:
+        if time.monotonic() > deadline:
+            raise TimeLimitError
         polygon = outline.simplify(tolerance_px, preserve_topology=True)
         # Rings may touch in a valid polygon, but then a point would not tell its ring.
         if polygon.is_valid and polygon.boundary.is_simple:
@@ -293,11 +310,11 @@ def _iou(polygon: Polygon, mask: np.ndarray) -> float:
 
 def _single_ring(polygon: Polygon) -> list[tuple[float, float]]:
     """The polygon's points as one open ring, each hole tied in by the shortest way there and back."""
-    path, *holes = (list(ring.coords)[:-1] for ring in (polygon.exterior, *polygon.interiors))
+    shell, *holes = (list(ring.coords)[:-1] for ring in (polygon.exterior, *polygon.interiors))
     if not holes:
-        return path
+        return shell
     # Edges of a triangulation cross neither each other nor a ring and lead from each ring to its neighbours.
-    ring_of = {point: number for number, ring in enumerate([path, *holes]) for point in ring}
+    ring_of = {point: number for number, ring in enumerate([shell, *holes]) for point in ring}
     links = defaultdict(set)
     try:
         triangles = constrained_delaunay_triangles(polygon).geoms
@@ -309,6 +326,7 @@ def _single_ring(polygon: Polygon) -> list[tuple[float, float]]:
             if ring_of[start] != ring_of[end]:
                 links[ring_of[start]].add((math.dist(start, end), start, end))
     joined, reachable = {0}, sorted(links[0])
+    detours = defaultdict(list)  # from a point: to a hole, once around it, and back
     while len(joined) <= len(holes):
         _, start, end = heappop(reachable)
         number = ring_of[end]
@@ -318,6 +336,15 @@ def _single_ring(polygon: Polygon) -> list[tuple[float, float]]:
         for link in links[number]:
             heappush(reachable, link)
         hole = holes[number - 1]
-        first, after = hole.index(end), path.index(start) + 1
-        path[after:after] = [*hole[first:], *hole[: first + 1], start]
+        first = hole.index(end)
+        detours[start].append([*hole[first:], *hole[: first + 1], start])
+    path, ways = [], [iter(shell)]
+    while ways:
+        for point in ways[-1]:
+            path.append(point)
+            if point in detours:  # first these, then on from here
+                ways += map(iter, detours.pop(point))
+                break
+        else:
+            ways.pop()
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import cv2
@@ -13,13 +14,16 @@ from PIL import Image, ImageDraw
 from shapely import LineString, Polygon, polygonize
 
 from defectcam.proposals import (
+    MAX_HOLES,
     Component,
     cvat_shape,
     find_components,
     mask_crop,
+    outline_length_px,
     polygon_points_xy,
     proposal_id,
 )
+from defectcam.tiling import TimeLimitError
 
 REAL_MASKS = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETTINGS = {"tolerance_px": 1.0, "hole_share": 0.02}
@@ -200,6 +204,15 @@ def half_width_px(component):
     return cv2.distanceTransform(np.pad(component.mask, 1).astype(np.uint8), cv2.DIST_L2, 5).max()
 
 
+@pytest.mark.parametrize("name, edges", [("one pixel", 4), ("row", 2 * 67 + 2), ("whole image", 180), ("nested", None)])
+def test_outline_length_counts_every_edge_once(name, edges):
+    padded = np.pad(MASKS[name], 1).astype(int)
+    wanted = sum(np.abs(np.diff(padded, axis=axis)).sum() for axis in (0, 1))
+    assert edges in (None, wanted)
+    components = find_components(MASKS[name])
+    assert sum(outline_length_px(component.mask) for component in components) == wanted
+
+
 class TestPolygon:
     def test_the_exact_outline_gives_the_component_back(self, mask):
         for component in find_components(mask):
@@ -238,10 +251,11 @@ class TestPolygon:
         counts = [len(polygon_of(component, ring(), tolerance_px=tolerance)) for tolerance in (0, 0.5, 1, 2)]
         assert counts == sorted(counts, reverse=True) and counts[2] < counts[0] / 4
 
-    def test_neighbours_stay_apart(self):
+    @pytest.mark.parametrize("tolerance_px", [0, 1.0])
+    def test_neighbours_stay_apart(self, tolerance_px):
         mask = blobs(5, 2.0)
         parts = [
-            Polygon(polygon_of(component, mask, tolerance_px=0, hole_share=math.inf)).exterior
+            Polygon(polygon_of(component, mask, tolerance_px=tolerance_px, hole_share=math.inf)).exterior
             for component in find_components(mask)
         ]
         assert len(parts) > 3
@@ -294,6 +308,22 @@ class TestHoles:
         (component,) = find_components(mask)
         for share, kept in [(0, 3), (0.02, 1), (0.5, 0)]:
             assert len(bridges(polygon_of(component, mask, hole_share=share))) == kept
+
+    def test_of_very_many_the_largest_are_kept_in_time(self):
+        mask = np.ones((450, 450), bool)
+        mask[2::4, 2::4] = False  # 12 544 holes
+        mask[100:103, 200:203] = mask[301:304, 301:304] = False
+        (component,) = find_components(mask)
+        points = polygon_of(component, mask)
+        assert_sound(points, mask)
+        assert len(bridges(points)) == MAX_HOLES
+        filled = painted(points, mask)
+        assert not filled[101, 201] and not filled[302, 302]
+
+    def test_the_deadline_holds_for_an_outline_too(self):
+        (component,) = find_components(sieve())
+        with pytest.raises(TimeLimitError):
+            polygon_of(component, sieve(), deadline=time.monotonic())
 
     def test_many_small_ones_are_not_all_lost(self):
         mask = empty(101, 101)
