@@ -96,10 +96,13 @@ def check_parameters(parameters: dict) -> None:
         raise ValueError(f"snap {method} must have the fields {sorted(FIELDS[method])}, not {sorted(parameters)}")
     for name in FIELDS[method]:
         value, most = parameters[name], 1000
+        what, types = "a number", (int, float)
         if name in ("probability", "sure_share", "share"):
             most = 1
-        if not isinstance(value, (int, float)) or not 0 <= value <= most:
-            raise ValueError(f"snap {name} must be a number from 0 to {most}, not {value!r}")
+        elif name.endswith("_px"):  # sizes of OpenCV's kernels
+            what, types = "an integer", (int,)
+        if type(value) not in types or not 0 <= value <= most:  # True is no number
+            raise ValueError(f"snap {name} must be {what} from 0 to {most}, not {value!r}")
         if name == "probability" and not 0 < value < 1:
             raise ValueError(f"snap probability must lie between 0 and 1, not {value!r}")
         if name in ("size_px", "width_px") and value < 2:

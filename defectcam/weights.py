@@ -181,6 +181,15 @@ def _check_facts(fact: DefectWeights) -> None:
 
     if not isinstance(fact.file, str) or Path(fact.file).name != fact.file:
         raise ValueError(f"file must be a name without folders, not {fact.file!r}")
+    if not isinstance(fact.sha256, str):
+        raise ValueError(f"sha256 must be a text, not {fact.sha256!r}")
+    for name in ("decoder_channels", "mean_rgb", "std_rgb", "confidence_weights", "cam_max"):
+        if not isinstance(getattr(fact, name), tuple):
+            raise ValueError(f"{name} must be a list, not {getattr(fact, name)!r}")
+    for name, optional in (("training", False), ("snap", True)):
+        value = getattr(fact, name)
+        if not isinstance(value, dict) and not (optional and value is None):
+            raise ValueError(f"{name} must be an object{' or null' * optional}, not {value!r}")
     for name in ("gate", "threshold", "cam_threshold", "salient_share", "hole_share", "mean_rgb"):
         need(name, getattr(fact, name), 0, 1)
     need("std_rgb", fact.std_rgb, 1e-3, 1)
@@ -193,7 +202,7 @@ def _check_facts(fact: DefectWeights) -> None:
         ("decoder_channels", 1, 4096),
     ]:
         need(name, getattr(fact, name), least, most, int)
-    need("tolerance_px", fact.tolerance_px, 0, 20)
+    need("tolerance_px", fact.tolerance_px, 1, 20)  # unasked for, no annotator gets an outline full of dots
     need("working_scale", fact.working_scale, 0.01, 1)
     for name in ("xi", "penalty_weight"):
         need(name, getattr(fact, name), 0, 1e6)
@@ -201,9 +210,14 @@ def _check_facts(fact: DefectWeights) -> None:
     if not fact.cam_max or list(fact.cam_max) != sorted(fact.cam_max):
         raise ValueError(f"cam_max must be numbers that do not decrease, not {fact.cam_max!r}")
     need("confidence_weights", fact.confidence_weights, -1e6, 1e6)
-    for name, count in (("mean_rgb", 3), ("std_rgb", 3), ("confidence_weights", 5)):
+    for name, count, remedy in (
+        ("mean_rgb", 3, ""),
+        ("std_rgb", 3, ""),
+        ("decoder_channels", fact.downsamplings + 1, ": one more than downsamplings"),
+        ("confidence_weights", 5, ": weights of an earlier version must be calibrated again (defectcam calibrate)"),
+    ):
         if len(getattr(fact, name)) != count:
-            raise ValueError(f"{name} must have {count} numbers, not {getattr(fact, name)!r}")
+            raise ValueError(f"{name} must have {count} numbers, not {list(getattr(fact, name))}{remedy}")
     if fact.snap is not None:
         check_parameters(fact.snap)
 

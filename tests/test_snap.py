@@ -75,7 +75,11 @@ def test_network_and_ridge_find_together_what_neither_finds_alone(wall):
     assert found.sum() < 2 * upper.sum()
 
 
-@pytest.mark.parametrize("change", [{"method": "magic"}, {"width_px": -1}, {"sharpness": "high"}, {"extra": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "magic"}, {"width_px": -1}, {"width_px": 17.5}, {"closing_radius_px": 2.5}, {"min_area_px": True},
+     {"sharpness": "high"}, {"sharpness": True}, {"extra": 1}],
+)  # fmt: skip
 def test_parameters_it_cannot_work_with_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         check_parameters(PARAMETERS | change)
