@@ -1,5 +1,5 @@
 # Every target sets up what it needs; `make install` alone builds .venv.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv/bin
 IMAGE ?= docs/sample.jpg
 ITERATIONS ?=
