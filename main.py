@@ -5,6 +5,7 @@ import os
 import traceback
 from datetime import datetime, timezone
 
+from defectcam.memory import limit_memory
 from defectcam.request import RequestError, parse_request
 from model_handler import ModelHandler
 
@@ -14,6 +15,8 @@ LONGEST_WAIT_S = 3600  # no queue is longer: a time of arrival before that is a 
 def init_context(context):
     """Verify and load the weights; an error here stops the start and says which file and why."""
     context.user_data.model = ModelHandler.from_env(os.environ, context.logger)
+    if context.user_data.model.device == "cpu":  # CUDA reserves far more than it uses
+        limit_memory()
     context.logger.info(f"ready: {json.dumps(context.user_data.model.describe())}")
 
 

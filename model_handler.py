@@ -523,4 +523,4 @@ def out_of_memory(error: Exception) -> bool:
         return True
     text = str(error).lower()
     phrases = ("out of memory", "can't allocate memory", "not enough memory", "insufficient memory", "alloc_failed")
-    return any(phrase in text for phrase in phrases)
+    return any(phrase in text for phrase in (*phrases, "can't start new thread"))  # a thread's stack is memory too

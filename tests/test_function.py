@@ -29,7 +29,7 @@ from defectcam.proposals import Component
 from defectcam.request import ImageError, Request, RequestError, Settings, parse_request
 from defectcam.tiling import TimeLimitError
 from defectcam.weights import OUTLINE_PREFIX
-from model_handler import ModelHandler, OnDemand
+from model_handler import ModelHandler, OnDemand, out_of_memory
 from tests.conftest import ROOT, running_function
 
 LOG = logging.getLogger("test")
@@ -644,3 +644,7 @@ def test_a_log_folder_that_cannot_be_written_to_stops_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="ADVCAM_LOG_DIR is .*file/log.*mount a folder"):
         ModelHandler.from_env({"ADVCAM_LOG_DIR": str(tmp_path / "file" / "log")}, LOG)
+
+
+def test_a_thread_that_finds_no_memory_for_its_stack_is_out_of_memory():
+    assert out_of_memory(RuntimeError("can't start new thread")) and not out_of_memory(RuntimeError("a bug"))

@@ -1,0 +1,48 @@
+"""Memory that runs out must be an error Python can catch: one photo gets the tag that says so, and the next is served.
+
+Without a limit of its own the process dies instead, of the kernel's out-of-memory killer, and on Nuclio's processor
+a dead Python process takes the whole service down.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
+MARGIN_BYTES = 400 << 20  # for libraries' code, which must stay in memory, and the processor with a request's body
+
+
+def limit_memory() -> None:
+    """Let this process allocate what is left now, of its container and of the machine, less a margin.
+
+    Does nothing where somebody has set a limit already, and on other systems than Linux.
+
+    Raises:
+        MemoryError: less than the margin is left.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)  # what libraries map of their files is not counted
+    if soft != resource.RLIM_INFINITY:
+        return
+    used, left = _bytes_of("/proc/self/status"), _bytes_of("/proc/meminfo")["MemAvailable"]
+    for path in CGROUP_LIMITS:
+        text = path.read_text().strip() if path.exists() else "max"
+        if text != "max":
+            left = min(left, int(text) - used["RssAnon"])
+    if left < MARGIN_BYTES:
+        raise MemoryError(
+            f"{left / 1e6:.0f} MB of memory are left beside the weights, at least {MARGIN_BYTES / 1e6:.0f} are needed: "
+            "give the container more, the README says how much"
+        )
+    limit = used["VmData"] + left - MARGIN_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _bytes_of(path: str) -> dict[str, int]:
+    """The sizes in a file of /proc, which has them in kB."""
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
