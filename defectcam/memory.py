@@ -14,7 +14,7 @@ MARGIN_BYTES = 400 << 20  # for libraries' code, which must stay in memory, and 
 
 
 def limit_memory() -> None:
-    """Let this process allocate what is left now, of its container and of the machine, less a margin.
+    """Let this process allocate what is left of its container and of the machine, less a margin.
 
     Does nothing where somebody has set a limit already, and on other systems than Linux.
 
@@ -28,7 +28,8 @@ def limit_memory() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)  # what libraries map of their files is not counted
     if soft != resource.RLIM_INFINITY:
         return
-    used, left = _bytes_of("/proc/self/status"), _bytes_of("/proc/meminfo")["MemAvailable"]
+    used, machine = _bytes_of("/proc/self/status"), _bytes_of("/proc/meminfo")
+    left = max(machine["MemAvailable"], machine["MemTotal"] // 2)  # who is busy at this start may not be for ever
     for path in CGROUP_LIMITS:
         text = path.read_text().strip() if path.exists() else "max"
         if text != "max":
