@@ -6,6 +6,7 @@ import argparse
 import base64
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from defectcam.serve import load_main
 
 def call_handler(envelope: dict) -> tuple[int, object]:
     """Start the function in this process and send it one request; returns status and answer."""
+    os.environ.setdefault("ADVCAM_TIME_LIMIT", "86400")  # no CVAT waits for this answer
     function = load_main()
     logger = nuclio_sdk.Logger(logging.INFO)
     logger.set_handler("default", sys.stderr, nuclio_sdk.logger.HumanReadableFormatter())
