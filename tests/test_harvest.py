@@ -778,6 +778,16 @@ def test_deleted_frames_are_no_rejections(workplace):
     assert [row["frame"] for row in place.rows("frames", "frame")] == [0, 2]
 
 
+def test_a_frame_deleted_after_the_harvest_leaves_the_database(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    place.answer(1, [proposal(B, square(10, 10))])
+    cvat.state = "completed"
+    assert set(place.by_proposal()) == {A, B}
+    cvat.deleted_frames = [1]
+    assert set(place.by_proposal()) == {A}
+
+
 def test_snapshots_are_not_taken_of_completed_jobs_and_the_newest_counts(workplace, capsys):
     place, cvat = workplace, workplace.cvat
     place.answer(0, [proposal(A, square(10, 10))], logged=False)

@@ -293,7 +293,9 @@ class Harvest:
     def _images(self, session: Session, job: Job, frames: Sequence[Frame]) -> dict[int, str]:
         """Hashes of the photos' pixels, as far as they can be had; photos seen before are not asked for again."""
         known = select(FrameRow).where(FrameRow.server == self.source.name, FrameRow.job == job.id)
-        images = {row.frame: row.image for row in session.scalars(known) if row.image}
+        photos = {frame.number: frame.name for frame in frames}  # frames may be deleted since, or be other photos
+        rows = [row for row in session.scalars(known) if photos.get(row.frame) == row.photo]
+        images = {row.frame: row.image for row in rows if row.image}
         if not self.log.by_image:
             return images
         for frame in frames:
