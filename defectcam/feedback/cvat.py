@@ -36,6 +36,10 @@ class CvatError(RuntimeError):
     """CVAT cannot be read; the message says what failed and what to do."""
 
 
+class LeftOut(CvatError):
+    """A job that is not harvested for what it is; the message says why."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A shape of a frame.
@@ -162,11 +166,15 @@ class CvatServer:
             self._meta[job.task_id] = self._json(f"/api/tasks/{job.task_id}/data/meta")
         meta, own = self._meta[job.task_id], self._json(f"/api/jobs/{job.id}/data/meta")
         if len(meta["frames"]) < meta["size"]:
-            raise CvatError(f"task {job.task_id} is a video; only tasks of photos are harvested")
+            raise LeftOut(f"task {job.task_id} is a video; only tasks of photos are harvested")
         labels = self._task_labels(job.task_id)
         shapes: dict[int, list[Shape]] = {}
         annotations = self._json(f"/api/jobs/{job.id}/annotations")
+        if annotations.get("tracks"):
+            raise LeftOut("it holds tracks, as videos have them; draw shapes instead (Shape, not Track)")
         for shape in sorted(annotations["shapes"], key=lambda shape: shape["id"]):
+            if shape["label_id"] not in labels:
+                raise CvatError("a label was added while it was read; run this again")
             label = labels[shape["label_id"]]
             names = {spec["id"]: spec["name"] for spec in label["attributes"]}
             values = {names[a["spec_id"]]: a["value"] for a in shape["attributes"] if a["spec_id"] in names}
@@ -210,6 +218,8 @@ class CvatServer:
                     changed_by[user] = changed_by.get(user, 0.0) + 1
                     continue
                 for shape in payload.get("shapes", ()):
+                    if not isinstance(shape, dict):  # log collectors shorten long events
+                        continue
                     values = [a["value"] for a in shape.get("attributes", ()) if a["spec_id"] in proposal_specs]
                     shown |= {(shape["frame"], value) for value in values if value}
         annotators = working_ms or changed_by

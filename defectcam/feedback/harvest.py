@@ -22,15 +22,16 @@ import hashlib
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from tqdm import tqdm
 
-from defectcam.feedback.cvat import CvatError, CvatExport, CvatServer, Frame, Job, JobEvents, Shape
+from defectcam.feedback.cvat import CvatError, CvatExport, CvatServer, Frame, Job, JobEvents, LeftOut, Shape
 from defectcam.feedback.match import Interaction, Proposal, match
 from defectcam.feedback.store import (
     ACCEPTED,
@@ -50,6 +51,7 @@ from defectcam.request import ImageError, decode_image
 
 DATABASE = "out/feedback/feedback.db"
 OUTCOMES = (ACCEPTED, MODIFIED, REJECTED, MISS)
+T = TypeVar("T")
 
 
 class LoggedProposals:
@@ -235,33 +237,41 @@ class Harvest:
         outcomes: Counter = Counter()
         for job in tqdm(list(self.source.jobs()), desc="jobs", unit="job", disable=None):
             if job.state == "completed":
-                try:
-                    outcomes += self._job(job)
-                except CvatError as error:  # the other jobs are none the worse for it
-                    self.notes.append(f"job {job.id}: {error}")
-                    self.failed = True
+                outcomes += self._unless_odd(self._job, job) or Counter()
         return outcomes
 
     def snapshot(self) -> int:
         """Keep the automatic shapes of all jobs that are not completed; returns the number of new snapshots."""
-        taken = 0
-        for job in self.source.jobs():
-            if job.state == "completed":
-                continue
-            if job.state != "new":
-                self.notes.append(f"job {job.id} is {job.state}: proposals deleted in it already are not in the snapshot")
-            frames = {
-                str(frame.number): [snapshot_shape(shape, frame) for shape in frame.shapes if shape.source == "auto"]
-                for frame in self.source.frames(job)
-            }
-            frames = {number: shapes for number, shapes in frames.items() if shapes}
-            with Session(self.engine) as session, session.begin():
-                last = self._snapshot(session, job)
-                if last is None or last.frames != frames:
-                    now = datetime.now(timezone.utc).isoformat()
-                    session.add(SnapshotRow(server=self.source.name, job=job.id, taken=now, frames=frames))
-                    taken += 1
-        return taken
+        return sum(
+            self._unless_odd(self._job_snapshot, job) or 0 for job in self.source.jobs() if job.state != "completed"
+        )
+
+    def _unless_odd(self, work: Callable[[Job], T], job: Job) -> T | None:
+        """Do some work on a job; whatever is odd about it becomes a note, for the other jobs are none the worse."""
+        try:
+            return work(job)
+        except LeftOut as reason:
+            self.notes.append(f"job {job.id} is left out: {reason}")
+        except Exception as error:
+            self.notes.append(f"job {job.id}: {error if isinstance(error, CvatError) else repr(error)}")
+            self.failed = True
+        return None
+
+    def _job_snapshot(self, job: Job) -> int:
+        if job.state != "new":
+            self.notes.append(f"job {job.id} is {job.state}: proposals deleted in it already are not in the snapshot")
+        frames = {
+            str(frame.number): [snapshot_shape(shape, frame) for shape in frame.shapes if shape.source == "auto"]
+            for frame in self.source.frames(job)
+        }
+        frames = {number: shapes for number, shapes in frames.items() if shapes}
+        with Session(self.engine) as session, session.begin():
+            last = self._snapshot(session, job)
+            if last is not None and last.frames == frames:
+                return 0
+            now = datetime.now(timezone.utc).isoformat()
+            session.add(SnapshotRow(server=self.source.name, job=job.id, taken=now, frames=frames))
+        return 1
 
     def _job(self, job: Job) -> Counter:
         frames, events = self.source.frames(job), self.source.events(job)

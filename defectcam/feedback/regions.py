@@ -163,9 +163,11 @@ def _mask_region(values: np.ndarray, width: int, height: int) -> Component | Non
         return None
     *runs, left, top, right, bottom = values.astype(int)
     columns, rows = right - left + 1, bottom - top + 1
-    if min(columns, rows) < 1 or min(runs) < 0:
+    # CVAT checks neither the box nor the lengths: no more is painted than of polygons.
+    if min(columns, rows) < 1 or min(runs) < 0 or columns > 3 * width or rows > 3 * height:
         return None
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)[: columns * rows]  # CVAT does not check the length
+    runs = np.diff(np.minimum(np.cumsum(runs), columns * rows), prepend=0)
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     mask = np.zeros(columns * rows, bool)
     mask[: len(flat)] = flat
     return _tight(mask.reshape(rows, columns), int(left), int(top), width, height)
