@@ -12,6 +12,7 @@ import sys
 import threading
 import zipfile
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 from xml.sax.saxutils import quoteattr
@@ -89,6 +90,7 @@ class Cvat:
         self.next_id = 200
         self.events = None  # CSV text, None = no ClickHouse
         self.gives_photos = True
+        self.updated = "2099-11-22T20:50:57.980866Z"
         self.assignee = {"id": 1, "username": "anna"}
         self.sizes = [(image.shape[1], image.shape[0]) for _, image in photos]
         self.asked = []
@@ -139,7 +141,7 @@ class Cvat:
                 "url": "{server}/api/jobs/7", "id": 7, "task_id": 3, "project_id": None, "assignee": self.assignee,
                 "stage": "annotation", "state": self.state, "type": "annotation", "frame_count": len(self.photos),
                 "start_frame": 0, "stop_frame": len(self.photos) - 1, "created_date": "2020-01-01T00:00:00.0Z",
-                "updated_date": "2099-11-22T20:50:57.980866Z",
+                "updated_date": self.updated,
             }  # fmt: skip
             jobs = [job, {**job, "id": 8, "type": "ground_truth"}, *({**job, "id": number} for number in self.other_jobs)]
             if query.get("page") == "2":
@@ -749,6 +751,29 @@ def test_an_answer_that_cleanup_replaced_is_not_held_against_the_annotator(workp
     assert {name: row["outcome"] for name, row in rows.items()} == {C: "accepted"}
     cvat.shapes.clear()  # and if all of it was rejected, the last answer is what was shown
     assert {name: row["outcome"] for name, row in place.by_proposal().items()} == {C: "rejected"}
+
+
+def test_the_same_answer_given_again_later_changes_nothing(workplace):
+    """The photo is part of another task, too: its answer there says nothing new, and came after this job's last change."""
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    place.answer(1, [proposal(B, square(10, 10))])
+    cvat.shapes.remove(cvat.of(A))
+    cvat.state, cvat.updated = "completed", datetime.now(timezone.utc).isoformat()
+    first = place.harvest()
+    assert {row["proposal"]: row["outcome"] for row in first} == {A: "rejected", B: "accepted"}
+    place.append(cvat.photos[0][1], [proposal(A, square(10, 10))])
+    assert place.harvest() == first
+
+
+def test_other_answers_under_the_same_settings_do_not_replace_each_other(workplace):
+    """Newer code or another device: the photo, weights and settings are the same, the proposals are not."""
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 10))])
+    cvat.shapes.remove(cvat.of(B))
+    place.append(cvat.photos[0][1], [proposal(C, square(10, 11)), proposal(D, square(61, 10))])
+    cvat.state = "completed"
+    assert {name: row["outcome"] for name, row in place.by_proposal().items()} == {A: "accepted", B: "rejected"}
 
 
 def test_answers_to_others_do_not_count(workplace):

@@ -58,24 +58,23 @@ class LoggedProposals:
     """A proposal log by photo and by proposal.
 
     Args:
-        records: answers, oldest first; of equal answers (photo, weights, settings) the newest counts.
+        records: answers in any order; equal ones (photo, weights, settings, proposals) become one, with all its "times".
     """
 
     def __init__(self, records: Iterable[dict]) -> None:
-        last = {}
+        answers: dict[tuple, dict] = {}
         for record in records:
-            last[record["image"], record.get("weights"), repr(record.get("settings"))] = record
+            settings, names = repr(record.get("settings")), frozenset(names_in(record))
+            answer = answers.setdefault(
+                (record["image"], record.get("weights"), settings, names), {**record, "times": []}
+            )
+            answer["times"].append(record["time"])
         self.by_image: dict[str, list[dict]] = defaultdict(list)
         self.by_name: dict[str, list[dict]] = defaultdict(list)
-        for record in last.values():
+        for record in answers.values():
             self.by_image[record["image"]].append(record)
             for name in names_in(record):
                 self.by_name[name].append(record)
-
-    def last_during(self, image: str, job: Job) -> list[dict]:
-        """The last answer for a photo (its hash) in the time from the job's creation to its last change, if any."""
-        during = [r for r in self.by_image.get(image, ()) if at(job.created) <= at(r["time"]) <= at(job.updated)]
-        return newest(during)
 
     def of_unseen_photos(
         self, names_of: dict[int, set[str]], sizes: dict[int, tuple[int, int]], seen: set[str]
@@ -102,9 +101,16 @@ class LoggedProposals:
         return found
 
 
+def last_during(job: Job, records: Iterable[dict]) -> list[dict]:
+    """The last of some answers that was given between the job's creation and its last change, [] if none was."""
+    given = [(at(time), record) for record in records for time in record["times"]]
+    during = [(time, record) for time, record in given if at(job.created) <= time <= at(job.updated)]
+    return [max(during, key=lambda pair: pair[0])[1]] if during else []
+
+
 def newest(records: Sequence[dict]) -> list[dict]:
     """The last of some answers, [] of none."""
-    return sorted(records, key=lambda record: at(record["time"]))[-1:]
+    return sorted(records, key=lambda record: max(map(at, record["times"])))[-1:]
 
 
 def names_in(record: dict) -> set[str]:
@@ -202,9 +208,9 @@ def shown_proposals(
         # Names of other photos' proposals, which came with propagated shapes, are no evidence.
         records[number] = [r for r in log.by_image[image] if names_of[number] & names_in(r)]
         if not records[number] and snapshot is None:
-            records[number] = log.last_during(image, job)
+            records[number] = last_during(job, log.by_image[image])
     for number in told_by_events & records.keys():
-        records[number] = newest(records[number])
+        records[number] = last_during(job, records[number]) or newest(records[number])
     unknown = set() if snapshot is not None else {n for n in names_of if not records.get(n)}
     shown = {}
     for frame in frames:
