@@ -436,6 +436,22 @@ def test_running_it_twice_changes_nothing(workplace):
     assert len([path for path in cvat.asked if path.endswith("/data")]) == asked == 3, "photos are asked for once"
 
 
+def test_harvested_logs_may_be_deleted(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 10))])
+    cvat.shapes.remove(cvat.of(B))
+    place.log = ProposalLog(place.log_dir, logging.getLogger("test"))  # as after a restart: another file
+    place.answer(1, [proposal(D, square(10, 10))])
+    cvat.add(2, "crack", square(60, 60), source="auto", proposal=A)  # propagated
+    cvat.state = "completed"
+    cvat.events = events_csv([{"scope": "send:working_time", "user_name": "cleo", "payload": {"working_time": 40_000}}])
+    first = place.harvest()
+    assert outcomes(first) == ["accepted", "accepted", "miss", "rejected"]
+    for path in sorted(place.log_dir.glob("*.jsonl")):
+        path.unlink()
+        assert place.harvest() == first
+
+
 def test_what_changes_in_cvat_changes_in_the_database_under_the_same_ids(workplace):
     place, cvat = workplace, workplace.cvat
     place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 10))])

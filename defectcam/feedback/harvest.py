@@ -293,14 +293,23 @@ class Harvest:
                     "a --snapshot right after the automatic annotation"
                 )
                 return Counter()
+            told = self._told_before(session, job, unknown)
+            unknown -= {row.frame for row in told}
             if unknown:
                 self.notes.append(
                     f"job {job.id}: no answer to {len(unknown)} of {len(frames)} photos is known; what was drawn there "
                     "counts as missed, and what was rejected there cannot be told"
                 )
-            rows = self._interactions(job, frames, shown, events)
+            rows = told + self._interactions(job, frames, shown, events, told)
             self._store(session, job, frames, images, events, rows)
-        return Counter(row.outcome for row in rows)
+            return Counter(row.outcome for row in rows)
+
+    def _told_before(self, session: Session, job: Job, frames: set[int]) -> list[InteractionRow]:
+        """What is known already of frames whose answer was known once: logs may be deleted once they are harvested."""
+        own = (InteractionRow.server == self.source.name, InteractionRow.job == job.id)
+        rows = session.scalars(select(InteractionRow).where(*own).order_by(InteractionRow.id)).all()
+        judged = {row.frame for row in rows if row.outcome != MISS} & frames
+        return [row for row in rows if row.frame in judged]
 
     def _snapshot(self, session: Session, job: Job) -> SnapshotRow | None:
         rows = select(SnapshotRow).where(SnapshotRow.server == self.source.name, SnapshotRow.job == job.id)
@@ -326,12 +335,22 @@ class Harvest:
         return images
 
     def _interactions(
-        self, job: Job, frames: Sequence[Frame], shown: dict[int, list[Proposal]], events: JobEvents
+        self,
+        job: Job,
+        frames: Sequence[Frame],
+        shown: dict[int, list[Proposal]],
+        events: JobEvents,
+        told: Sequence[InteractionRow],
     ) -> list[InteractionRow]:
-        all_names = frozenset(p.name for proposals in shown.values() for p in proposals if p.name)
+        """The interactions of all frames but those that are told of already."""
+        all_names = {p.name for proposals in shown.values() for p in proposals} | {row.proposal for row in told}
+        all_names = frozenset(all_names - {""})
+        told_frames = {row.frame for row in told}
         found: list[tuple[Frame, Interaction]] = []
         strangers: list[Shape] = []
         for frame in frames:
+            if frame.number in told_frames:
+                continue
             elsewhere = all_names - {p.name for p in shown[frame.number]}
             interactions, unknown = match(shown[frame.number], frame.shapes, frame.width, frame.height, elsewhere)
             found += [(frame, interaction) for interaction in interactions]
@@ -343,7 +362,8 @@ class Harvest:
             )
         clicks = [1 + (interaction.edited_share or 0) * interaction.vertices for _, interaction in found]
         all_weights = weights_on([proposal for proposals in shown.values() for proposal in proposals])
-        seconds = (events.working_time_s or 0) / max(sum(clicks), 1)
+        seconds_left = (events.working_time_s or 0) - sum(row.working_time_s or 0 for row in told)
+        seconds = max(seconds_left, 0) / max(sum(clicks), 1)
         return [
             InteractionRow(
                 id=self._id(job, frame, one),
