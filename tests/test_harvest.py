@@ -23,6 +23,7 @@ import pytest
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
+from defectcam.feedback import cvat as cvat_module
 from defectcam.feedback import harvest
 from defectcam.feedback.cvat import CvatServer
 from defectcam.feedback.regions import region_of, run_lengths
@@ -883,6 +884,37 @@ def test_working_time_and_annotator_from_events(workplace):
     assert (job["annotator"], job["working_time_s"]) == ("cleo", 60)
     assert sum(row["working_time_s"] for row in rows.values()) == pytest.approx(60, abs=0.05)
     assert rows[A]["working_time_s"] < rows[B]["working_time_s"] < rows[""]["working_time_s"]
+
+
+def test_an_outage_of_the_event_log_wipes_nothing(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    cvat.events = events_csv([{"scope": "send:working_time", "user_name": "cleo", "payload": {"working_time": 40_000}}])
+    cvat.state = "completed"
+    first = place.harvest()
+    cvat.events = None
+    assert place.harvest() == first and first[0]["working_time_s"] == 40
+    (job,) = place.rows("jobs", "job")
+    assert (job["annotator"], job["working_time_s"]) == ("cleo", 40), "who worked on it, not the assignee"
+
+
+@pytest.mark.parametrize("status, asked", [(429, 3), (503, 3), (400, 1)])
+def test_a_photo_that_fails_for_the_moment_is_not_taken_for_withheld(workplace, monkeypatch, capsys, status, asked):
+    monkeypatch.setattr(cvat_module, "PHOTO_WAITS_S", (0, 0))
+    place, busy, calls = workplace, workplace.cvat, []
+    place.answer(0, [proposal(A, square(10, 10))])
+    busy.shapes.clear()
+    busy.state = "completed"
+
+    def answer(method, path, query):
+        if path == "/api/jobs/7/data":
+            calls.append(path)
+            return status, "later"
+        return busy(method, path, query)
+
+    with serving(answer) as place.url, pytest.raises(SystemExit):
+        place.harvest()
+    assert len(calls) == asked and f"answers {status}" in capsys.readouterr().err and place.rows() == []
 
 
 def test_servers_without_analytics_give_no_times(workplace):

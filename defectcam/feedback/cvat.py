@@ -28,6 +28,7 @@ TIMEOUT_S = 120
 EVENTS_PATIENCE_S = 120
 EVENTS_POLL_S = 1
 DATA_PATIENCE_S = 600
+PHOTO_WAITS_S = (1, 5, 15)  # a server that is busy is asked again
 IMAGE_QUALITY = 70  # of the copies that CVAT shows, its own default; functions get the file itself
 PROPOSAL = "proposal"  # the attribute that names a proposal
 
@@ -233,7 +234,15 @@ class CvatServer:
         """The photo's file as the function got it; None where the server does not give it away."""
         path = f"/api/jobs/{job.id}/data?type=frame&quality=original&number={frame.number}"
         response = self._get(path)
-        return response.content if response.status_code == 200 else None
+        for wait_s in PHOTO_WAITS_S:
+            if response.status_code != 429 and response.status_code < 500:
+                break
+            time.sleep(wait_s)
+            response = self._get(path)
+        if response.status_code in (403, 404):
+            return None
+        self._check(path, response, 200)
+        return response.content
 
     def create_task(self, name: str, labels: Sequence[dict], photos: Sequence[Path]) -> int:
         """Make a task of photos, in their order, and wait until CVAT has it; returns its id.
@@ -301,12 +310,12 @@ class CvatServer:
         return list(csv.DictReader(io.StringIO(response.text))) if response.status_code == 200 else []
 
     def _event_rows_of_request(self, query: dict) -> list[dict]:
-        response = self._client.post("/api/events/export", params=query)
+        response = self._request("POST", "/api/events/export", params=query)
         if response.status_code != 202:
             return []
         request, deadline = response.json()["rq_id"], time.monotonic() + EVENTS_PATIENCE_S
         while time.monotonic() < deadline:
-            state = self._get(f"/api/requests/{request}").json()
+            state = self._json(f"/api/requests/{request}")
             if state["status"] == "finished":
                 response = self._get(_path_and_query(state["result_url"]))
                 return list(csv.DictReader(io.StringIO(response.text))) if response.status_code == 200 else []

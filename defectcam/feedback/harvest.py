@@ -23,6 +23,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
@@ -282,6 +283,7 @@ class Harvest:
     def _job(self, job: Job) -> Counter:
         frames, events = self.source.frames(job), self.source.events(job)
         with Session(self.engine) as session, session.begin():
+            events = remembered(events, session.get(JobRow, (self.source.name, job.id)))
             snapshot = self._snapshot(session, job)
             images = self._images(session, job, frames)
             shown, unknown = shown_proposals(
@@ -410,7 +412,7 @@ class Harvest:
                 server=self.source.name,
                 job=job.id,
                 task=job.task_id,
-                annotator=job.annotator or events.annotator,
+                annotator=events.annotator or job.annotator,
                 completed=job.updated,
                 labels=list(job.labels),
                 working_time_s=events.working_time_s,
@@ -440,6 +442,13 @@ class Harvest:
             for row in part:
                 session.merge(row)
             session.flush()
+
+
+def remembered(events: JobEvents, known: JobRow | None) -> JobEvents:
+    """The events, or what they said before where there are none now: the event log may be down, or emptied."""
+    if known and events.working_time_s is None and not events.annotator:
+        return replace(events, working_time_s=known.working_time_s, annotator=known.annotator)
+    return events
 
 
 def snapshot_shape(shape: Shape, frame: Frame) -> dict:
