@@ -850,6 +850,57 @@ def test_snapshots_are_not_taken_of_completed_jobs_and_the_newest_counts(workpla
     assert {name: row["outcome"] for name, row in place.by_proposal(log=False).items()} == {B: "accepted"}
 
 
+# ---------------------------------------------------------------- labels that are not the function's
+
+
+def test_proposals_that_cvat_dropped_are_no_rejections(workplace):
+    """The task has no label for spalling, so nobody ever saw the proposal."""
+    place = workplace
+    answer = [proposal(A, square(10, 10)), proposal(B, square(60, 10), "spalling")]
+    place.append(place.cvat.photos[0][1], answer)
+    place.cvat.run(0, answer[:1])
+    place.cvat.state = "completed"
+    assert {name: row["outcome"] for name, row in place.by_proposal().items()} == {A: "accepted"}
+
+
+@pytest.fixture
+def labels_in_german(monkeypatch):
+    monkeypatch.setitem(LABELS, "Riss", LABELS["crack"])
+    monkeypatch.setitem(LABELS, "Fleck", 17)
+    monkeypatch.delitem(LABELS, "crack")
+
+
+def answer_mapped(place, answer, **names):
+    place.append(place.cvat.photos[0][1], answer)
+    place.cvat.run(0, [{**shape, "label": names[shape["label"]]} for shape in answer])
+
+
+def test_labels_that_the_functions_were_mapped_to_mean_the_same(workplace, labels_in_german, capsys):
+    place, cvat = workplace, workplace.cvat
+    answer = [proposal(name, square(left, 10)) for name, left in ((A, 10), (B, 60), (C, 110), (D, 150))]
+    answer_mapped(place, answer, crack="Riss")
+    cvat.shapes.remove(cvat.of(B))
+    cvat.relabel(cvat.of(C), "Fleck")
+    cvat.add(1, "Riss", square(10, 10))
+    cvat.state = "completed"
+    rows = place.by_proposal()
+    assert {name: (row["outcome"], row["defect"], row["final_defect"]) for name, row in rows.items()} == {
+        A: ("accepted", "crack", "crack"), B: ("rejected", "crack", None), C: ("modified", "crack", "Fleck"),
+        D: ("accepted", "crack", "crack"), "": ("miss", "crack", "crack"),
+    }  # fmt: skip
+    assert json.loads(place.rows("jobs", "job")[0]["labels"]) == ["Fleck", "beam", "crack", "rust"]
+    assert "'Riss': 'crack'" in capsys.readouterr().err
+
+
+def test_one_label_for_two_defects_keeps_its_name(workplace, labels_in_german):
+    place = workplace
+    answer = [proposal(A, square(10, 10)), proposal(B, square(60, 10), "spalling")]
+    answer_mapped(place, answer, crack="Fleck", spalling="Fleck")
+    place.cvat.state = "completed"
+    rows = place.by_proposal()
+    assert {(row["change"], row["final_defect"]) for row in rows.values()} == {("relabelled", "Fleck")} and len(rows) == 2
+
+
 # ---------------------------------------------------------------- events
 
 

@@ -72,10 +72,31 @@ class LoggedProposals:
             answer["times"].append(record["time"])
         self.by_image: dict[str, list[dict]] = defaultdict(list)
         self.by_name: dict[str, list[dict]] = defaultdict(list)
+        self.label_of: dict[str, str] = {}
+        self.defects: set[str] = set()
         for record in answers.values():
             self.by_image[record["image"]].append(record)
+            self.defects |= {*record.get("settings", ()), *(shape["label"] for shape in record["shapes"])}
+            self.label_of |= {attributes_of(shape).get("proposal", ""): shape["label"] for shape in record["shapes"]}
             for name in names_in(record):
                 self.by_name[name].append(record)
+        self.label_of.pop("", None)
+
+    def meanings(self, job: Job, frames: Sequence[Frame], snapshot: dict[str, list[dict]]) -> dict[str, str]:
+        """What labels of the job mean to which the function's were mapped: {"Riss": "crack"}.
+
+        A label means a defect if every untouched shape of it was proposed as that defect, which the job has no label
+        for; it is the label that most of them have. So a job that has the defect's own label is never renamed.
+        """
+        untouched = {(shape.proposal, shape.label) for frame in frames for shape in frame.shapes if shape.source == "auto"}
+        untouched |= {(shape["attributes"].get("proposal"), shape["label"]) for own in snapshot.values() for shape in own}
+        pairs = Counter((label, self.label_of[name]) for name, label in untouched if name in self.label_of)
+        label_of_defect: dict[str, str] = {}
+        for (label, defect), _ in sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0])):
+            if defect not in job.labels and label not in self.defects:
+                label_of_defect.setdefault(defect, label)
+        labels = Counter(label for label, _ in pairs)
+        return {label: defect for defect, label in label_of_defect.items() if labels[label] == 1}
 
     def of_unseen_photos(
         self, names_of: dict[int, set[str]], sizes: dict[int, tuple[int, int]], seen: set[str]
@@ -213,9 +234,12 @@ def shown_proposals(
     for number in told_by_events & records.keys():
         records[number] = last_during(job, records[number]) or newest(records[number])
     unknown = set() if snapshot is not None else {n for n in names_of if not records.get(n)}
+    # CVAT drops proposals of labels that the run did not map to one of the job's: nobody saw them.
+    arrived = {log.label_of[name] for names in names_of.values() for name in names} | set(job.labels)
     shown = {}
     for frame in frames:
         logged = [p for record in records.get(frame.number, ()) for p in proposals_of_record(record)]
+        logged = [proposal for proposal in logged if proposal.label in arrived]
         by_key = {proposal.key: proposal for proposal in logged}
         for proposal in proposals_of_snapshot(taken[frame.number], frame):
             # A shape propagated or drawn before the snapshot is no proposal of this frame where the log knows better.
@@ -284,11 +308,14 @@ class Harvest:
         frames, events = self.source.frames(job), self.source.events(job)
         with Session(self.engine) as session, session.begin():
             events = remembered(events, session.get(JobRow, (self.source.name, job.id)))
-            snapshot = self._snapshot(session, job)
+            last = self._snapshot(session, job)
+            snapshot = last.frames if last else None
+            meanings = self.log.meanings(job, frames, snapshot or {})
+            if meanings:
+                self.notes.append(f"job {job.id}: labels taken for the function's: {meanings}")
+                job, frames, snapshot = in_the_functions_words(meanings, job, frames, snapshot)
             images = self._images(session, job, frames)
-            shown, unknown = shown_proposals(
-                frames, images, job, events, self.log, snapshot.frames if snapshot else None
-            )
+            shown, unknown = shown_proposals(frames, images, job, events, self.log, snapshot)
             if len(unknown) == len(frames):
                 self.notes.append(
                     f"job {job.id} is left out: no proposal of it is known; give the function's log (--log), or take "
@@ -449,6 +476,24 @@ def remembered(events: JobEvents, known: JobRow | None) -> JobEvents:
     if known and events.working_time_s is None and not events.annotator:
         return replace(events, working_time_s=known.working_time_s, annotator=known.annotator)
     return events
+
+
+def in_the_functions_words(
+    meanings: dict[str, str], job: Job, frames: Sequence[Frame], snapshot: dict[str, list[dict]] | None
+) -> tuple[Job, list[Frame], dict[str, list[dict]] | None]:
+    """Job, frames and snapshot with the defects' names in place of the labels they were mapped to."""
+
+    def meant(label: str) -> str:
+        return meanings.get(label, label)
+
+    job = replace(job, labels=tuple(sorted(meant(label) for label in job.labels)))
+    frames = [
+        replace(frame, shapes=tuple(replace(shape, label=meant(shape.label)) for shape in frame.shapes))
+        for frame in frames
+    ]
+    if snapshot is not None:
+        snapshot = {n: [{**own, "label": meant(own["label"])} for own in shapes] for n, shapes in snapshot.items()}
+    return job, frames, snapshot
 
 
 def snapshot_shape(shape: Shape, frame: Frame) -> dict:
