@@ -105,7 +105,10 @@ class ProposalLog:
     def _close(self) -> None:
         if self._owner == os.getpid():
             self._owner = 0
-            os.close(self._file)
+            try:
+                os.close(self._file)
+            except OSError as error:  # network volumes tell only now what they could not write
+                self.logger.error(f"proposal log: {self.folder}: {error}; the last answers may not be logged")
 
 
 def image_hash(image_rgb: memoryview) -> str:

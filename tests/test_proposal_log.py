@@ -191,6 +191,17 @@ def test_a_full_disk(tmp_path, caplog, monkeypatch):
     assert names(tmp_path) == ["00010000", "00030000"]
 
 
+def test_a_file_that_cannot_be_closed_costs_a_log_line(tmp_path, caplog):
+    log = ProposalLog(tmp_path, LOGGER, max_file_bytes=1)
+    append_many(log, 1, 1)
+    log._open()
+    os.close(log._file)
+    append_many(log, 2, 1)
+    append_many(log, 3, 1)
+    assert caplog.text.count("Bad file descriptor") == 2, "writing and closing"
+    assert names(tmp_path) == ["00010000", "00030000"]
+
+
 def test_it_needs_nothing_but_the_standard_library():
     code = "import sys, defectcam.proposal_log; print({'numpy', 'torch', 'sqlalchemy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
