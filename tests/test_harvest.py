@@ -850,6 +850,46 @@ def test_snapshots_are_not_taken_of_completed_jobs_and_the_newest_counts(workpla
     assert {name: row["outcome"] for name, row in place.by_proposal(log=False).items()} == {B: "accepted"}
 
 
+def test_a_proposal_without_a_name_and_a_miss_have_ids_of_their_own(workplace):
+    """The first shape was moved away: proposal and miss are known by the same shape of CVAT."""
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal("", square(10, 10)), proposal("", square(60, 10))], logged=False)
+    place.harvest("--snapshot", log=False)
+    moved(cvat.shapes[0], 100)["source"] = "semi-auto"
+    cvat.state = "completed"
+    assert outcomes(place.harvest(log=False)) == ["accepted", "miss", "rejected"]
+
+
+def test_a_snapshot_of_a_job_that_was_reopened_replaces_nothing(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(name, square(left, 10)) for name, left in ((A, 10), (B, 60), (C, 110))], logged=False)
+    place.harvest("--snapshot", log=False)
+    cvat.shapes.remove(cvat.of(B))
+    cvat.of(C)["points"][4:6] = [140.0, 40.0]
+    cvat.of(C)["source"] = "semi-auto"
+    cvat.state = "completed"
+    first = place.harvest(log=False)
+    assert outcomes(first) == ["accepted", "modified", "rejected"]
+    cvat.state = "in progress"
+    place.harvest("--snapshot", log=False)
+    cvat.state = "completed"
+    assert place.harvest(log=False) == first
+
+
+def test_a_snapshot_of_what_cleanup_replaced_is_not_held_against_the_annotator(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 60))])
+    place.answer(1, [proposal(D, square(60, 60))])
+    place.harvest("--snapshot")
+    cvat.shapes = [shape for shape in cvat.shapes if shape["frame"] == 1]
+    place.append(cvat.photos[0][1], [proposal(C, square(10, 10, 22))], iterations=8)
+    cvat.run(0, [proposal(C, square(10, 10, 22))])
+    cvat.shapes.remove(cvat.of(D))
+    cvat.state = "completed"
+    rows = place.by_proposal()
+    assert {name: row["outcome"] for name, row in rows.items()} == {C: "accepted", D: "rejected"}
+
+
 # ---------------------------------------------------------------- labels that are not the function's
 
 

@@ -82,6 +82,18 @@ class LoggedProposals:
                 self.by_name[name].append(record)
         self.label_of.pop("", None)
 
+    def without_replaced(
+        self, frames: Sequence[Frame], images: dict[int, str], snapshot: SnapshotRow
+    ) -> dict[str, list[dict]]:
+        """A snapshot's frames but for those on which a shape names an answer that was first given after it."""
+        kept = dict(snapshot.frames)
+        for frame in frames:
+            named = [record for shape in frame.shapes for record in self.by_name.get(shape.proposal, ())]
+            named = [record for record in named if images.get(frame.number, record["image"]) == record["image"]]
+            if any(min(map(at, record["times"])) > at(snapshot.taken) for record in named):
+                kept.pop(str(frame.number), None)
+        return kept
+
     def meanings(self, job: Job, frames: Sequence[Frame], snapshot: dict[str, list[dict]]) -> dict[str, str]:
         """What labels of the job mean to which the function's were mapped: {"Riss": "crack"}.
 
@@ -185,7 +197,7 @@ def proposals_of_snapshot(shapes: Sequence[dict], frame: Frame) -> list[Proposal
         name = attributes.get("proposal", "")
         proposal = Proposal(
             name=name,
-            key=name or f"shape {shape['key']}",
+            key=name or f"proposed {shape['key']}",
             label=shape["label"],
             kind=shape["type"],
             points=tuple(shape["points"]),
@@ -298,8 +310,9 @@ class Harvest:
         frames = {number: shapes for number, shapes in frames.items() if shapes}
         with Session(self.engine) as session, session.begin():
             last = self._snapshot(session, job)
-            if last is not None and last.frames == frames:
-                return 0
+            known = {shape["key"] for shapes in last.frames.values() for shape in shapes} if last else set()
+            if last and all(shape["key"] in known for shapes in frames.values() for shape in shapes):
+                return 0  # nothing but what people have left: the snapshot from before they edited is the better one
             now = datetime.now(timezone.utc).isoformat()
             session.add(SnapshotRow(server=self.source.name, job=job.id, taken=now, frames=frames))
         return 1
@@ -308,13 +321,12 @@ class Harvest:
         frames, events = self.source.frames(job), self.source.events(job)
         with Session(self.engine) as session, session.begin():
             events = remembered(events, session.get(JobRow, (self.source.name, job.id)))
-            last = self._snapshot(session, job)
-            snapshot = last.frames if last else None
+            images, last = self._images(session, job, frames), self._snapshot(session, job)
+            snapshot = self.log.without_replaced(frames, images, last) if last else None
             meanings = self.log.meanings(job, frames, snapshot or {})
             if meanings:
                 self.notes.append(f"job {job.id}: labels taken for the function's: {meanings}")
                 job, frames, snapshot = in_the_functions_words(meanings, job, frames, snapshot)
-            images = self._images(session, job, frames)
             shown, unknown = shown_proposals(frames, images, job, events, self.log, snapshot)
             if len(unknown) == len(frames):
                 self.notes.append(
