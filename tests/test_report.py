@@ -23,7 +23,7 @@ def fill(engine, jobs):
     )  # fmt: skip
     with Session(engine) as session, session.begin():
         for job, (annotator, completed, seconds, interactions) in jobs.items():
-            session.add(JobRow(server="s", job=job, task=1, annotator=annotator, completed=completed, labels=["crack"],
+            session.add(JobRow(server="s", job=job, task=job, annotator=annotator, completed=completed, labels=["crack"],
                                working_time_s=seconds))  # fmt: skip
             session.flush()
             session.add(FrameRow(server="s", job=job, frame=0, photo="p", width=9, height=9, image="", shapes=[]))

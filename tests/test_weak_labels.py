@@ -8,11 +8,12 @@ import cv2
 import numpy as np
 import pytest
 
-from defectcam.feedback import labels
+from defectcam.feedback import labels, report
 from defectcam.feedback.labels import free_pixel_xy, set_and_stem
 from defectcam.feedback.regions import region_of
+from defectcam.feedback.store import open_store
 from defectcam.training.clicks import Click, read_clicks, write_clicks
-from tests.test_harvest import A, B, C, D, Workplace, proposal, square, workplace  # noqa: F401
+from tests.test_harvest import A, B, C, D, LABELS, Workplace, proposal, square, workplace  # noqa: F401
 
 PATCH_PX = 24
 
@@ -181,23 +182,88 @@ def test_photos_of_another_size_on_disk(done):
     assert polygon_mask(square(160, 110))[none.y // 2, none.x // 2]
 
 
-def test_photos_that_are_missing_doubled_or_cropped_are_named(done):
+def test_photos_that_are_missing_doubled_or_cropped_are_named(done, capsys):
     photos = write_photos(done, done.folder / "data")
-    with pytest.raises(SystemExit, match="no photo bridge/one.png below .*--photos"):
+    with pytest.raises(SystemExit, match="no photo bridge/three.png below .*--photos"):
         weak_labels(done, done.folder / "log")
     one = photos / "bridge" / "images" / "one.png"
     for folder in ("a", "b"):
         (photos / folder).mkdir()
         (photos / folder / "one.png").write_bytes(one.read_bytes())
     one.rename(photos / "two.other")
-    with pytest.raises(SystemExit, match="2 photos bridge/one.png"):
-        weak_labels(done, photos)
+    out, clicks = weak_labels(done, photos)  # the other photos are none the worse for it
+    assert "left out: 2 photos bridge/one.png" in capsys.readouterr().err
+    assert {Path(click.image).name for own in clicks.values() for click in own} == {"two.png"}
+    cv2.imwrite(str(photos / "a" / "one.png"), done.cvat.photos[0][1][..., ::-1])
+    out, clicks = weak_labels(done, photos)  # only one of them has the pixels that the function saw
+    assert {click.image for own in clicks.values() for click in own if "one" in click.image} == {str(photos / "a" / "one.png")}
     (photos / "b" / "one.png").unlink()
     cv2.imwrite(str(photos / "a" / "one.png"), np.zeros((100, 200, 3), np.uint8))
-    with pytest.raises(SystemExit, match="200 x 100 px, but CVAT's .* 200 x 150"):
-        weak_labels(done, photos)
+    weak_labels(done, photos)
+    assert "200 x 100 px, but CVAT's bridge/one.png 200 x 150" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no database .*nowhere.db"):
         labels.main(["--db", str(done.folder / "nowhere.db"), "--photos", str(photos)])
+
+
+def test_what_is_gone_leaves_no_labels_behind(done):
+    photos = write_photos(done, done.folder / "data")
+    out, clicks = weak_labels(done, photos)
+    assert set(clicks) == {"crack", "rust"} and (out / "masks" / "crack" / "bridge" / "two.png").exists()
+    done.cvat.shapes = [shape for shape in done.cvat.shapes if shape["label_id"] != LABELS["rust"]]
+    done.cvat.deleted_frames = [1]
+    done.harvest()
+    (out / "feedback.db").write_text("not ours to touch")
+    out, clicks = weak_labels(done, photos)
+    assert set(clicks) == {"crack"} and not (out / "masks" / "crack" / "bridge" / "two.png").exists()
+    assert sorted(path.name for path in out.iterdir()) == ["clicks", "feedback.db", "masks"]
+    with pytest.raises(SystemExit, match="is a set of photos"):
+        labels.main(["--db", str(done.db), "--photos", str(photos), "--out", str(photos / "bridge")])
+
+
+def test_photos_that_would_share_a_mask_are_named(workplace):  # noqa: F811
+    place, cvat = workplace, workplace.cvat
+    names = ("site1/cam/1.png", "site2/cam/1.png", "site2/cam/2.png")
+    cvat.photos = [(name, image) for name, (_, image) in zip(names, cvat.photos)]
+    place.answer(0, [proposal(A, square(10, 10))])
+    cvat.state = "completed"
+    place.harvest()
+    for name, image in cvat.photos:
+        (place.folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(place.folder / "data" / name), image[..., ::-1])
+    with pytest.raises(SystemExit, match="site1/cam/1.png and .*site2/cam/1.png would share the mask cam/1.png"):
+        weak_labels(place, place.folder / "data")
+
+
+def test_of_two_jobs_with_one_photo_the_last_one_counts(workplace):  # noqa: F811
+    """Anna accepts the proposal; in the other job, completed later, it is gone and a second one is drawn."""
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    drawn = cvat.add(0, "crack", square(100, 100))
+    cvat.shapes.remove(drawn)
+    cvat.other_jobs = {9: {"shapes": [drawn]}}
+    cvat.state = "completed"
+    assert [row["job"] for row in place.harvest() if row["outcome"] == "accepted"] == [7]
+    out, clicks = weak_labels(place, write_photos(place, place.folder / "data"))
+    jobs = {row["id"]: row["job"] for row in place.rows()}
+    assert {jobs[click.interaction] for click in clicks["crack"]} == {9}
+    assert {click.defect for click in clicks["crack"]} == {"none", "crack"}
+    mask = cv2.imread(str(out / "masks" / "crack" / "bridge" / "one.png"), cv2.IMREAD_GRAYSCALE) > 0
+    assert (mask == polygon_mask(square(100, 100))).all()
+    total = report.figures(report.read_events(open_store(str(place.db))))
+    assert (total.proposals, total.rejected, total.missed) == (1, 1.0, 1)
+
+
+def test_every_part_has_the_click_of_its_own_label(workplace):  # noqa: F811
+    """Sliced, and one half relabelled."""
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    cvat.shapes.clear()
+    cvat.add(0, "crack", [10, 10, 22, 10, 22, 30, 10, 30], proposal=A)
+    cvat.add(0, "rust", [23, 10, 30, 10, 30, 30, 23, 30], proposal=A)
+    cvat.state = "completed"
+    place.harvest()
+    _, clicks = weak_labels(place, write_photos(place, place.folder / "data"))
+    assert {(name, click.x > 22) for name, own in clicks.items() for click in own} == {("crack", False), ("rust", True)}
 
 
 def test_clicks_keep_weight_and_interaction_and_older_files_are_read(tmp_path):

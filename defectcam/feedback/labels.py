@@ -21,6 +21,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,9 @@ from tqdm import tqdm
 from defectcam.feedback.harvest import DATABASE
 from defectcam.feedback.regions import AREA_TYPES, innermost_xy, region_of, resized
 from defectcam.feedback.store import FrameRow, InteractionRow, JobRow, StoreError, open_store
+from defectcam.proposal_log import image_hash
 from defectcam.proposals import Component, find_components
+from defectcam.request import ImageError, decode_image
 from defectcam.training.clicks import Click, patch_bounds, write_clicks
 from defectcam.training.crops import read_photo_rgb
 
@@ -58,8 +61,11 @@ class PhotoFolder:
             if path.is_file() and "masks" not in path.relative_to(folder).parts:
                 self._by_name[path.name].append(path)
 
-    def find(self, name: str) -> Path:
+    def find(self, name: str, image: str = "") -> Path:
         """The photo that CVAT calls `name`.
+
+        Args:
+            image: hash of its pixels, to choose by between photos of one name; "" if unknown.
 
         Raises:
             PhotoError: there is none, or several.
@@ -68,10 +74,20 @@ class PhotoFolder:
             return self.folder / name
         found = [path for path in self._by_name[Path(name).name] if path.as_posix().endswith(f"/{name}")]
         found = found or self._by_name[Path(name).name]
+        if len(found) > 1 and image:
+            found = [path for path in found if _pixels_hash(path) == image] or found
         if len(found) != 1:
             what = "no photo" if not found else f"{len(found)} photos"
             raise PhotoError(f"{what} {name} below {self.folder}; give --photos the folder that was uploaded to CVAT")
         return found[0]
+
+
+def _pixels_hash(photo: Path) -> str:
+    """A photo's `image_hash`, "" if it cannot be read."""
+    try:
+        return image_hash(decode_image(photo.read_bytes(), max_pixels=10**9))
+    except ImageError:
+        return ""
 
 
 def set_and_stem(photo: Path) -> tuple[str, str]:
@@ -120,9 +136,12 @@ class LabelledFrame:
 def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFrame]:
     """All photos of the database, those of the jobs completed last at the end.
 
+    A photo that is missing, or was cropped or turned since, is named and left out.
+
     Raises:
-        PhotoError: a photo is missing, or was cropped or turned since.
+        PhotoError: no photo is left.
     """
+    left_out, found = None, False
     with Session(engine) as session:
         jobs = session.scalars(select(JobRow).order_by(JobRow.completed, JobRow.server, JobRow.job)).all()
         for job in tqdm(jobs, desc="jobs", unit="job", disable=None):
@@ -134,13 +153,22 @@ def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFra
             for row in session.scalars(interactions.order_by(InteractionRow.id)):
                 rows[row.frame].append(row)
             for frame in session.scalars(select(FrameRow).where(*of_job).order_by(FrameRow.frame)):
-                yield _labelled_frame(frame, tuple(job.labels), rows[frame.frame], photos)
+                try:
+                    labelled = _labelled_frame(frame, tuple(job.labels), rows[frame.frame], photos)
+                except PhotoError as error:
+                    left_out = error
+                    tqdm.write(f"left out: {error}", file=sys.stderr)
+                    continue
+                found = True
+                yield labelled
+    if left_out and not found:
+        raise left_out
 
 
 def _labelled_frame(
     frame: FrameRow, labels: tuple[str, ...], interactions: list[InteractionRow], photos: PhotoFolder
 ) -> LabelledFrame:
-    path = photos.find(frame.photo)
+    path = photos.find(frame.photo, frame.image)
     height, width = read_photo_rgb(str(path)).shape[:2]
     scale_xy = (width / frame.width, height / frame.height)
     if abs(scale_xy[0] / scale_xy[1] - 1) > 2 / min(width, height, frame.width, frame.height):
@@ -164,7 +192,7 @@ def clicks_of_frame(frame: LabelledFrame, patch_px: int) -> list[Click]:
     Args:
         patch_px: side of the patch around a none-click that must be free of the defect, as the crops of training.
     """
-    regions = {key: region for key, _, region in frame.shapes}
+    regions = {key: (label, region) for key, label, region in frame.shapes}
     set_name, stem = set_and_stem(frame.path)
     found = []
 
@@ -177,10 +205,10 @@ def clicks_of_frame(frame: LabelledFrame, patch_px: int) -> list[Click]:
         effort = 0.5 if row.edited_share is None else row.edited_share
         for key in row.shape_keys:
             if key in regions:
-                for part in find_components(regions[key].mask):
+                label, region = regions[key]
+                for part in find_components(region.mask):
                     x, y = innermost_xy(part)
-                    xy = (x + regions[key].left, y + regions[key].top)
-                    click(row, xy, row.final_defect, "", effort)
+                    click(row, (x + region.left, y + region.top), label, "", effort)
         if row.proposed and row.final_defect != row.defect:  # rejected or relabelled: not what was proposed
             region = region_of(row.proposed["type"], row.proposed["points"], *_cvat_size(frame))
             xy = free_pixel_xy(frame.on_disk(region), frame.mask(row.defect), patch_px)
@@ -213,35 +241,61 @@ def free_pixel_xy(region: Component | None, occupied: np.ndarray, patch_px: int)
 
 
 def write_weak_labels(engine: Engine, photos: PhotoFolder, patch_px: int, out: Path) -> dict[str, Counter]:
-    """Write clicks and masks of everything in a database.
+    """Write clicks and masks of everything in a database, in place of those of the last time.
+
+    Of a photo that several jobs looked at for a label, the one completed last counts.
 
     Returns:
-        Per defect the number of positive clicks, none-clicks, masks, and of rejected regions without a none-click.
+        Per defect the number of positive clicks, none-clicks, masks, and of wrong proposals.
 
     Raises:
         PhotoError: before anything is written.
     """
+    if (out / "images").exists():
+        raise PhotoError(f"--out {out} is a set of photos, and its masks would be replaced: choose another folder")
     frames = list(labelled_frames(engine, photos))
+    _check_names(frames)
+    last = {(frame.path, label): frame for frame in frames for label in frame.labels}
     clicks: dict[str, list[Click]] = defaultdict(list)
     counts: dict[str, Counter] = defaultdict(Counter)
+    part = out / "weak-labels.part"  # what a killed run leaves there is no one's
+    shutil.rmtree(part, ignore_errors=True)
     for frame in tqdm(frames, desc="photos", unit="photo", disable=None):
+        own_labels = {label for label in frame.labels if last[frame.path, label] is frame}
         for click in clicks_of_frame(frame, patch_px):
-            clicks[click.absent or click.defect].append(click)
-        for label in frame.labels:
+            if (click.absent or click.defect) in own_labels:
+                clicks[click.absent or click.defect].append(click)
+        for label in own_labels:
             set_name, stem = set_and_stem(frame.path)
-            path = out / "masks" / label / set_name / f"{stem}.png"
+            path = part / "masks" / label / set_name / f"{stem}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(path), frame.mask(label).astype(np.uint8) * 255)
             counts[label]["masks"] += 1
+        for row in frame.interactions:
+            counts[row.defect]["wrong proposals"] += row.final_defect != row.defect and row.defect in own_labels
     for defect, own in clicks.items():
-        (out / "clicks").mkdir(parents=True, exist_ok=True)
-        write_clicks(out / "clicks" / f"{defect}.csv", own)
+        (part / "clicks").mkdir(parents=True, exist_ok=True)
+        write_clicks(part / "clicks" / f"{defect}.csv", own)
         counts[defect]["positive"] = sum(click.defect != "none" for click in own)
         counts[defect]["none"] = sum(click.defect == "none" for click in own)
-    for row in (row for frame in frames for row in frame.interactions):
-        if row.final_defect != row.defect:
-            counts[row.defect]["wrong proposals"] += 1
+    for folder in (out / "clicks", out / "masks"):
+        shutil.rmtree(folder, ignore_errors=True)
+        if (part / folder.name).exists():
+            (part / folder.name).replace(folder)
+    shutil.rmtree(part, ignore_errors=True)
     return dict(counts)
+
+
+def _check_names(frames: Sequence[LabelledFrame]) -> None:
+    """PhotoError where two photos would share their masks' name."""
+    photos: dict[tuple[str, str], Path] = {}
+    for frame in frames:
+        other = photos.setdefault(set_and_stem(frame.path), frame.path)
+        if other != frame.path:
+            raise PhotoError(
+                f"{other} and {frame.path} would share the mask {'/'.join(set_and_stem(other))}.png: rename one of the "
+                "photos' folders, here alone"
+            )
 
 
 def _cvat_size(frame: LabelledFrame) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from defectcam.evaluation.measures import relative_time_saving
 from defectcam.feedback.harvest import DATABASE
-from defectcam.feedback.store import ACCEPTED, MISS, MODIFIED, REJECTED, InteractionRow, JobRow, StoreError, open_store
+from defectcam.feedback.store import ACCEPTED, MISS, MODIFIED, REJECTED, FrameRow, InteractionRow, JobRow, StoreError, open_store
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -75,11 +75,18 @@ class Figures:
 
 
 def read_events(engine: Engine) -> list[Event]:
-    """All interactions of a database, oldest job first."""
+    """All interactions of a database, oldest job first; of a task's jobs that overlap on a frame those of the last."""
     joined = select(InteractionRow, JobRow).join(
         JobRow, (JobRow.server == InteractionRow.server) & (JobRow.job == InteractionRow.job)
     )
     with Session(engine) as session:
+        looked_at = select(FrameRow.server, JobRow.task, FrameRow.frame, JobRow.job).join(
+            JobRow, (JobRow.server == FrameRow.server) & (JobRow.job == FrameRow.job)
+        )
+        last = {
+            (server, task or f"job {job}", frame): job
+            for server, task, frame, job in session.execute(looked_at.order_by(JobRow.completed, JobRow.job))
+        }
         return [
             Event(
                 outcome=row.outcome,
@@ -92,6 +99,7 @@ def read_events(engine: Engine) -> list[Event]:
                 seconds=row.working_time_s,
             )
             for row, job in session.execute(joined.order_by(JobRow.completed, InteractionRow.id))
+            if last[row.server, job.task or f"job {job.job}", row.frame] == row.job
         ]
 
 
