@@ -20,13 +20,14 @@ from xml.sax.saxutils import quoteattr
 import cv2
 import numpy as np
 import pytest
+from sqlalchemy import Engine, event
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
 from defectcam.feedback import cvat as cvat_module
 from defectcam.feedback import harvest
 from defectcam.feedback.cvat import CvatServer
-from defectcam.feedback.regions import region_of, run_lengths
+from defectcam.feedback.regions import edited_share, region_of, run_lengths
 from defectcam.feedback.store import Table
 from defectcam.proposal_log import ProposalLog, image_hash
 from defectcam.proposals import Component, cvat_shape
@@ -133,17 +134,19 @@ class Cvat:
 
     def __call__(self, method, path, query):
         self.asked.append(path)
-        if other := re.fullmatch(r"/api/jobs/(\d+)(/.*)", path):
+        if other := re.fullmatch(r"/api/jobs/(\d+)(/.*|)", path):
             if int(other[1]) in self.other_jobs and other[2] == "/annotations":
                 return 200, self.other_jobs[int(other[1])]
             path = f"/api/jobs/7{other[2]}"
-        if path == "/api/jobs":
+        if path in ("/api/jobs", "/api/jobs/7"):
             job = {
                 "url": "{server}/api/jobs/7", "id": 7, "task_id": 3, "project_id": None, "assignee": self.assignee,
                 "stage": "annotation", "state": self.state, "type": "annotation", "frame_count": len(self.photos),
                 "start_frame": 0, "stop_frame": len(self.photos) - 1, "created_date": "2020-01-01T00:00:00.0Z",
                 "updated_date": self.updated,
             }  # fmt: skip
+            if path != "/api/jobs":
+                return 200, job
             jobs = [job, {**job, "id": 8, "type": "ground_truth"}, *({**job, "id": number} for number in self.other_jobs)]
             if query.get("page") == "2":
                 return 200, {"count": 2, "next": None, "results": jobs[1:]}
@@ -261,6 +264,8 @@ class Recorded:
             "/api/jobs/7/data/meta": "11",
             "/api/jobs/7/annotations": "25" if after else "19",
         }
+        if path == "/api/jobs/7":  # not recorded alone, but as the one of the list
+            return 200, self.body(numbers["/api/jobs"])["results"][0]
         if path not in numbers:
             return 404, "not recorded"
         body = self.body(numbers[path])
@@ -453,6 +458,50 @@ def test_harvested_logs_may_be_deleted(workplace):
         assert place.harvest() == first
 
 
+def test_equal_rows_are_not_written_again(workplace):
+    """Every number is one that all databases take, and that reads back as it was."""
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 10))])
+    cvat.of(A)["points"][4:6] = [45.0, 45.0]
+    cvat.state = "completed"
+    place.harvest()
+    statements = []
+
+    def keep(connection, cursor, statement, *_):
+        statements.append(statement.split()[0])
+
+    event.listen(Engine, "before_cursor_execute", keep)
+    place.harvest()
+    event.remove(Engine, "before_cursor_execute", keep)
+    assert "SELECT" in statements and not {"INSERT", "UPDATE", "DELETE"} & set(statements)
+    assert type(edited_share(*(region_of("polygon", square(10, side), 200, 150) for side in (10, 12)))) is float
+
+
+def test_a_job_that_is_reopened_while_it_is_read_is_left_alone(workplace, capsys):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    cvat.state = "completed"
+
+    def answer(method, path, query):
+        result = cvat(method, path, query)
+        if path == "/api/jobs/7/annotations":
+            cvat.state = "in progress"
+        return result
+
+    with serving(answer) as place.url:
+        assert place.harvest() == []
+    assert "job 7 is left out: somebody changed it" in capsys.readouterr().err
+
+
+def test_logs_of_several_functions(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    place.log = ProposalLog(place.folder / "other log", logging.getLogger("test"))
+    place.answer(0, [proposal(B, square(60, 10), "rust")])
+    cvat.state = "completed"
+    assert set(place.by_proposal("--log", str(place.folder / "other log"))) == {A, B}
+
+
 def test_what_changes_in_cvat_changes_in_the_database_under_the_same_ids(workplace):
     place, cvat = workplace, workplace.cvat
     place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 10))])
@@ -479,6 +528,12 @@ def moved(shape, dx):
 def relabelled(place, keeps_attributes=True):
     place.cvat.relabel(place.cvat.of(A), "rust", keeps_attributes)
     return {A: ("modified", "relabelled", "rust")}
+
+
+def copied_at_its_place_and_relabelled(place):
+    shape = place.cvat.add(0, "rust", square(10, 10), proposal=A)
+    shape["id"] = 100  # listed before its original
+    return {A: ("accepted", "", "crack"), "": ("miss", "copied", "rust")}
 
 
 def relabelled_where_the_label_has_no_proposal(place):
@@ -596,7 +651,7 @@ def shapes_without_pixels(place):
 
 
 TRAPS = [
-    relabelled, relabelled_where_the_label_has_no_proposal, sliced, sliced_and_one_part_deleted, joined,
+    relabelled, copied_at_its_place_and_relabelled, relabelled_where_the_label_has_no_proposal, sliced, sliced_and_one_part_deleted, joined,
     joined_by_drawing_one_over_the_other, copied, copied_beside_its_edited_original,
     original_deleted_and_copy_elsewhere, propagated, attributes_reset, attribute_typed_over, attribute_missing,
     occluded_but_not_moved, moved_by_a_script_that_left_the_source, deleted_and_undone_after_saving, run_twice,
@@ -1143,6 +1198,13 @@ def test_an_export_says_the_same_as_the_server(workplace, with_images):
     harvest_export(place, path, "7")
     assert "\n".join(sqlite3.connect(place.db).iterdump()) == first
     assert D in harvest_export(place, path, "all")
+
+
+def test_an_export_with_a_photo_of_no_job_is_refused(workplace):
+    path = workplace.folder / "annotations.xml"
+    path.write_text(export_xml(workplace.cvat).replace('<image id="2"', '<image id="12"'))
+    with pytest.raises(SystemExit, match="image 12 .bridge/three.png., which is in none of its jobs"):
+        harvest_export(workplace, path, "all")
 
 
 def test_an_export_as_xml_alone(workplace):

@@ -171,6 +171,9 @@ class CvatServer:
         labels = self._task_labels(job.task_id)
         shapes: dict[int, list[Shape]] = {}
         annotations = self._json(f"/api/jobs/{job.id}/annotations")
+        now = self._json(f"/api/jobs/{job.id}")
+        if (now["state"], now.get("updated_date") or "") != (job.state, job.updated):
+            raise LeftOut("somebody changed it meanwhile; run this again")
         if annotations.get("tracks"):
             raise LeftOut("it holds tracks, as videos have them; draw shapes instead (Shape, not Track)")
         for shape in sorted(annotations["shapes"], key=lambda shape: shape["id"]):
@@ -390,6 +393,9 @@ class CvatExport:
             raise CvatError(f'{path} is a video\'s export; export a task of photos as "CVAT for images 1.1"')
         self._images = root.findall("image")
         self.name, self._jobs = self._read_meta(root, path)
+        for image in self._images:
+            if not any(_is_of_job(image, job) for job in self._jobs):
+                raise CvatError(f"{path} has an image {image.get('id')} ({image.get('name')}), which is in none of its jobs")
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of the export, by id; those not completed have state "unknown"."""
@@ -399,11 +405,10 @@ class CvatExport:
         """The job's frames with their shapes."""
         frames = []
         for image in self._images:
-            number, task = int(image.get("id")), int(image.get("task_id", job.task_id))
-            if task == job.task_id and job.first_frame <= number <= job.last_frame:
+            if _is_of_job(image, job):
                 shapes = tuple(shape for shape in map(_exported_shape, image) if shape)
                 name, width, height = image.get("name"), int(image.get("width")), int(image.get("height"))
-                frames.append(Frame(number, name, width, height, shapes))
+                frames.append(Frame(int(image.get("id")), name, width, height, shapes))
         return frames
 
     def events(self, job: Job) -> JobEvents:
@@ -449,6 +454,11 @@ class CvatExport:
         if missing:
             raise CvatError(f"--completed names job {missing[0]}, but {path} has {[job.id for job in jobs]}")
         return server, sorted(jobs, key=lambda job: job.id)
+
+
+def _is_of_job(image: ElementTree.Element, job: Job) -> bool:
+    number, task = int(image.get("id")), int(image.get("task_id", job.task_id))
+    return task == job.task_id and job.first_frame <= number <= job.last_frame
 
 
 def _exported_shape(element: ElementTree.Element) -> Shape | None:

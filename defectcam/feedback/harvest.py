@@ -557,7 +557,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=numbers, default=[], help="task ids: 7,8 (default: all the user may see)")
     parser.add_argument("--export", type=Path, help='instead of a server: an export as "CVAT for images 1.1"')
     parser.add_argument("--completed", help="with --export: ids of its completed jobs, or all; exports do not say")
-    parser.add_argument("--log", type=Path, help="the function's ADVCAM_LOG_DIR")
+    parser.add_argument(
+        "--log", type=Path, action="append", default=[], help="the function's ADVCAM_LOG_DIR; may be given several times"
+    )
     parser.add_argument("--snapshot", action="store_true", help="only keep the proposals of jobs not completed")
     parser.add_argument("--db", default=DATABASE, help="SQLite file or SQLAlchemy URL (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="also write all tables as CSV to this folder")
@@ -568,15 +570,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--snapshot needs the server: an export is a snapshot of nothing that can be told later")
     if not args.export and not (args.url and args.token):
         parser.error("give --url and --token (or ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN), or --export")
-    if args.log and not args.log.is_dir():
-        parser.error(f"--log {args.log} is no folder; give what the function has as ADVCAM_LOG_DIR")
+    for folder in args.log:
+        if not folder.is_dir():
+            parser.error(f"--log {folder} is no folder; give what the function has as ADVCAM_LOG_DIR")
     try:
         if args.export:
             source = CvatExport(args.export, None if args.completed == "all" else numbers(args.completed))
         else:
             source = CvatServer(args.url, args.token, args.tasks)
         engine = open_store(args.db)
-        harvest = Harvest(source, engine, LoggedProposals(read_proposal_log(args.log) if args.log else ()))
+        log = LoggedProposals(record for folder in args.log for record in read_proposal_log(folder))
+        harvest = Harvest(source, engine, log)
         if args.snapshot:
             print(f"{harvest.snapshot()} new snapshots in {args.db}")
         else:

@@ -204,18 +204,19 @@ def _links_by_name(placed, shapes, regions) -> tuple[set[tuple[int, int]], set[i
             links |= {(p, s) for s in bearers[:1]}
             continue
         bearers = [s for s in bearers if common_px(one.region, regions[shapes[s].key])]
-        bearers.sort(key=lambda s: -region_iou(one.region, regions[shapes[s].key]))
-        taken: list[Component] = []
+        # Of equal outlines the one that kept its label is the original, the other a copy that was relabelled.
+        bearers.sort(key=lambda s: (-region_iou(one.region, regions[shapes[s].key]), shapes[s].label != one.proposal.label))
+        taken: list[tuple[str, Component]] = []
         for s in bearers:
-            region = regions[shapes[s].key]
-            if any(region_iou(region, other) >= SAME_IOU for other in taken):
+            label, region = shapes[s].label, regions[shapes[s].key]
+            if any(label == own and region_iou(region, other) >= SAME_IOU for own, other in taken):
                 twice.add(s)
                 continue
             is_part = common_px(region, one.region) >= INSIDE_SHARE * region.area_px
-            is_apart = all(common_px(region, other) < INSIDE_SHARE * region.area_px for other in taken)
+            is_apart = all(common_px(region, other) < INSIDE_SHARE * region.area_px for _, other in taken)
             if not taken or is_part and is_apart:  # the parts of a sliced shape; anything else is a copy
                 links.add((p, s))
-                taken.append(region)
+                taken.append((label, region))
     return links, twice
 
 

@@ -126,7 +126,7 @@ def edited_share(before: Component, after: Component) -> float:
     near = np.ones((2 * SAME_OUTLINE_PX + 1,) * 2, np.uint8)
     far = np.count_nonzero(old & ~(cv2.dilate(new.astype(np.uint8), near) > 0))
     far += np.count_nonzero(new & ~(cv2.dilate(old.astype(np.uint8), near) > 0))
-    return far / (np.count_nonzero(old) + np.count_nonzero(new))
+    return float(far / (np.count_nonzero(old) + np.count_nonzero(new)))  # databases take no numpy numbers
 
 
 def saved_share(before: Component, after: Component, defect: str, width: int, height: int) -> float:
