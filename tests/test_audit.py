@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from defectcam.feedback import audit
+from defectcam.feedback.cvat import CvatExport
+from defectcam.feedback.labels import PhotoFolder
 from tests.conftest import ROOT
 
 SIDE = 448
@@ -115,6 +117,23 @@ def test_an_export_of_cvat_is_audited_as_well(campaign, audited, tmp_path):
     wanted = [(row["kind"], row["stem"]) for row in audited[1] if row["kind"] == "missing"]
     assert [(row["kind"], row["stem"]) for row in rows if row["kind"] == "missing"] == wanted
     assert {row["set"] for row in rows} == {"pier"}
+
+
+def test_photos_of_overlapping_jobs_are_audited_once(campaign, tmp_path):
+    folder, _ = campaign
+    segments = "".join(
+        f"<segment><id>{job}</id><start>{start}</start><stop>1</stop><url>http://c/api/jobs/{job}</url></segment>"
+        for job, start in ((1, 0), (2, 1))
+    )
+    images = "".join(
+        f'<image id="{n}" name="{stem}.png" width="{SIDE}" height="{SIDE}"/>' for n, stem in enumerate(("empty", "wrong"))
+    )
+    (tmp_path / "annotations.xml").write_text(
+        "<annotations><meta><task><id>1</id><labels><label><name>crack</name><type>polygon</type></label></labels>"
+        f"<segments>{segments}</segments></task></meta>{images}</annotations>"
+    )
+    export = CvatExport(tmp_path / "annotations.xml", None)
+    assert [photo.stem for photo in audit.photos_of_export(export, PhotoFolder(folder), "crack")] == ["empty", "wrong"]
 
 
 def test_errors(campaign, tmp_path, capsys):

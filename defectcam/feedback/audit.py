@@ -95,11 +95,15 @@ def photos_of_sets(data: Path, sets: Sequence[str], splits: Sequence[str], defec
 
 
 def photos_of_export(export: CvatExport, photos: PhotoFolder, defect: str) -> Iterator[OldPhoto]:
-    """The photos of an export whose labels include the defect."""
+    """The photos of an export whose labels include the defect, each once, also where jobs overlap."""
+    seen = set()
     for job in export.jobs():
         if defect not in job.labels:
             continue
         for frame in export.frames(job):
+            if (job.task_id, frame.number) in seen:
+                continue
+            seen.add((job.task_id, frame.number))
             regions = [
                 region_of(shape.kind, shape.points, frame.width, frame.height, shape.rotation)
                 for shape in frame.shapes
