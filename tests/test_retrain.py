@@ -282,6 +282,21 @@ def test_a_later_harvest_replaces_what_an_earlier_one_said():
     assert merged_clicks(old, new) == [*old[1:], *new]
 
 
+def test_interactions_that_are_gone_are_learnt_from_no_more(tmp_path):
+    by_hand, elsewhere = Click("a", 1, 1, "rust", "", "wall/a"), Click("c", 1, 1, "rust", "", "wall/c", 1.0, "three")
+    gone = Click("a", 9, 9, "rust", "", "wall/a", 1.0, "two")
+    (tmp_path / "wall").mkdir()
+    (tmp_path / "wall" / "a.png").touch()
+    harvested = retrain.harvested_groups(tmp_path)
+    assert harvested == {"wall/a"} and merged_clicks([by_hand, gone, elsewhere], [], harvested) == [by_hand, elsewhere]
+
+
+def test_without_new_feedback_there_is_nothing_to_learn(data_dir, running, new, tmp_path):
+    with pytest.raises(SystemExit, match="nothing to learn: no new clicks"):
+        retrain.main(arguments(data_dir, running, new, tmp_path / "three", "--old-clicks", new / "clicks"))
+    assert not (tmp_path / "three").exists()
+
+
 def test_the_verdict_counts_misses_and_false_proposals():
     truth = np.zeros((50, 60), bool)
     truth[10:30, 10:40] = True

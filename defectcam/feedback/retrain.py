@@ -35,7 +35,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Plan:
         sets, none_sets: whose train photos are learnt from, with the defect and without it.
         val_sets, healthy_sets: whose val photos judge, with the defect and without it.
         clicks: old and new ones of people.
-        new: how many of them are new.
+        new: how many of them are not among the old ones.
         on_val: how many clicks were left out, since they are on val photos.
     """
 
@@ -115,10 +115,20 @@ class Judged:
     candidate: np.ndarray
 
 
-def merged_clicks(old: Sequence[Click], new: Sequence[Click]) -> list[Click]:
-    """Old clicks, then new ones. What a later harvest says of an interaction replaces what an earlier one said."""
+def merged_clicks(old: Sequence[Click], new: Sequence[Click], harvested: Set[str] = frozenset()) -> list[Click]:
+    """Old clicks, then new ones. What a later harvest says of an interaction replaces what an earlier one said.
+
+    Args:
+        harvested: photo groups of the later harvest: interactions on them that it does not know are gone.
+    """
     known = {click.interaction for click in new} - {""}
-    return [click for click in old if click.interaction not in known] + list(new)
+    kept = [click for click in old if click.interaction not in known]
+    return [click for click in kept if not (click.interaction and click.photo_group in harvested)] + list(new)
+
+
+def harvested_groups(folder: Path) -> set[str]:
+    """The photo groups of which weak-labels wrote a mask to a folder of masks of one defect."""
+    return {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.png")}
 
 
 def clicks_of(folder: Path | None, defect: str) -> list[Click]:
@@ -188,9 +198,10 @@ def make_plans(args: argparse.Namespace, facts: dict[str, DefectWeights]) -> lis
     for defect, own in sets.items():
         new, old = clicks_of(new_dir, defect), clicks_of(args.old_clicks, defect)
         digests = {image: sha256_of(Path(image)) for image in {click.image for click in [*old, *new]}}
-        kept = [click for click in merged_clicks(old, new) if digests[click.image] not in val]
-        count = sum(digests[click.image] not in val for click in new)
-        on_val = len(merged_clicks(old, new)) - len(kept)
+        merged = merged_clicks(old, new, harvested_groups(args.new / "masks" / defect))
+        kept = [click for click in merged if digests[click.image] not in val]
+        count = sum(click not in old for click in kept)
+        on_val = len(merged) - len(kept)
         say(f"{defect}: {len(kept)} clicks, {count} of them new; left out, being on val photos: {on_val}")
         if count:
             plans.append(Plan(defect, facts[defect], **own, clicks=kept, new=count, on_val=on_val))
@@ -476,7 +487,10 @@ def retrain(args: argparse.Namespace) -> bool:
             say(f"{path} is left aside: {args.weights} has no {path.stem} weights to start from; use defectcam train")
     plans = make_plans(args, running_facts)
     if not plans:
-        raise ValueError(f"nothing to learn: no new clicks in {args.new / 'clicks'} for {args.defects or list(running_facts)}")
+        raise ValueError(
+            f"nothing to learn: no new clicks in {args.new / 'clicks'} for {args.defects or list(running_facts)}; harvest "
+            "completed jobs and write their weak labels first"
+        )
     parent = {"version": running_version, "manifest_sha256": sha256_of(args.weights / "manifest.json")}
     facts = {
         "parent": parent,
