@@ -60,6 +60,7 @@ CLIMB_PHOTOS = 8  # for xi and lambda, which cost a climb each
 WORTH_A_LOOK = 0.5  # of what the best way serves: with less no threshold makes up for it
 FINALISTS = 4  # choices that fit best, of which is seen what they save: that takes a hundred times as long
 TRIAL_PHOTOS = 8  # for T, which is slow
+CHANCE = 0.01  # what figures of so few photos differ by for no reason
 HEALTHY_SHARE = 0.9
 FALSE_PER_PHOTO = 1.5
 MIN_AREA_PX = {"crack": 60}
@@ -213,8 +214,7 @@ class Calibration:
             _, choice, found = self.best(photos, [Choice(2, theta, 3, None) for theta in THETAS], cam_max)
             fits[climb] = found["fit"]
             say(f"xi {climb.xi}, lambda {climb.penalty_weight}: fit {fits[climb]:.3f} at theta {choice.cam_threshold}")
-        # The reference's values unless others are better by more than chance on so few photos.
-        return max(CLIMBS, key=lambda climb: fits[climb] + 0.01 * (climb == REFERENCE_CLIMB))
+        return max(CLIMBS, key=lambda climb: fits[climb] + CHANCE * (climb == REFERENCE_CLIMB))
 
     def choose_way(
         self, photos: Sequence[SurveyedPhoto], cam_max: dict[int, float]
@@ -253,7 +253,7 @@ class Calibration:
             merit, choice, found = self.best(photos, self.choices(way, steps), cam_max)
             report[steps] = found | {"cam_threshold": choice.cam_threshold}
             say(f"T {steps}: {report[steps]} {choice.snap}")
-            if merit > best[0] + 0.002:  # a further step must be worth its time
+            if merit > best[0] + CHANCE:  # a further step must be worth its time
                 best = merit, steps
         return best[1], report
 
