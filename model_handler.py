@@ -353,7 +353,7 @@ class ModelHandler:
     ) -> list[tuple[Component, float]]:
         """Components of one defect with their confidence (0..1), those below the threshold left out."""
         effective = self.effective(defect, settings)
-        fact, bias = self.weights.facts[defect], float(self.weights.networks[defect].head.bias[0])
+        fact, bias = self.weights.facts[defect], self.weights.networks[defect].head.bias.item()
         working_image = at_working_scale(image_rgb, fact.working_scale)
         maps = self.maps(working_image, defect, effective, deadline)
         outline_logits = self.outline_logits(working_image, defect, deadline)

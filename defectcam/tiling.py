@@ -228,7 +228,7 @@ def climbed_maps(
         return result
     most = max(AUTO_MAX_STEPS if steps == "auto" else steps for steps in climbing)
     tiles = tile_grid(*score_map.shape, network.halo_px, network.stride_px, core_px)
-    bias = float(network.head.bias[0])
+    bias = network.head.bias.item()
     tiles = tiles_to_climb(tiles, score_sums(score_map), bias, window_px, gate)
     certain = max(1 if steps == "auto" else steps for steps in climbing)
     _check_time(deadline, seconds_per_px * outer_px(tiles) * (1 + certain * (1 + GRADIENT_COST)))
