@@ -37,8 +37,9 @@ install: .venv/installed
 demo: install
 	@$(VENV)/python -m defectcam demo "$(IMAGE)" $(if $(ITERATIONS),--iterations $(ITERATIONS))
 
+# One thread each: two processes with a thread for every core would wait for one another.
 test: install
-	$(VENV)/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist loadfile
 
 serve: install
 	$(VENV)/python -m defectcam serve --port $(PORT)
