@@ -31,7 +31,7 @@ for line in sys.stdin:
 
 def answers(limit_file, *bodies):
     """What the function answers, one after another, in a container with this limit."""
-    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_MAX_MEGAPIXELS": "178", "ADVCAM_TIME_LIMIT": "80000"}
+    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_MAX_MEGAPIXELS": "178", "ADVCAM_TIME_LIMIT": "600"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(limit_file)],
         input="\n".join(map(json.dumps, bodies)),
@@ -50,7 +50,7 @@ def flat_photo(side: int) -> dict:
 
 
 def test_a_photo_too_large_for_the_container_costs_itself_alone(tmp_path):
-    (tmp_path / "memory.max").write_text(f"{1500 << 20}\n")
+    (tmp_path / "memory.max").write_text(f"{1100 << 20}\n")
     done, (first, large, last) = answers(tmp_path / "memory.max", flat_photo(64), flat_photo(13_000), flat_photo(64))
     assert done.returncode == 0 and first == last == []
     assert large[0]["label"] == "unprocessed" and "memory" in large[0]["attributes"][0]["value"]
