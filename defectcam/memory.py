@@ -16,7 +16,7 @@ MARGIN_BYTES = 400 << 20  # for libraries' code, which must stay in memory, and 
 def limit_memory() -> None:
     """Let this process allocate what is left of its container and of the machine, less a margin.
 
-    Does nothing where somebody has set a limit already, and on other systems than Linux.
+    A lower limit that somebody has set already stays. Does nothing on other systems than Linux.
 
     Raises:
         MemoryError: less than the margin is left.
@@ -25,9 +25,6 @@ def limit_memory() -> None:
         return
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)  # what libraries map of their files is not counted
-    if soft != resource.RLIM_INFINITY:
-        return
     used, machine = _bytes_of("/proc/self/status"), _bytes_of("/proc/meminfo")
     left = max(machine["MemAvailable"], machine["MemTotal"] // 2)  # who is busy at this start may not be for ever
     for path in CGROUP_LIMITS:
@@ -39,8 +36,9 @@ def limit_memory() -> None:
             f"{left / 1e6:.0f} MB of memory are left beside the weights, at least {MARGIN_BYTES / 1e6:.0f} are needed: "
             "give the container more, the README says how much"
         )
-    limit = used["VmData"] + left - MARGIN_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)  # what libraries map of their files is not counted
+    limits = [used["VmData"] + left - MARGIN_BYTES, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
 def _bytes_of(path: str) -> dict[str, int]:

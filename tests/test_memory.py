@@ -12,15 +12,17 @@ from PIL import Image
 
 from tests.conftest import ROOT
 
+resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these limits")
 
 CHILD = """
-import logging, sys
+import logging, resource, sys
 from pathlib import Path
 import nuclio_sdk
 import main
 from defectcam import memory
 
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[2]), resource.RLIM_INFINITY))
 memory.CGROUP_LIMITS = (Path(sys.argv[1]), Path("/nowhere"))
 context = nuclio_sdk.Context(nuclio_sdk.Logger(logging.ERROR))
 main.init_context(context)
@@ -29,11 +31,12 @@ for line in sys.stdin:
 """
 
 
-def answers(limit_file, *bodies):
-    """What the function answers, one after another, in a container with this limit."""
+def answers(container_bytes, process_bytes, *bodies, folder):
+    """What the function answers, one after another, in such a container and with such a limit from who starts it."""
+    (folder / "memory.max").write_text(f"{container_bytes}\n")
     environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_MAX_MEGAPIXELS": "178", "ADVCAM_TIME_LIMIT": "600"}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(limit_file)],
+        [sys.executable, "-c", CHILD, str(folder / "memory.max"), str(process_bytes)],
         input="\n".join(map(json.dumps, bodies)),
         capture_output=True,
         text=True,
@@ -49,14 +52,18 @@ def flat_photo(side: int) -> dict:
     return {"image": base64.b64encode(out.getvalue()).decode(), "iterations": 1}
 
 
-def test_a_photo_too_large_for_the_container_costs_itself_alone(tmp_path):
-    (tmp_path / "memory.max").write_text(f"{1100 << 20}\n")
-    done, (first, large, last) = answers(tmp_path / "memory.max", flat_photo(64), flat_photo(13_000), flat_photo(64))
+@pytest.mark.parametrize(
+    ("container_bytes", "process_bytes"),
+    [(1100 << 20, resource.RLIM_INFINITY), (1100 << 20, 64 << 30), (64 << 30, 1500 << 20)],
+)
+def test_a_photo_too_large_for_its_limits_costs_itself_alone(tmp_path, container_bytes, process_bytes):
+    photos = [flat_photo(side) for side in (64, 13_000, 64)]
+    done, (first, large, last) = answers(container_bytes, process_bytes, *photos, folder=tmp_path)
     assert done.returncode == 0 and first == last == []
     assert large[0]["label"] == "unprocessed" and "memory" in large[0]["attributes"][0]["value"]
 
 
-def test_a_container_with_too_little_memory_does_not_start(tmp_path):
-    (tmp_path / "memory.max").write_text(f"{500 << 20}\n")
-    done, _ = answers(tmp_path / "memory.max")
+@pytest.mark.parametrize("process_bytes", [resource.RLIM_INFINITY, 64 << 30])
+def test_a_container_with_too_little_memory_does_not_start(tmp_path, process_bytes):
+    done, _ = answers(500 << 20, process_bytes, folder=tmp_path)
     assert done.returncode == 1 and "give the container more" in done.stderr
