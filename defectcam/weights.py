@@ -123,8 +123,11 @@ def load_weights(folder: Path, device: str) -> Weights:
     return Weights(version, facts, networks, outlines)
 
 
-def read_manifest(folder: Path) -> tuple[str, dict[str, DefectWeights]]:
+def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[str, DefectWeights]]:
     """Version and facts of a weights folder.
+
+    Args:
+        but_for: a defect whose entry is not looked at, since it is about to be replaced.
 
     Raises:
         WeightsError: naming manifest, defect and field.
@@ -141,6 +144,8 @@ def read_manifest(folder: Path) -> tuple[str, dict[str, DefectWeights]]:
         raise WeightsError(f"{path} is not a manifest of weights: {error}") from error
     facts = {}
     for defect, entry in defects.items():
+        if defect == but_for:
+            continue
         try:
             entry = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
             facts[defect] = DefectWeights(**entry)

@@ -20,7 +20,7 @@ from defectcam.training import train
 from defectcam.training.calibrate import calibrate
 from defectcam.training.clicks import Click, read_clicks, write_clicks
 from defectcam.training.crops import CropDataset, read_photo_rgb
-from defectcam.weights import load_weights, read_manifest, write_manifest
+from defectcam.weights import WeightsError, load_weights, read_manifest, write_manifest
 from tests.conftest import ROOT
 
 TRAIN, VAL = slice(0, 3), slice(3, None)
@@ -76,6 +76,14 @@ def network_that_sees_dark(data_dir):
     return network
 
 
+def calibration(data_dir, classifier, out):
+    """What `defectcam calibrate` is asked for."""
+    return argparse.Namespace(
+        defect="spalling", classifier=classifier, outline=None, data=data_dir, sets=["walls"],
+        healthy_sets=["plain"], photos=None, way="cam", choose_climb=False, version="one", out=out,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def running(data_dir, tmp_path_factory):
     """Weights for spalling, calibrated on that set, and for rust, which nobody clicks on."""
@@ -84,13 +92,8 @@ def running(data_dir, tmp_path_factory):
     save_file(network_that_sees_dark(data_dir).state_dict(), folder / "run" / "best.safetensors")
     record = {"decoder": [8, 8, 8], "downsamplings": 2, "crop_px": 16, "working_scale": 0.5, "batch": 4}
     (folder / "run" / "record.json").write_text(json.dumps(record))  # of an older kind: it does not tell its sets
-    calibrate(
-        argparse.Namespace(
-            defect="spalling", classifier=folder / "run", outline=None, data=data_dir, sets=["walls"],
-            healthy_sets=["plain"], photos=None, way="cam", choose_climb=False, version="one", out=folder / "weights",
-        )  # fmt: skip
-    )
     weights = folder / "weights"
+    calibrate(calibration(data_dir, folder / "run", weights))
     (entry,) = json.loads((weights / "manifest.json").read_text())["defects"].values()
     entry["training"]["outline"] = {"arm": "outlines", "crop_px": 32, "batch": 2}  # there was a network once
     shutil.copyfile(weights / "spalling.safetensors", weights / "rust.safetensors")
@@ -114,6 +117,32 @@ def new(data_dir, tmp_path_factory):
     (folder / "masks" / "spalling" / "plain").mkdir()
     cv2.imwrite(str(folder / "masks" / "spalling" / "plain" / "plain0.png"), np.zeros((96, 128), np.uint8))
     return folder
+
+
+def test_weights_of_an_earlier_version_are_calibrated_again_beside_sound_ones_alone(data_dir, running, tmp_path):
+    weights = shutil.copytree(running, tmp_path / "weights")
+    classifier = tmp_path / "run"
+    classifier.mkdir()
+    shutil.copyfile(weights / "spalling.safetensors", classifier / "best.safetensors")
+    record = {"decoder": [8, 8, 8], "downsamplings": 2, "crop_px": 16, "working_scale": 0.5}
+    (classifier / "record.json").write_text(json.dumps(record))
+
+    def spoil(defect):
+        manifest = json.loads((weights / "manifest.json").read_text())
+        manifest["defects"][defect]["confidence_weights"].pop()
+        (weights / "manifest.json").write_text(json.dumps(manifest))
+
+    spoil("spalling")
+    with pytest.raises(WeightsError, match="'spalling'"):
+        read_manifest(weights)
+    calibrate(calibration(data_dir, classifier, weights))
+    assert load_weights(weights, "cpu").facts.keys() == {"spalling", "rust"}
+
+    spoil("rust")
+    before = contents(weights)
+    with pytest.raises(WeightsError, match="'rust': confidence_weights must have 5 numbers"):
+        calibrate(calibration(data_dir, classifier, weights))
+    assert contents(weights) == before
 
 
 def arguments(data_dir, running, new, out, *more):

@@ -356,7 +356,13 @@ def least_confidence(peaks: Sequence[float], misses: Sequence[float], photos: in
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    """Choose everything on val and write weights and manifest."""
+    """Choose everything on val and write weights and manifest.
+
+    Raises:
+        WeightsError: for a manifest in `--out` whose other defects nobody could work with; before any work.
+    """
+    if (args.out / "manifest.json").exists():
+        read_manifest(args.out, but_for=args.defect)  # never build on a manifest that is broken
     work = Calibration(args)
     climb = work.choose_climb() if args.choose_climb else REFERENCE_CLIMB
     some = work.surveyed(spread(work.labelled, TRIAL_PHOTOS), STEPS, climb, 0.0, outline=True)
@@ -441,7 +447,6 @@ def write(
     }
     defects = {}
     if (args.out / "manifest.json").exists():
-        read_manifest(args.out)  # never build on a manifest that is broken
         defects = json.loads((args.out / "manifest.json").read_text())["defects"]
     write_manifest(args.out, args.version, defects | {work.defect: entry})
     print(f"written: {path} and {args.out / 'manifest.json'}")
