@@ -98,7 +98,7 @@ class DefectNet(nn.Module):
         return self.logit(self.score_map(images))
 
 
-def fold_batchnorm(network: DefectNet) -> DefectNet:
+def fold_batchnorm(network: nn.Module) -> nn.Module:
     """The same function with every BatchNorm inside the convolution before it; for use, not for training.
 
     A tenth less time and half the memory of a climb, since nothing is kept for the BatchNorms' gradients.
@@ -116,5 +116,5 @@ def fold_batchnorm(network: DefectNet) -> DefectNet:
         for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, nn.Identity())
+                setattr(module, norm_name, getattr(norm, "act", nn.Identity()))  # timm's do two steps in one
     return network

@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
+from torch import nn
 
 from defectcam.climb import ClimbParameters
 from defectcam.network import DefectNet, fold_batchnorm
+from defectcam.outline_network import OutlineNet
 from defectcam.snap import NETWORK_METHODS, check_parameters
 
 
 OUTLINE_PREFIX = "outline."
+OUTLINE_ENCODERS = ("resnet34", "efficientnet-lite0")
 
 
 class WeightsError(RuntimeError):
@@ -35,7 +38,8 @@ class DefectWeights:
 
     Attributes:
         file, sha256: the safetensors file beside the manifest and its checksum.
-        decoder_channels, downsamplings, mean_rgb, std_rgb: the network, see `DefectNet`.
+        decoder_channels, downsamplings, mean_rgb, std_rgb: the classifier, see `DefectNet`.
+        outline_encoder: of the outline network: "resnet34", the classifier's U-Net, or "efficientnet-lite0".
         working_scale: the networks see the photo resized by it; every px below but tolerance_px is of that size.
         window_px: side of the window whose probability gates and gives confidences.
         gate: window probability from which a tile is climbed, 0..1.
@@ -74,6 +78,7 @@ class DefectWeights:
     tolerance_px: float
     hole_share: float
     training: dict
+    outline_encoder: str = "resnet34"  # manifests of before there was a choice do not name it
 
     @property
     def has_outline_network(self) -> bool:
@@ -88,6 +93,10 @@ class DefectWeights:
         """An untrained network of this architecture."""
         return DefectNet(self.decoder_channels, self.downsamplings, None, self.mean_rgb, self.std_rgb)
 
+    def build_outline_network(self) -> DefectNet | OutlineNet:
+        """The same for the outline network."""
+        return OutlineNet() if self.outline_encoder == "efficientnet-lite0" else self.build_network()
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -99,7 +108,7 @@ class Weights:
     version: str
     facts: dict[str, DefectWeights]
     networks: dict[str, DefectNet]
-    outlines: dict[str, DefectNet]
+    outlines: dict[str, DefectNet | OutlineNet]
 
 
 def load_weights(folder: Path, device: str) -> Weights:
@@ -113,7 +122,7 @@ def load_weights(folder: Path, device: str) -> Weights:
     for defect, fact in facts.items():
         parts = {"": fact.build_network()}
         if fact.has_outline_network:
-            parts[OUTLINE_PREFIX] = fact.build_network()
+            parts[OUTLINE_PREFIX] = fact.build_outline_network()
         _load_verified(parts, folder / fact.file, fact.sha256)
         for network in parts.values():
             fold_batchnorm(network.requires_grad_(False).eval()).to(device, memory_format=torch.channels_last)
@@ -191,6 +200,8 @@ def _check_facts(fact: DefectWeights) -> None:
     for name in ("decoder_channels", "mean_rgb", "std_rgb", "confidence_weights", "cam_max"):
         if not isinstance(getattr(fact, name), tuple):
             raise ValueError(f"{name} must be a list, not {getattr(fact, name)!r}")
+    if fact.outline_encoder not in OUTLINE_ENCODERS:
+        raise ValueError(f"outline_encoder must be one of {', '.join(OUTLINE_ENCODERS)}, not {fact.outline_encoder!r}")
     for name, optional in (("training", False), ("snap", True)):
         value = getattr(fact, name)
         if not isinstance(value, dict) and not (optional and value is None):
@@ -227,7 +238,7 @@ def _check_facts(fact: DefectWeights) -> None:
         check_parameters(fact.snap)
 
 
-def _load_verified(parts: dict[str, DefectNet], path: Path, sha256: str) -> None:
+def _load_verified(parts: dict[str, nn.Module], path: Path, sha256: str) -> None:
     """Fill networks from one file; their tensors' names start with the networks' keys."""
     remedy = "take the weights folder as it was published, or deploy another version"
     try:

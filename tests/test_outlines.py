@@ -10,10 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from defectcam.evaluation.measures import iou
 from defectcam.evaluation.survey import LabelledPhoto, figures
-from defectcam.training import train
+from defectcam.network import DefectNet
+from defectcam.outline_network import OutlineNet
+from defectcam.training import outline, train
 from defectcam.training.calibrate import Choice, least_confidence, spread
 from defectcam.training.outline import (
     UNKNOWN,
@@ -186,7 +189,9 @@ def trained(data_dir, tmp_path_factory):
     masks = ["--data", data_dir, "--sets", "walls", "--way", "grabcut", "--out", out / "pseudo"]
     run("pseudo-masks", "--weights", out / "plain", "--defect", "spalling", *masks)
     run("train-outline", "--arm", "clicks", "--masks", out / "pseudo", *COMMON, *data, *start, "--out", out / "clicks")
-    for arm in ("outline", "clicks"):
+    other = ["--encoder", "efficientnet-lite0", "--encoder-weights", "imagenet", *start[2:]]
+    run("train-outline", "--arm", "outlines", *COMMON, *data, *other, "--out", out / "lite")
+    for arm in ("outline", "clicks", "lite"):
         run("calibrate", "--defect", "spalling", *choose, "--outline", out / arm, "--way", "network",
             "--version", arm, "--out", out / f"weights-{arm}")  # fmt: skip
     return out
@@ -232,6 +237,27 @@ def test_calibrated_weights_load_and_say_how_they_were_made(trained):
     plain = load_weights(trained / "plain", "cpu").facts["spalling"]
     assert set(plain.training["outlines_tried"]) == {"cam", "superpixels", "grabcut"}
     assert plain.snap is None or plain.snap["method"] in ("superpixels", "grabcut")
+
+
+def test_an_outline_network_with_another_encoder_ships_beside_the_same_classifier(trained, data_dir, tmp_path):
+    shared, lite = (load_weights(trained / f"weights-{arm}", "cpu") for arm in ("outline", "lite"))
+    assert type(shared.outlines["spalling"]) is DefectNet and shared.facts["spalling"].outline_encoder == "resnet34"
+    assert type(lite.outlines["spalling"]) is OutlineNet and type(lite.networks["spalling"]) is DefectNet
+    entry = json.loads((trained / "weights-lite" / "manifest.json").read_text())["defects"]["spalling"]
+    assert entry["outline_encoder"] == "efficientnet-lite0" == entry["training"]["outline"]["encoder"]
+    assert entry["training"]["outline"]["best_val"] > 0.6
+    assert entry["training"]["val"]["walls"]["iou"] > 0.5
+
+    def start(init, out):
+        given = ["--data", data_dir, "--sets", "walls", "--init", init, "--out", out]
+        more = ["--arm", "outlines", "--encoder", "efficientnet-lite0", "--crop-px", "32", "--batch", "2", "--steps", "1"]
+        return outline.parse_args([*COMMON, *more, *map(str, given)])
+
+    deployed = trained / "weights-lite" / "spalling.safetensors"
+    found, wanted = outline.outline_network_from(start(deployed, tmp_path)), load_file(trained / "lite" / "best.safetensors")
+    assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+    with pytest.raises(SystemExit, match="best.safetensors holds no outline network with encoder efficientnet-lite0"):
+        outline.outline_network_from(start(trained / "classifier" / "best.safetensors", tmp_path))
 
 
 def test_the_table_has_a_row_per_set_method_and_number_of_steps(trained, data_dir, tmp_path):

@@ -129,6 +129,7 @@ def test_spoilt_files_stop_the_start_and_are_named(folder, spoil, reason):
         ({"snap": "dark_ridges"}, "snap must be an object or null, not 'dark_ridges'"),
         ({"confidence_weights": [1.0, 2, 3, 4]}, "confidence_weights must have 5 .* calibrated again"),
         ({"tolerance_px": 0.5}, "tolerance_px must be a number in 1..20, not 0.5"),
+        ({"outline_encoder": "vgg"}, "outline_encoder must be one of resnet34, efficientnet-lite0, not 'vgg'"),
         ({"snap": {}}, "snap method must be one of"),
         ({"iterations": 2.5}, "iterations must be an integer in 0..50, not 2.5"),
         ({"file": "../crack.safetensors"}, "file must be a name without folders"),

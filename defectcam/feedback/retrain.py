@@ -289,7 +289,8 @@ def outline_folder(args: argparse.Namespace, plan: Plan, work: Path, classifier:
             init = classifier / "best.safetensors"
         sets = record.get("sets", plan.val_sets) if not args.sets else args.sets
         options = training_options(args, plan, sets, init, work / "outline")
-        own = ["--arm=outlines", f"--crop-px={record.get('crop_px', 96)}", f"--batch={record.get('batch', 8)}"]
+        options += ["--arm=outlines", f"--encoder={plan.fact.outline_encoder}"]
+        own = [f"--crop-px={record.get('crop_px', 96)}", f"--batch={record.get('batch', 8)}"]
         run = outline.parse_args(options + own)
         photos = finished_outlines(args, plan)
         if record.get("arm") == "outlines":  # else the sets' own masks have never trained these weights

@@ -45,11 +45,12 @@ from defectcam.climb import ClimbParameters
 from defectcam.evaluation.measures import f1_2px, iou, saved_per_component
 from defectcam.evaluation.survey import LabelledPhoto, SurveyedPhoto, figures, labelled_photos, survey
 from defectcam.network import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, DefectNet
+from defectcam.outline_network import OutlineNet
 from defectcam.postprocess import binarise
 from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.snap import NETWORK_METHODS, snap
 from defectcam.training.train import names
-from defectcam.weights import OUTLINE_PREFIX, read_manifest, write_manifest
+from defectcam.weights import OUTLINE_ENCODERS, OUTLINE_PREFIX, read_manifest, write_manifest
 
 GATE = 0.5
 STEPS = (0, 1, 2, 4)
@@ -152,6 +153,7 @@ class Calibration:
         self.args, self.defect = args, args.defect
         self.record = json.loads((args.classifier / "record.json").read_text())
         self.network = self._load(args.classifier)
+        self.outline_record = json.loads((args.outline / "record.json").read_text()) if args.outline else None
         self.outline = self._load(args.outline) if args.outline else None
         self.window_px, self.working_scale = self.record["crop_px"], self.record["working_scale"]
         self.min_area_px = MIN_AREA_PX.get(self.defect, OTHER_MIN_AREA_PX)
@@ -165,8 +167,14 @@ class Calibration:
                 f"{len(self.healthy)}: name other --sets or --healthy-sets"
             )
 
-    def _load(self, folder: Path) -> DefectNet:
+    @property
+    def outline_encoder(self) -> str:
+        return (self.outline_record or {}).get("encoder", OUTLINE_ENCODERS[0])
+
+    def _load(self, folder: Path) -> DefectNet | OutlineNet:
         network = DefectNet(tuple(self.record["decoder"]), self.record["downsamplings"])
+        if folder == self.args.outline and self.outline_encoder != OUTLINE_ENCODERS[0]:
+            network = OutlineNet()
         network.load_state_dict(load_file(folder / "best.safetensors"))
         return network.requires_grad_(False).eval()
 
@@ -395,7 +403,7 @@ def calibrate(args: argparse.Namespace) -> None:
         "sets": args.sets,
         "healthy_sets": args.healthy_sets,
         "classifier": work.record,
-        "outline": json.loads((args.outline / "record.json").read_text()) if args.outline else None,
+        "outline": work.outline_record,
         "outlines_tried": way_report,
         "steps_tried": step_report,
         "val": val,
@@ -425,6 +433,7 @@ def write(
         "file": path.name,
         "decoder_channels": work.record["decoder"],
         "downsamplings": work.record["downsamplings"],
+        "outline_encoder": work.outline_encoder if OUTLINE_PREFIX in parts else OUTLINE_ENCODERS[0],
         "mean_rgb": list(IMAGENET_MEAN_RGB),
         "std_rgb": list(IMAGENET_STD_RGB),
         "working_scale": work.working_scale,

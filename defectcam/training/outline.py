@@ -1,8 +1,9 @@
-"""Train the outline network: the same U-Net as the classifier, read per pixel (paper, conclusion; beyond it).
+"""Train the outline network, which is read per pixel (paper, conclusion; beyond it).
 
 Where a defect is and how far it reaches, the climbed map of the classifier says, which is trained by clicks alone.
-Where exactly its edge runs, this network says. It starts from the classifier's weights and learns from masks, in
-one of two arms that every table names (of a weights file that holds an outline network it starts from that):
+Where exactly its edge runs, this network says. With `--encoder resnet34` it is the classifier's U-Net and starts from
+its weights (of a weights file that holds an outline network from that), with `--encoder efficientnet-lite0` that of
+`defectcam.outline_network`. It learns from masks, in one of two arms that every table names:
 
 clicks      masks are the classifier's own snapped proposals (`defectcam pseudo-masks`): nothing but clicks.
 outlines    masks are finished outlines: those of the data sets, or the shapes of completed CVAT jobs.
@@ -10,12 +11,15 @@ outlines    masks are finished outlines: those of the data sets, or the shapes o
 Example:
     defectcam train-outline --arm outlines --defect crack --data ../shared/data --sets deepcrack,uav75 \\
         --init weights/crack.safetensors --lr 1e-3 --steps 1500 --out out/train/crack-outline
+    defectcam train-outline --arm outlines --defect rust --data ../shared/data --sets steelbridge440 \\
+        --encoder efficientnet-lite0 --encoder-weights imagenet --lr 5e-4 --steps 1500 --out out/train/rust-outline
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +27,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from defectcam.network import DefectNet
+from defectcam.outline_network import OutlineNet
 from defectcam.tiling import at_working_scale, stitched_score_map
 from defectcam.training.clicks import patch_bounds, photo_path, split_stems
 from defectcam.training.crops import read_photo_rgb, turned, varied_colours
 from defectcam.training.mistakes import mistaken_pixels
 from defectcam.training.train import add_common_arguments, fit, mistakes_fact, network_from, parsed
+from defectcam.weights import OUTLINE_ENCODERS, OUTLINE_PREFIX
 
 UNKNOWN = 127  # grey level of mask pixels that nobody vouches for
 ON_DEFECT_SHARE = 0.5  # of the crops are around a defect's pixel, the others anywhere
@@ -141,7 +148,7 @@ class OutlineLoss(nn.Module):
     Cross-entropy makes the probabilities honest, Dice keeps thin defects from being outvoted by their background.
     """
 
-    def __init__(self, network: DefectNet) -> None:
+    def __init__(self, network: DefectNet | OutlineNet) -> None:
         super().__init__()
         self.network = network
 
@@ -155,7 +162,7 @@ class OutlineLoss(nn.Module):
         return (entropy * known).sum() / known.sum().clamp(min=1) + dice
 
 
-def pixel_iou(network: DefectNet, photos: Sequence[OutlinePhoto]) -> float:
+def pixel_iou(network: DefectNet | OutlineNet, photos: Sequence[OutlinePhoto]) -> float:
     """Intersection over union of all photos' pixels together, at probability 0.5 and working scale.
 
     What is found on photos without the defect counts as found in the wrong place.
@@ -168,6 +175,21 @@ def pixel_iou(network: DefectNet, photos: Sequence[OutlinePhoto]) -> float:
         both += int((found & wanted & photo.known).sum())
         either += int(((found | wanted) & photo.known).sum())
     return both / max(either, 1)
+
+
+def outline_network_from(args: argparse.Namespace) -> DefectNet | OutlineNet:
+    """The network to start from, with the encoder and the weights that the arguments name."""
+    if args.encoder == "resnet34":
+        return network_from(args, wants_outline=True)
+    torch.manual_seed(args.seed)
+    network = OutlineNet(imagenet=args.encoder_weights == "imagenet")
+    if args.init:
+        tensors = {name.removeprefix(OUTLINE_PREFIX): value for name, value in load_file(args.init).items()}
+        wanted = network.state_dict().keys()
+        if not wanted <= tensors.keys():
+            sys.exit(f"--init {args.init} holds no outline network with encoder {args.encoder}: give one, or leave it out")
+        network.load_state_dict({name: tensors[name] for name in wanted})
+    return network
 
 
 def gather_photos(
@@ -201,7 +223,7 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
     rng = np.random.default_rng(args.seed)
     val = [photo for photo in gather_photos(args, args.sets, "val", None) if (photo.coverage > UNKNOWN).any()]
     val = [val[index] for index in rng.permutation(len(val))[: args.val_photos]]
-    network = network_from(args, wants_outline=True)
+    network = outline_network_from(args)
     mistakes: list[np.ndarray] = []
     if args.mistakes:
         network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,7 +235,7 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
     for photo in with_defect:
         pixels.update(np.ascontiguousarray(photo.coverage))
     facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without), "masks_sha256": pixels.hexdigest()}
-    facts |= mistakes_fact(args)
+    facts |= {"encoder": args.encoder} | mistakes_fact(args)
     return fit(
         args,
         OutlineLoss(network),
@@ -233,6 +255,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--arm", choices=("clicks", "outlines"), required=True)
     parser.add_argument("--masks", type=Path, help="folder of <set>/<photo>.png, from `defectcam pseudo-masks` or `weak-labels`")
+    parser.add_argument("--encoder", choices=OUTLINE_ENCODERS, default=OUTLINE_ENCODERS[0], help="default: the classifier's")
     parser.add_argument("--val-photos", type=int, default=40, help="photos with the defect that the best checkpoint is chosen on; with --mistakes half as many without, too")
     add_common_arguments(parser, crop_px=96, batch=8, val_every=250)
     args = parsed(parser, argv)
