@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from defectcam.network import DefectNet
+from defectcam.outline_network import OutlineNet
 from defectcam.request import RequestError
 from defectcam.serve import load_main
 
@@ -56,6 +57,7 @@ def network_calls(description: str) -> Iterator[list[float]]:
     with (
         tqdm(desc=description, unit="pass", leave=False) as bar,
         patch.object(DefectNet, "score_map", timed(DefectNet.score_map)),
+        patch.object(OutlineNet, "score_map", timed(OutlineNet.score_map)),
         patch.object(torch.autograd, "grad", timed(torch.autograd.grad)),
     ):
         yield seconds
