@@ -71,6 +71,7 @@ ACCEPTED_FROM = 0.95  # share of clicks saved: Eq. 3's best group
 ARMS = ("round_1", "same_clicks", "plain_clicks", "loop", "loop_outlines")
 FIGURES = ("iou", "f1_2px", "mean_saved", "eq3", "false_components", "quiet_share")
 LR, HEAD_LR = 1e-3, 1e-2
+OUTLINE_LR = 5e-4  # the outline network starts from ImageNet weights
 LOG = logging.getLogger("defectcam.loop")
 
 
@@ -237,12 +238,13 @@ class Experiment:
             train.train(train.parse_args(options + ([f"--clicks={clicks}"] if clicks else [])))
         return folder
 
-    def train_outline(self, arm: str, init: Path, masks: Path) -> Path:
+    def train_outline(self, arm: str, masks: Path) -> Path:
         """Train an outline network on finished outlines alone; returns the run's folder."""
         folder = self.work / arm / "outline"
         if not (folder / "record.json").exists():
-            options = self._training(folder, init, self.args.steps)
-            run = outline.parse_args([*options, "--arm=outlines", "--crop-px=96", "--batch=8"])
+            options = [*self._training(folder, None, self.args.steps), "--arm=outlines", "--crop-px=160", "--batch=8"]
+            start = ["--encoder=efficientnet-lite0", "--encoder-weights=imagenet", f"--lr={OUTLINE_LR}", f"--head-lr={OUTLINE_LR}"]
+            run = outline.parse_args([*options, *start])
             paths = {path: photo_path(self.args.data / path.parent.name, path.stem) for path in sorted(masks.glob("*/*.png"))}
             outline.train_outline(run, [outline.load_outline_photo(photo, mask, 1.0) for mask, photo in paths.items()])
         return folder
@@ -317,9 +319,7 @@ class Experiment:
             weights[arm] = self.calibrated(arm, folder)
         say("loop_outlines")
         folder = self.work / "loop" / "classifier"
-        outlines = self.train_outline(
-            "loop_outlines", folder / "best.safetensors", self.work / "feedback" / "masks" / args.defect
-        )
+        outlines = self.train_outline("loop_outlines", self.work / "feedback" / "masks" / args.defect)
         weights["loop_outlines"] = self.calibrated("loop_outlines", folder, outlines)
         return {
             "command": "defectcam " + shlex.join(sys.argv[1:]),
