@@ -2,7 +2,7 @@
 
 The activation map of a crack is a band of some 40 px around 3 px of crack: it says where the crack is and how far
 the proposal reaches, the image says where its edge is. Five ways to read the edge, a defect's manifest names its
-one: `network` (a U-Net like the classifier, read per pixel), `dark_ridges`, `network_ridges` (the evidence of both
+one: `network` (the outline network, read per pixel), `dark_ridges`, `network_ridges` (the evidence of both
 added up: the network knows a crack from a joint, the ridge is there where a crack grows faint), `grabcut`,
 `superpixels`.
 
