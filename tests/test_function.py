@@ -268,7 +268,7 @@ def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(mon
 
     monkeypatch.setattr(model_handler, "stitched_score_map", short_of_memory)
     image = np.full((32, 32, 3), 90, np.uint8)
-    request = Request(base64.b64decode(encoded(image)), Settings(iterations=0), ())
+    request = Request(base64.b64decode(encoded(image)), Settings(iterations=0, defects=("crack",)), ())
     limit = 2
     assert model.answer(request) == []
     assert batches == [8, 4, 2]
@@ -384,10 +384,13 @@ def test_folding_the_networks_changes_no_proposal(sample_rgb):
     fast, plain = (ModelHandler(ROOT / "weights", "cpu", settings, LOG) for _ in range(2))
     for defect, fact in plain.weights.facts.items():
         tensors = load_file(ROOT / "weights" / fact.file)
-        for prefix, networks in ((OUTLINE_PREFIX, plain.weights.outlines), ("", plain.weights.networks)):
+        for prefix, networks, build in (
+            (OUTLINE_PREFIX, plain.weights.outlines, fact.build_outline_network),
+            ("", plain.weights.networks, fact.build_network),
+        ):
             if defect in networks:
                 own = {name: value for name, value in tensors.items() if name.startswith(OUTLINE_PREFIX) == bool(prefix)}
-                networks[defect] = fact.build_network().eval()
+                networks[defect] = build().eval()
                 networks[defect].load_state_dict({name.removeprefix(prefix): value for name, value in own.items()})
     one, other = (model.propose(crop, model.settings) for model in (fast, plain))
     assert one and [shape["label"] for shape in one] == [shape["label"] for shape in other]
@@ -527,8 +530,8 @@ def test_faint_proposals_that_are_asked_for_are_climbed_too(monkeypatch):
     monkeypatch.setattr(model_handler, "climbed_map", lambda *a, **k: (gates.append(a[8]), real(*a, **k))[1])
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG)
     image = np.full((16, 16, 3), 90, np.uint8)
-    model.propose(image, Settings())
-    model.propose(image, Settings(threshold=0.02))
+    model.propose(image, Settings(defects=("crack",)))
+    model.propose(image, Settings(defects=("crack",), threshold=0.02))
     fact = model.weights.facts["crack"]
     assert gates == [min(fact.gate, fact.threshold / 2), 0.01]
 

