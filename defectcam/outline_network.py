@@ -16,24 +16,21 @@ from torch import Tensor, nn
 
 ENCODER = "tu-tf_efficientnet_lite0"  # segmentation-models-pytorch's name of timm's network
 ENCODER_DEPTH = 4  # the last stage holds three quarters of the parameters and sees farther than a tile
+DECODER_CHANNELS = (64, 48, 32, 16)  # coarse to fine
 
 
 class OutlineNet(nn.Module):
-    """Per-pixel logits of one defect; to its users what `DefectNet` is, with the same names.
-
-    Args:
-        decoder_channels: width of the decoder's stages, coarse to fine.
-    """
+    """Per-pixel logits of one defect; to its users what `DefectNet` is, with the same names."""
 
     stride_px = 2**ENCODER_DEPTH
     halo_px = 224  # a logit depends on what is up to 209 px away; a test checks that by differentiating
 
-    def __init__(self, decoder_channels: tuple[int, ...] = (64, 48, 32, 16)) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        unet = smp.Unet(ENCODER, encoder_depth=ENCODER_DEPTH, encoder_weights=None, decoder_channels=decoder_channels)
+        unet = smp.Unet(ENCODER, encoder_depth=ENCODER_DEPTH, encoder_weights=None, decoder_channels=DECODER_CHANNELS)
         self.encoder, self.decoder = unet.encoder, unet.decoder
         del self.encoder.model.blocks[ENCODER_DEPTH + 1 :]  # timm would run them, and nobody looks at what they say
-        self.head = nn.Linear(decoder_channels[-1], 1)
+        self.head = nn.Linear(DECODER_CHANNELS[-1], 1)
 
     def normalise(self, images_rgb: Tensor) -> Tensor:
         """(N, 3, H, W) RGB on the scale 0..255, any dtype -> the network's input -1..1, channels last."""
