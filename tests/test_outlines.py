@@ -136,11 +136,13 @@ def test_pseudo_masks_keep_what_was_clicked_on():
 
 def test_the_threshold_leaves_healthy_photos_in_peace_and_few_misses():
     peaks = [0.0] * 90 + [0.4] * 5 + [0.7] * 5
-    threshold = least_confidence(peaks, [0.3] * 10, photos=100)
+    quiet_set = [[0.3]] * 10 + [[]] * 90
+    threshold = least_confidence(peaks, [quiet_set])
     assert 0.4 < threshold < 0.7 and np.mean(np.array(peaks) < threshold) >= 0.9
-    busy = least_confidence(peaks, [0.8] * 150 + [0.75] * 30, photos=100)
+    busy_set = [[0.8] * 5 + [0.75]] * 30 + [[]] * 70  # 1.5 misses a photo above 0.75
+    busy = least_confidence(peaks, [quiet_set, busy_set])
     assert 0.75 < busy < 0.8
-    assert least_confidence([0.0] * 10, [], photos=10) == 0.05
+    assert least_confidence([0.0] * 10, [[[]]]) == 0.05
     assert spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([1, 2], 5) == [1, 2]
 
 

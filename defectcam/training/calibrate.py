@@ -7,8 +7,8 @@
 5. Confidence: logistic regression on the proposals, hit or miss, from the mean logit of the windows along a proposal,
    its length, the mean of the outline network's logits and its straightness. Windows are as large as the crops the
    classifier was trained on: with the paper's 320 px, in which a crack is a small part, hits and misses look alike.
-6. Threshold: the lowest confidence that leaves 90 % of the photos without the defect without proposals, and no more
-   than 1.5 misses a photo.
+6. Threshold: the lowest confidence that leaves 90 % of the photos without the defect without proposals, and of every
+   set the photos with it no more than 1.5 misses on average.
 7. The outline's own parameters: 5 and 6 for the best of every way, and for the best way with all its parameters, each
    at its best theta; what serves best after its threshold is kept, of those that leave 90 % in peace if any does. A
    way that finds everything, edges of structures too, serves nobody.
@@ -31,7 +31,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import cv2
@@ -285,8 +285,11 @@ class Calibration:
             max((component_confidence(features, weights) for _, features, _ in found[photo.labelled]), default=0.0)
             for photo in healthy
         ]
-        misses = [component_confidence(features, weights) for _, features, hit in every if not hit]
-        threshold = least_confidence(peaks, misses, len(found))
+        misses: dict[str, list[list[float]]] = {}
+        for photo in photos:
+            wrong = [component_confidence(features, weights) for _, features, hit in found[photo.labelled] if not hit]
+            misses.setdefault(photo.labelled.set_name, []).append(wrong)
+        threshold = least_confidence(peaks, list(misses.values()))
         answers = []
         for photo, components in found.items():
             mask = np.zeros(photo.image_rgb.shape[:2], bool)
@@ -348,18 +351,18 @@ def fit_confidence(features: Sequence[tuple[float, ...]], hits: Sequence[bool]) 
     return tuple(float(f"{weight:.5g}") for weight in weights)
 
 
-def least_confidence(peaks: Sequence[float], misses: Sequence[float], photos: int) -> float:
-    """The lowest confidence that leaves HEALTHY_SHARE of healthy photos in peace and FALSE_PER_PHOTO at most.
+def least_confidence(peaks: Sequence[float], misses: Sequence[Sequence[Sequence[float]]]) -> float:
+    """The lowest confidence that leaves HEALTHY_SHARE of healthy photos in peace and, of every set, the photos with
+    the defect no more than FALSE_PER_PHOTO misses on average.
 
     Args:
         peaks: of every photo without the defect the largest confidence of its proposals, 0 without any.
-        misses: confidences of all proposals that are no hits.
-        photos: on how many photos those are.
+        misses: per set, per photo with the defect, the confidences of its proposals that are no hits.
     """
     needed = float(np.quantile(peaks, HEALTHY_SHARE, method="higher"))
-    allowed = int(FALSE_PER_PHOTO * photos)
-    if len(misses) > allowed:
-        needed = max(needed, sorted(misses, reverse=True)[allowed])
+    for of_set in misses:
+        allowed, ranked = int(FALSE_PER_PHOTO * len(of_set)), sorted(chain.from_iterable(of_set), reverse=True)
+        needed = max([needed, *ranked[allowed : allowed + 1]])
     return float(np.clip(needed + 1e-3, 0.05, 0.95))
 
 
