@@ -11,7 +11,7 @@ import pytest
 
 from defectcam.feedback import audit
 from defectcam.feedback.cvat import CvatExport
-from defectcam.feedback.labels import PhotoFolder
+from defectcam.feedback.labels import PhotoError, PhotoFolder
 from tests.conftest import ROOT
 
 SIDE = 448
@@ -135,6 +135,21 @@ def test_photos_of_overlapping_jobs_are_audited_once(campaign, tmp_path):
     )
     export = CvatExport(tmp_path / "annotations.xml", None)
     assert [photo.stem for photo in audit.photos_of_export(export, PhotoFolder(folder), "crack")] == ["empty", "wrong"]
+
+
+def test_labels_of_an_export_are_brought_to_the_size_of_the_photo_on_disk(tmp_path):
+    cv2.imwrite(str(tmp_path / "one.png"), np.zeros((300, 400, 3), np.uint8))
+    (tmp_path / "annotations.xml").write_text(
+        "<annotations><meta><task><id>1</id><labels><label><name>crack</name><type>polygon</type></label></labels>"
+        "<segments><segment><id>1</id><start>0</start><stop>0</stop><url>http://c/api/jobs/1</url></segment></segments>"
+        '</task></meta><image id="0" name="one.png" width="200" height="150">'
+        '<polygon label="crack" source="manual" points="10,20;50,20;50,60;10,60"/></image></annotations>'
+    )
+    (photo,) = audit.photos_of_export(CvatExport(tmp_path / "annotations.xml", None), PhotoFolder(tmp_path), "crack")
+    assert np.abs(np.subtract(photo.shapes[0].box_xyxy, (20, 40, 100, 120))).max() <= 2
+    cv2.imwrite(str(tmp_path / "one.png"), np.zeros((300, 300, 3), np.uint8))
+    with pytest.raises(PhotoError, match="300 x 300 px, but CVAT's one.png 200 x 150"):
+        list(audit.photos_of_export(CvatExport(tmp_path / "annotations.xml", None), PhotoFolder(tmp_path), "crack"))
 
 
 def test_errors(campaign, tmp_path, capsys):

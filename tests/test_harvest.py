@@ -1348,3 +1348,107 @@ def test_absurd_masks_and_shortened_events_are_passed_over(workplace):
 def test_the_commands_help_with_an_example(command):
     out = subprocess.run([sys.executable, "-m", "defectcam", command, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 0 and "xample" in out.stdout and f"defectcam {command}" in out.stdout
+
+
+def outcomes_of(rows):
+    return {row["proposal"]: row["outcome"] for row in rows}
+
+
+def test_one_event_with_all_shapes_of_a_large_run_is_read(workplace):
+    """Longer than what Python's csv takes for a field unless it is told otherwise."""
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    values = [{"spec_id": 130, "value": "87"}, {"spec_id": 131, "value": "2"}]
+    shapes = [
+        {"id": 10**5 + i, "frame": 0, "label_id": 13, "attributes": [*values, {"spec_id": 132, "value": f"{i:08x}"}]}
+        for i in range(1100)
+    ]
+    working = {"scope": "send:working_time", "user_name": "anna", "duration": 1000}
+    cvat.events = events_csv([{"scope": "create:shapes", "user_name": "anna", "payload": {"shapes": shapes}}, working])
+    cvat.state = "completed"
+    assert outcomes_of(place.harvest()) == {A: "accepted"}
+
+
+def test_a_snapshot_from_before_the_run_does_not_hide_what_was_rejected(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.harvest("--snapshot")  # of every job, also of those that have not been run yet
+    place.answer(0, [proposal(A, square(10, 10))])
+    place.answer(1, [proposal(B, square(60, 60))])
+    cvat.shapes.remove(cvat.of(B))
+    cvat.state = "completed"
+    assert outcomes_of(place.harvest()) == {A: "accepted", B: "rejected"}
+
+
+def test_an_undone_deletion_does_not_replace_the_snapshot(workplace):
+    place, cvat = workplace, workplace.cvat
+    answer = [proposal(A, square(10, 10)), proposal(B, square(60, 10)), proposal(C, square(110, 10))]
+    place.answer(0, answer, logged=False)
+    place.harvest("--snapshot", log=False)
+    cvat.state = "in progress"
+    cvat.shapes.remove(cvat.of(B))
+    cvat.next_id += 1
+    cvat.of(A)["id"] = cvat.next_id  # deleted, saved, undone, saved
+    cvat.of(C)["points"][4:6] = [140.0, 40.0]
+    cvat.of(C)["source"] = "semi-auto"
+    place.harvest("--snapshot", log=False)
+    cvat.state = "completed"
+    assert outcomes_of(place.harvest(log=False)) == {A: "accepted", B: "rejected", C: "modified"}
+
+
+def function_of_its_own(place, frame, defect, answer):
+    """A deployment for one defect answers, after whatever was answered before."""
+    place.log.append(image_hash(place.cvat.photos[frame][1]), 200, 150, "v1", {defect: {"iterations": 2}}, answer)
+    place.cvat.run(frame, answer)
+
+
+def test_of_two_functions_on_a_photo_the_later_ones_rejections_count(workplace):
+    place, cvat = workplace, workplace.cvat
+    function_of_its_own(place, 0, "crack", [proposal(A, square(10, 10))])
+    function_of_its_own(place, 0, "rust", [proposal(B, square(60, 10), "rust")])
+    cvat.shapes.remove(cvat.of(B))
+    cvat.state = "completed"
+    assert outcomes_of(place.harvest()) == {A: "accepted", B: "rejected"}
+
+
+@pytest.mark.parametrize("others_left", [True, False])
+def test_the_earlier_ones_count_unless_the_later_run_may_have_cleaned_up(workplace, others_left):
+    place, cvat = workplace, workplace.cvat
+    function_of_its_own(place, 0, "crack", [proposal(A, square(10, 10))])
+    function_of_its_own(place, 1, "crack", [proposal(C, square(10, 10))])
+    function_of_its_own(place, 0, "rust", [proposal(B, square(60, 10), "rust")])
+    cvat.shapes.remove(cvat.of(A))
+    if not others_left:
+        cvat.shapes.remove(cvat.of(C))
+    cvat.state = "completed"
+    found = outcomes_of(place.harvest())
+    assert found[B] == "accepted" and found.get(A) == ("rejected" if others_left else None)
+
+
+def test_one_relabelled_proposal_does_not_undo_the_mapping(workplace, labels_in_german, monkeypatch):
+    monkeypatch.setitem(LABELS, "Rost", LABELS["rust"])
+    monkeypatch.delitem(LABELS, "rust")
+    place, cvat = workplace, workplace.cvat
+    cracks, rusty = [f"aaaa000{i}" for i in range(4)], [f"bbbb000{i}" for i in range(4)]
+    answer = [proposal(name, square(10 + 45 * i, 10)) for i, name in enumerate(cracks)]
+    answer += [proposal(name, square(10 + 45 * i, 110), "rust") for i, name in enumerate(rusty)]
+    answer_mapped(place, answer, crack="Riss", rust="Rost")
+    cvat.relabel(cvat.of(cracks[0]), "Rost")
+    cvat.state = "completed"
+    rows = place.by_proposal()
+    assert {rows[name]["outcome"] for name in [*cracks[1:], *rusty]} == {"accepted"}
+    assert (rows[cracks[0]]["defect"], rows[cracks[0]]["final_defect"]) == ("crack", "rust")
+
+
+def test_photos_whose_names_end_alike_are_told_apart_in_an_export(workplace):
+    place, cvat = workplace, workplace.cvat
+    cvat.photos = [(name, image) for name, (_, image) in zip(("1.png", "11.png", "21.png"), cvat.photos)]
+    place.answer(0, [proposal(A, square(10, 10))])
+    place.answer(1, [proposal(B, square(60, 60))])
+    cvat.shapes.remove(cvat.of(A))
+    assert outcomes_of(harvest_export(place, write_export(place, True), "all").values()) == {A: "rejected", B: "accepted"}
+
+
+def test_completed_jobs_that_are_neither_ids_nor_all_are_named(workplace, capsys):
+    with pytest.raises(SystemExit):
+        harvest_export(workplace, write_export(workplace, False), "All")
+    assert "'All' is neither job ids (7,8) nor all" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from defectcam.feedback import labels, report
 from defectcam.feedback.labels import free_pixel_xy, set_and_stem
 from defectcam.feedback.regions import region_of
 from defectcam.feedback.store import open_store
+from defectcam.proposal_log import image_hash
 from defectcam.training.clicks import Click, read_clicks, write_clicks
 from tests.test_harvest import A, B, C, D, LABELS, Workplace, proposal, square, workplace  # noqa: F401
 
@@ -293,3 +294,28 @@ def test_free_pixel():
 )
 def test_set_and_stem(path, names):
     assert set_and_stem(Path(path)) == names
+
+
+def test_of_photos_with_one_name_the_one_that_was_proposed_on_is_taken(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in (tmp_path, tmp_path / "pier"):
+        folder.mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / "IMG_1.png"), rng.integers(0, 256, (15, 20, 3), np.uint8))
+    image = image_hash(np.ascontiguousarray(cv2.imread(str(tmp_path / "pier" / "IMG_1.png"))[..., ::-1]))
+    assert labels.PhotoFolder(tmp_path).find("IMG_1.png", image) == tmp_path / "pier" / "IMG_1.png"
+    assert labels.PhotoFolder(tmp_path).find("IMG_1.png") == tmp_path / "IMG_1.png"
+
+
+def test_a_photo_that_cannot_be_read_does_not_stop_the_others(done, capsys):
+    photos = write_photos(done, done.folder / "data")
+    (photos / "bridge" / "images" / "one.png").write_bytes(b"")
+    _, clicks = weak_labels(done, photos)
+    assert "left out: " in (told := capsys.readouterr().err) and "one.png" in told
+    assert {Path(click.image).name for own in clicks.values() for click in own} == {"two.png"}
+
+
+def test_photos_in_the_working_folder_have_a_set_as_well(done, monkeypatch):
+    monkeypatch.chdir(write_photos(done, done.folder / "data") / "bridge" / "images")
+    out, clicks = weak_labels(done, Path("."))
+    assert {click.photo_group for own in clicks.values() for click in own} == {"bridge/one", "bridge/two"}
+    assert (out / "masks" / "crack" / "bridge" / "one.png").exists()

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from defectcam.cam import score_sums
 from defectcam.evaluation.measures import f1_2px
 from defectcam.feedback.cvat import CvatError, CvatExport
-from defectcam.feedback.labels import PhotoError, PhotoFolder, set_and_stem
-from defectcam.feedback.regions import AREA_TYPES, common_px, merged, on_one_crop, region_of
+from defectcam.feedback.labels import PhotoError, PhotoFolder, set_and_stem, size_on_disk
+from defectcam.feedback.regions import AREA_TYPES, common_px, merged, on_one_crop, region_of, resized
 from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.request import Settings
 from defectcam.tiling import at_photo_scale, at_working_scale
@@ -110,6 +110,10 @@ def photos_of_export(export: CvatExport, photos: PhotoFolder, defect: str) -> It
                 if shape.label == defect and shape.kind in AREA_TYPES
             ]
             path = photos.find(frame.name)
+            size = size_on_disk(path, frame.name, frame.width, frame.height)
+            scale_xy = size[0] / frame.width, size[1] / frame.height
+            if scale_xy != (1.0, 1.0):
+                regions = [resized(region, *scale_xy, *size) for region in regions if region is not None]
             yield OldPhoto(*set_and_stem(path), path, [region for region in regions if region is not None])
 
 

@@ -31,6 +31,7 @@ DATA_PATIENCE_S = 600
 PHOTO_WAITS_S = (1, 5, 15)  # a server that is busy is asked again
 IMAGE_QUALITY = 70  # of the copies that CVAT shows, its own default; functions get the file itself
 PROPOSAL = "proposal"  # the attribute that names a proposal
+csv.field_size_limit(2**31 - 1)  # one event carries all shapes of a run
 
 
 class CvatError(RuntimeError):
@@ -418,7 +419,8 @@ class CvatExport:
     def photo_bytes(self, job: Job, frame: Frame) -> bytes | None:
         """The photo's file where the export was made with images."""
         names = self._zip.namelist() if self._zip else []
-        found = [name for name in names if name.startswith("images/") and name.endswith(frame.name)]
+        found = [name for name in names if name == f"images/{frame.name}"]
+        found = found or [name for name in names if name.startswith("images/") and name.endswith(f"/{frame.name}")]
         return self._zip.read(found[0]) if len(found) == 1 else None
 
     def _read_meta(self, root: ElementTree.Element, path: Path) -> tuple[str, list[Job]]:

@@ -52,6 +52,7 @@ from defectcam.request import ImageError, decode_image
 
 DATABASE = "out/feedback/feedback.db"
 OUTCOMES = (ACCEPTED, MODIFIED, REJECTED, MISS)
+MAPPED_SHARE = 0.75  # of a label's untouched shapes: annotators relabel some
 T = TypeVar("T")
 
 
@@ -97,8 +98,8 @@ class LoggedProposals:
     def meanings(self, job: Job, frames: Sequence[Frame], snapshot: dict[str, list[dict]]) -> dict[str, str]:
         """What labels of the job mean to which the function's were mapped: {"Riss": "crack"}.
 
-        A label means a defect if every untouched shape of it was proposed as that defect, which the job has no label
-        for; it is the label that most of them have. So a job that has the defect's own label is never renamed.
+        A label means a defect if nearly all untouched shapes of it were proposed as that defect, which the job has no
+        label for; it is the label that most of them have. So a job that has the defect's own label is never renamed.
         """
         untouched = {(shape.proposal, shape.label) for frame in frames for shape in frame.shapes if shape.source == "auto"}
         untouched |= {(shape["attributes"].get("proposal"), shape["label"]) for own in snapshot.values() for shape in own}
@@ -107,8 +108,14 @@ class LoggedProposals:
         for (label, defect), _ in sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0])):
             if defect not in job.labels and label not in self.defects:
                 label_of_defect.setdefault(defect, label)
-        labels = Counter(label for label, _ in pairs)
-        return {label: defect for defect, label in label_of_defect.items() if labels[label] == 1}
+        of_label: Counter = Counter()
+        for (label, _), count in pairs.items():
+            of_label[label] += count
+        return {
+            label: defect
+            for defect, label in label_of_defect.items()
+            if pairs[label, defect] >= MAPPED_SHARE * of_label[label]
+        }
 
     def of_unseen_photos(
         self, names_of: dict[int, set[str]], sizes: dict[int, tuple[int, int]], seen: set[str]
@@ -135,11 +142,39 @@ class LoggedProposals:
         return found
 
 
-def last_during(job: Job, records: Iterable[dict]) -> list[dict]:
-    """The last of some answers that was given between the job's creation and its last change, [] if none was."""
+def last_during(job: Job, records: Iterable[dict], after: str = "") -> list[dict]:
+    """The last of some answers that was given between the job's creation, or `after`, and its last change; else []."""
     given = [(at(time), record) for record in records for time in record["times"]]
-    during = [(time, record) for time, record in given if at(job.created) <= time <= at(job.updated)]
+    during = [(time, record) for time, record in given if max(at(job.created), at(after)) <= time <= at(job.updated)]
     return [max(during, key=lambda pair: pair[0])[1]] if during else []
+
+
+def of_other_functions(
+    job: Job, records: Iterable[dict], known: Sequence[dict], alive: set[frozenset[str]]
+) -> list[dict]:
+    """The last answer about defects that those `known` are not about: of it every proposal was rejected.
+
+    It must be younger than they are, or proposals of its kind are still in the job: else the later run may have
+    cleaned it away.
+
+    Args:
+        alive: the defects of every kind of answer of which the job has a proposal.
+    """
+    defects = defects_of(*known)
+    youngest = max(at(time) for record in known for time in record["times"])
+    others = [
+        record
+        for record in records
+        if (own := defects_of(record))
+        and not own & defects
+        and (own in alive or max(map(at, record["times"])) > youngest)
+    ]
+    return last_during(job, others)
+
+
+def defects_of(*records: dict) -> frozenset[str]:
+    """What some answers were asked for; empty of those whose settings are not known."""
+    return frozenset(defect for record in records for defect in record.get("settings", ()))
 
 
 def newest(records: Sequence[dict]) -> list[dict]:
@@ -217,12 +252,14 @@ def shown_proposals(
     events: JobEvents,
     log: LoggedProposals,
     snapshot: dict[str, list[dict]] | None,
+    snapshot_taken: str = "",
 ) -> tuple[dict[int, list[Proposal]], set[int]]:
     """The proposals that were shown on every frame of a job, and the frames of which no answer is known.
 
     Args:
         images: frame number -> hash of its pixels, where known.
         snapshot: of the job, None without one.
+        snapshot_taken: when. What is not in the snapshot was not there then, but may have been proposed since.
     """
     taken = {frame.number: (snapshot or {}).get(str(frame.number), []) for frame in frames}
     names_of, told_by_events = {}, set()
@@ -234,6 +271,8 @@ def shown_proposals(
             names = {name for number, name in events.shown if number == frame.number and name in log.by_name}
             told_by_events.add(frame.number)
         names_of[frame.number] = names
+    named = [record for names in names_of.values() for name in names for record in log.by_name[name]]
+    alive = {defects_of(record) for record in named}
     seen = {number: image for number, image in images.items() if image in log.by_image}
     unseen = {number: names for number, names in names_of.items() if number not in seen}
     sizes = {frame.number: (frame.width, frame.height) for frame in frames}
@@ -241,8 +280,10 @@ def shown_proposals(
     for number, image in seen.items():
         # Names of other photos' proposals, which came with propagated shapes, are no evidence.
         records[number] = [r for r in log.by_image[image] if names_of[number] & names_in(r)]
-        if not records[number] and snapshot is None:
-            records[number] = last_during(job, log.by_image[image])
+        if not records[number] and not taken[number]:
+            records[number] = last_during(job, log.by_image[image], snapshot_taken)
+        elif records[number]:
+            records[number] += of_other_functions(job, log.by_image[image], records[number], alive)
     for number in told_by_events & records.keys():
         records[number] = last_during(job, records[number]) or newest(records[number])
     unknown = set() if snapshot is not None else {n for n in names_of if not records.get(n)}
@@ -310,8 +351,12 @@ class Harvest:
         frames = {number: shapes for number, shapes in frames.items() if shapes}
         with Session(self.engine) as session, session.begin():
             last = self._snapshot(session, job)
-            known = {shape["key"] for shapes in last.frames.values() for shape in shapes} if last else set()
-            if last and all(shape["key"] in known for shapes in frames.values() for shape in shapes):
+            before = [shape for shapes in last.frames.values() for shape in shapes] if last else []
+            # Undoing a deletion and propagating give a shape another id, but leave it its name.
+            known = {shape["key"] for shape in before} | {shape["attributes"].get("proposal") for shape in before}
+            known -= {None, ""}
+            now_there = [shape for shapes in frames.values() for shape in shapes]
+            if last and all({shape["key"], shape["attributes"].get("proposal")} & known for shape in now_there):
                 return 0  # nothing but what people have left: the snapshot from before they edited is the better one
             now = datetime.now(timezone.utc).isoformat()
             session.add(SnapshotRow(server=self.source.name, job=job.id, taken=now, frames=frames))
@@ -327,7 +372,8 @@ class Harvest:
             if meanings:
                 self.notes.append(f"job {job.id}: labels taken for the function's: {meanings}")
                 job, frames, snapshot = in_the_functions_words(meanings, job, frames, snapshot)
-            shown, unknown = shown_proposals(frames, images, job, events, self.log, snapshot)
+            taken = last.taken if last else ""
+            shown, unknown = shown_proposals(frames, images, job, events, self.log, snapshot, taken)
             if len(unknown) == len(frames):
                 self.notes.append(
                     f"job {job.id} is left out: no proposal of it is known; give the function's log (--log), or take "
@@ -537,6 +583,14 @@ def rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 4)
 
 
+def job_ids(text: str) -> list[int] | None:
+    """"7,8" -> [7, 8], "all" -> None."""
+    try:
+        return None if text == "all" else numbers(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither job ids (7,8) nor all") from None
+
+
 def numbers(text: str) -> list[int]:
     """"7,8" -> [7, 8]."""
     return [int(number) for number in text.split(",") if number]
@@ -556,7 +610,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--tasks", type=numbers, default=[], help="task ids: 7,8 (default: all the user may see)")
     parser.add_argument("--export", type=Path, help='instead of a server: an export as "CVAT for images 1.1"')
-    parser.add_argument("--completed", help="with --export: ids of its completed jobs, or all; exports do not say")
+    parser.add_argument("--completed", type=job_ids, default=[], help="with --export: ids of its completed jobs, or all; exports do not say")
     parser.add_argument(
         "--log", type=Path, action="append", default=[], help="the function's ADVCAM_LOG_DIR; may be given several times"
     )
@@ -564,7 +618,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--db", default=DATABASE, help="SQLite file or SQLAlchemy URL (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="also write all tables as CSV to this folder")
     args = parser.parse_args(argv)
-    if args.export and not args.completed:
+    if args.export and args.completed == []:
         parser.error("an export does not say which jobs are completed: give --completed 7,8 or --completed all")
     if args.export and args.snapshot:
         parser.error("--snapshot needs the server: an export is a snapshot of nothing that can be told later")
@@ -575,7 +629,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--log {folder} is no folder; give what the function has as ADVCAM_LOG_DIR")
     try:
         if args.export:
-            source = CvatExport(args.export, None if args.completed == "all" else numbers(args.completed))
+            source = CvatExport(args.export, args.completed)
         else:
             source = CvatServer(args.url, args.token, args.tasks)
         engine = open_store(args.db)

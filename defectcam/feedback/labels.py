@@ -70,12 +70,12 @@ class PhotoFolder:
         Raises:
             PhotoError: there is none, or several.
         """
-        if (self.folder / name).is_file():
-            return self.folder / name
         found = [path for path in self._by_name[Path(name).name] if path.as_posix().endswith(f"/{name}")]
         found = found or self._by_name[Path(name).name]
-        if len(found) > 1 and image:
+        if len(found) > 1 and image:  # cameras use a name again
             found = [path for path in found if _pixels_hash(path) == image] or found
+        if self.folder / name in found:
+            return self.folder / name
         if len(found) != 1:
             what = "no photo" if not found else f"{len(found)} photos"
             raise PhotoError(f"{what} {name} below {self.folder}; give --photos the folder that was uploaded to CVAT")
@@ -92,8 +92,8 @@ def _pixels_hash(photo: Path) -> str:
 
 def set_and_stem(photo: Path) -> tuple[str, str]:
     """Names under which training knows a photo: its folder (the one above images/) and its file's stem."""
-    folder = photo.parent.parent if photo.parent.name == "images" else photo.parent
-    return folder.name, photo.stem
+    parent = photo.absolute().parent  # of "images/a.png" the set's name is above
+    return (parent.parent if parent.name == "images" else parent).name, photo.stem
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +136,10 @@ class LabelledFrame:
 def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFrame]:
     """All photos of the database, those of the jobs completed last at the end.
 
-    A photo that is missing, or was cropped or turned since, is named and left out.
+    A photo that is missing or cannot be read, or was cropped or turned since, is named and left out.
 
     Raises:
-        PhotoError: no photo is left.
+        PhotoError, FileNotFoundError: no photo is left.
     """
     left_out, found = None, False
     with Session(engine) as session:
@@ -155,7 +155,7 @@ def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFra
             for frame in session.scalars(select(FrameRow).where(*of_job).order_by(FrameRow.frame)):
                 try:
                     labelled = _labelled_frame(frame, tuple(job.labels), rows[frame.frame], photos)
-                except PhotoError as error:
+                except (PhotoError, FileNotFoundError) as error:
                     left_out = error
                     tqdm.write(f"left out: {error}", file=sys.stderr)
                     continue
@@ -165,17 +165,29 @@ def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFra
         raise left_out
 
 
+def size_on_disk(path: Path, name: str, cvat_width: int, cvat_height: int) -> tuple[int, int]:
+    """Width and height of a photo, px, which may be another size than CVAT's.
+
+    Raises:
+        PhotoError: its proportions are others than in CVAT.
+        FileNotFoundError: it cannot be read.
+    """
+    height, width = read_photo_rgb(str(path)).shape[:2]
+    stretched = (width / cvat_width) / (height / cvat_height)
+    if abs(stretched - 1) > 2 / min(width, height, cvat_width, cvat_height):
+        raise PhotoError(
+            f"{path} is {width} x {height} px, but CVAT's {name} {cvat_width} x {cvat_height}: not the same "
+            "photo, or cropped or turned since; give --photos the folder that was uploaded to CVAT"
+        )
+    return width, height
+
+
 def _labelled_frame(
     frame: FrameRow, labels: tuple[str, ...], interactions: list[InteractionRow], photos: PhotoFolder
 ) -> LabelledFrame:
     path = photos.find(frame.photo, frame.image)
-    height, width = read_photo_rgb(str(path)).shape[:2]
+    width, height = size_on_disk(path, frame.photo, frame.width, frame.height)
     scale_xy = (width / frame.width, height / frame.height)
-    if abs(scale_xy[0] / scale_xy[1] - 1) > 2 / min(width, height, frame.width, frame.height):
-        raise PhotoError(
-            f"{path} is {width} x {height} px, but CVAT's {frame.photo} {frame.width} x {frame.height}: not the same "
-            "photo, or cropped or turned since; give --photos the folder that was uploaded to CVAT"
-        )
     labelled = LabelledFrame(path, width, height, labels, [], interactions, scale_xy)
     for shape in frame.shapes:
         if shape["type"] in AREA_TYPES:
