@@ -117,12 +117,12 @@ def test_only_photos_that_show_nothing_of_the_defect_are_looked_at(tmp_path):
     for set_name, shown in (("walls", (True, True)), ("beams", (True, False))):
         (tmp_path / set_name / "images").mkdir(parents=True)
         (tmp_path / set_name / "masks" / "crack").mkdir(parents=True)
-        for number, cracked in enumerate(shown):
+        for number, cracked in enumerate(shown * 2):
             cv2.imwrite(str(tmp_path / set_name / "images" / f"{number}.png"), rng.integers(90, 160, (80, 80, 3), np.uint8))
             mask = np.zeros((80, 80), np.uint8)
             mask[30:40, 10 : 10 + 60 * cracked] = 255
             cv2.imwrite(str(tmp_path / set_name / "masks" / "crack" / f"{number}.png"), mask)
-    splits = {name: {"train": ["0", "1"], "val": ["0", "1"]} for name in ("walls", "beams")}
+    splits = {name: {"train": ["0", "1"], "val": ["2", "3"]} for name in ("walls", "beams")}
     (tmp_path / "splits.json").write_text(json.dumps(splits))
     init = tmp_path / "init.safetensors"
     save_weights(random_network(dtype=torch.float32), init)

@@ -16,7 +16,7 @@ from defectcam.evaluation.measures import iou
 from defectcam.evaluation.survey import LabelledPhoto, figures
 from defectcam.network import DefectNet
 from defectcam.outline_network import OutlineNet
-from defectcam.training import outline, train
+from defectcam.training import calibrate, outline, pseudo, train
 from defectcam.training.calibrate import Choice, least_confidence, spread
 from defectcam.training.outline import (
     UNKNOWN,
@@ -304,3 +304,42 @@ def test_a_choice_is_what_the_function_does(trained, data_dir):
     mask = choice.mask(same_photo, dict(enumerate(fact.cam_max)), fact.min_area_px)
     calibrated = surveyed.at_photo_scale(mask)
     assert not (proposed & ~calibrated).any() and iou(proposed, calibrated) > 0.5
+
+
+def test_networks_that_do_not_belong_together_are_refused(trained, data_dir, tmp_path, capsys):
+    record = json.loads((trained / "outline" / "record.json").read_text())
+    (tmp_path / "outline").mkdir()
+    (tmp_path / "outline" / "record.json").write_text(json.dumps(record | {"working_scale": 1.0}))
+    given = ["--classifier", trained / "classifier", "--outline", tmp_path / "outline", "--data", data_dir, "--sets", "walls"]
+    with pytest.raises(SystemExit, match="trained with working_scale 1.0, --classifier .* with 0.5"):
+        calibrate.main(["--defect", "spalling", "--version", "x", "--out", str(tmp_path / "w"), *map(str, given)])
+    other = ["--arm", "outlines", "--init", str(trained / "weights-lite" / "spalling.safetensors"), "--data", str(data_dir)]
+    args = outline.parse_args([*COMMON, *other, "--sets", "walls", "--out", str(tmp_path / "o")])
+    assert type(outline.outline_network_from(args)) is DefectNet  # its outline network is another's: from the classifier
+    args.decoder = (4, 4, 4)
+    with pytest.raises(ValueError, match="holds no network with --decoder 4,4,4"):
+        outline.outline_network_from(args)
+
+
+def test_pseudo_masks_of_other_facts_or_half_of_them_are_no_ones(trained, data_dir, tmp_path, capsys):
+    given = ["--weights", str(trained / "plain"), "--defect", "spalling", "--data", str(data_dir), "--sets", "walls"]
+    with pytest.raises(SystemExit, match="pseudo holds masks of .*grabcut.*: choose another --out"):
+        pseudo.main([*given, "--way", "cam", "--out", str(trained / "pseudo")])
+    with pytest.raises(SystemExit, match="nobody clicked on spalling in the train photos of plain"):
+        pseudo.main([*given[:-1], "plain", "--way", "cam", "--out", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        outline.parse_args([*COMMON, "--arm", "clicks", "--masks", str(tmp_path / "none"), "--data", str(data_dir), "--sets", "walls", "--out", str(tmp_path / "o")])
+    assert "none is not complete" in capsys.readouterr().err
+
+
+def test_found_instances_are_those_with_a_proposal_also_one_that_saves_nothing():
+    truth, proposed = np.zeros((60, 90), bool), np.zeros((60, 90), bool)
+    for x in (5, 35, 65):
+        truth[10:30, x : x + 15] = True
+    proposed[10:30, 5:20] = True  # as it is
+    proposed[32:55, 35:85] = True  # touches the second and the third, useless
+    proposed[:, 62:] = False  # and now the second alone
+    photos = [(LabelledPhoto("s", "a", np.zeros((60, 90, 3), np.uint8), truth), proposed)]
+    found = figures("rust", photos)
+    assert found["instances"] == 3 and found["eq3"] == pytest.approx(0.95 / 3, abs=1e-3)
+    assert found["eq3_found"] == pytest.approx(0.95 / 2)

@@ -226,3 +226,48 @@ def test_every_command_helps_with_an_example(command):
 def test_an_unknown_command_is_named():
     out = subprocess.run([sys.executable, "-m", "defectcam", "dance"], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode != 0 and "dance" in out.stderr and "serve" in out.stderr
+
+
+def test_clicks_are_read_as_people_save_them(tmp_path):
+    (tmp_path / "excel.csv").write_text("\ufeffimage,x,y,defect\na.jpg,3.7,4,crack \na.jpg,9,4,None\n", encoding="utf-8")
+    wanted = [Click("a.jpg", 3, 4, "crack"), Click("a.jpg", 9, 4, "none")]
+    assert read_clicks(tmp_path / "excel.csv") == wanted
+    lines = ['{"image": "a.jpg", "x": 3, "y": 4.2, "defect": "crack"}', '{"image": "a.jpg", "x": 9, "y": 4, "defect": "none"}']
+    (tmp_path / "clicks.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_clicks(tmp_path / "clicks.jsonl") == wanted
+    (tmp_path / "clicks.jsonl").write_text(lines[0] + '\n{"image": "a.jpg", "x": -3, "y": 4, "defect": "crack"}\n')
+    with pytest.raises(ValueError, match=r"clicks.jsonl line 2.*\(-3, 4\)"):
+        read_clicks(tmp_path / "clicks.jsonl")
+
+
+def own_clicks(data_dir, tmp_path, rows, val_photo):
+    """Arguments of a training on clicks of one's own: (photo's stem, x, y, defect) beside a good one of every kind."""
+    photos = sorted((data_dir / "walls" / "images").iterdir())
+    lines = [f"{photos[0]},{x},20,{defect}" for x, defect in ((30, "crack"), (90, "none"))]
+    (tmp_path / "own.csv").write_text("\n".join(["image,x,y,defect", *lines, *(f"{photos[1]},{row}" for row in rows)]) + "\n")
+    val = val_photo or photos[2]
+    (tmp_path / "val.csv").write_text(f"image,x,y,defect\n{val},30,20,crack\n{val},90,20,none\n")
+    given = f"--defect crack --clicks {tmp_path / 'own.csv'} --val-clicks {tmp_path / 'val.csv'} --decoder 8,8,8 --crop-px 32"
+    return f"{given} --batch 4 --steps 20 --out {tmp_path / 'out'}".split(), photos
+
+
+def test_clicks_on_another_defect_are_not_this_ones(data_dir, tmp_path):
+    given, _ = own_clicks(data_dir, tmp_path, ["40,20,rust", "50,20,none"], None)
+    clicks, _ = train.gather_clicks(train.parse_args(given), "train")
+    assert sorted(click.defect for click in clicks) == ["crack", "none", "none"]
+    with pytest.raises(SystemExit, match="own.csv has no click on 'spalling'; its defects are .*'crack', 'none', 'rust'"):
+        train.main(["--defect", "spalling", *given[2:]])
+
+
+def test_bad_clicks_of_a_persons_own_end_with_a_message(data_dir, tmp_path):
+    given, photos = own_clicks(data_dir, tmp_path, ["5000,20,crack"], None)
+    with pytest.raises(SystemExit, match=r"the click at \(5000, 20\) lies outside its photo"):
+        train.main(given)
+    given, _ = own_clicks(data_dir, tmp_path, [], photos[0])
+    with pytest.raises(SystemExit, match="is among the photos to train on and those to judge by"):
+        train.main(given)
+    given, _ = own_clicks(data_dir, tmp_path, [], tmp_path / "gone.png")
+    with pytest.raises(SystemExit, match="there is no photo .*gone.png"):
+        train.main(given)
+    with pytest.raises(SystemExit, match="has no train photos of 'beams'; its sets are"):
+        train.main(["--defect", "crack", "--data", str(data_dir), "--sets", "beams", "--out", str(tmp_path / "o")])

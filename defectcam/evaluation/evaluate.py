@@ -54,11 +54,10 @@ class Judge:
         self.handler = ModelHandler(folder, "cpu", Settings(), logging.getLogger("evaluate"))
 
     def survey(self, photo: LabelledPhoto, defect: str) -> SurveyedPhoto:
-        """Everything the networks say of a photo; one without the defect is judged at the default T alone."""
+        """Everything the networks say of a photo."""
         weights, fact = self.handler.weights, self.handler.weights.facts[defect]
-        steps = self.steps if photo.truth is not None else [t for t in (0, PAPER_STEPS, fact.iterations) if t in self.steps]
         return survey(
-            photo, weights.networks[defect], weights.outlines.get(defect), fact.working_scale, steps,
+            photo, weights.networks[defect], weights.outlines.get(defect), fact.working_scale, self.steps,
             fact.climb_parameters, fact.cam_max, fact.cam_threshold, fact.window_px, fact.gate,
         )  # fmt: skip
 
@@ -265,5 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.data / "splits.json").exists():
         sys.exit(f"no splits.json in {args.data}: name the folder of photo sets with --data")
-    print_table(evaluate(args))
+    try:
+        print_table(evaluate(args))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
     print(f"written: {args.out / 'evaluate.json'} and {args.out / 'evaluate.html'}")

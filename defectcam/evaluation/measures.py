@@ -60,6 +60,14 @@ def saved_per_component(proposed: np.ndarray, truth: np.ndarray, defect: str) ->
     return best
 
 
+def found_components(proposed: np.ndarray, truth: np.ndarray) -> list[bool]:
+    """Whether each ground-truth component of at least 30 px has a proposal, in label order."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(truth.astype(np.uint8), connectivity=8)
+    found = set(np.unique(labels[_dilated(proposed, TOUCHING_PX)]).tolist())
+    large = stats[:, cv2.CC_STAT_AREA] >= SMALLEST_COMPONENT_PX
+    return [component in found for component in range(1, len(stats)) if large[component]]
+
+
 def relative_time_saving(saved: Sequence[float]) -> float:
     """Eq. 3: groups of instances by the share saved, each weighed with its lower bound; 0 of no instances."""
     counts = [0] * len(GROUPS)

@@ -12,7 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.climb import ClimbParameters
-from defectcam.evaluation.measures import f1_2px, false_components, iou, relative_time_saving, saved_per_component
+from defectcam.evaluation.measures import (
+    f1_2px,
+    false_components,
+    found_components,
+    iou,
+    relative_time_saving,
+    saved_per_component,
+)
 from defectcam.network import DefectNet
 from defectcam.tiling import at_photo_scale, at_working_scale, climbed_maps, stitched_score_map
 from defectcam.training.clicks import photo_path, split_stems
@@ -132,7 +139,8 @@ def figures(defect: str, judged: Sequence[tuple[LabelledPhoto, np.ndarray]]) -> 
         both = sum(np.count_nonzero(truth & mask) for truth, mask in with_defect)
         either = sum(np.count_nonzero(truth | mask) for truth, mask in with_defect)
         saved = [share for truth, mask in with_defect for share in saved_per_component(mask, truth, defect)]
-        found = [share for share in saved if share > 0]
+        has_proposal = [one for truth, mask in with_defect for one in found_components(mask, truth)]
+        found = [share for share, one in zip(saved, has_proposal, strict=True) if one]
         result |= {
             "iou": both / max(either, 1),
             "iou_photo_mean": float(np.mean([iou(mask, truth) for truth, mask in with_defect])),

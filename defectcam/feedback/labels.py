@@ -70,12 +70,15 @@ class PhotoFolder:
         Raises:
             PhotoError: there is none, or several.
         """
+        exact = self.folder / name  # also where it lies behind a link, which the index does not follow
         found = [path for path in self._by_name[Path(name).name] if path.as_posix().endswith(f"/{name}")]
         found = found or self._by_name[Path(name).name]
+        if exact.is_file() and exact not in found:
+            found = [exact, *found]
         if len(found) > 1 and image:  # cameras use a name again
             found = [path for path in found if _pixels_hash(path) == image] or found
-        if self.folder / name in found:
-            return self.folder / name
+        if exact in found:
+            return exact
         if len(found) != 1:
             what = "no photo" if not found else f"{len(found)} photos"
             raise PhotoError(f"{what} {name} below {self.folder}; give --photos the folder that was uploaded to CVAT")

@@ -154,6 +154,12 @@ class Calibration:
         self.record = json.loads((args.classifier / "record.json").read_text())
         self.network = self._load(args.classifier)
         self.outline_record = json.loads((args.outline / "record.json").read_text()) if args.outline else None
+        for name in ("defect", "working_scale"):
+            if self.outline_record and self.outline_record[name] != self.record[name]:
+                sys.exit(
+                    f"--outline {args.outline} was trained with {name} {self.outline_record[name]!r}, --classifier "
+                    f"{args.classifier} with {self.record[name]!r}: both must be the same"
+                )
         self.outline = self._load(args.outline) if args.outline else None
         self.window_px, self.working_scale = self.record["crop_px"], self.record["working_scale"]
         self.min_area_px = MIN_AREA_PX.get(self.defect, OTHER_MIN_AREA_PX)
@@ -493,4 +499,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--choose-climb", action="store_true", help="choose xi and lambda too; else AdvCAM's defaults")
     parser.add_argument("--version", required=True, help="name of this version of the weights")
     parser.add_argument("--out", type=Path, required=True, help="the weights folder")
-    calibrate(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    try:
+        calibrate(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))

@@ -52,31 +52,36 @@ def write_clicks(path: Path, clicks: list[Click]) -> None:
 
 
 def read_clicks(path: Path) -> list[Click]:
-    """Read clicks from CSV (columns image, x, y, defect; the others may be left out).
+    """Read clicks from CSV, or from JSONL by the file's ending: image, x, y, defect; the others may be left out.
 
     Raises:
         ValueError: naming file, line and what is wrong with it.
     """
     clicks = []
-    with open(path, newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
+    with open(path, newline="", encoding="utf-8-sig") as file:  # Excel puts a mark before the first column's name
+        lines = file.read().splitlines() if path.suffix == ".jsonl" else csv.DictReader(file)
+        for number, line in enumerate(lines, start=1 if path.suffix == ".jsonl" else 2):
             try:
+                row = json.loads(line) if isinstance(line, str) else line
                 weight = float(row.get("weight") or 1.0)
                 if not 0 <= weight < math.inf:
                     raise ValueError(f"weight {weight} is not a number from 0")
+                x, y, defect = int(float(row["x"])), int(float(row["y"])), row["defect"].strip()
+                if x < 0 or y < 0 or not defect:
+                    raise ValueError(f"({x}, {y}) {defect!r} is no place in a photo with a defect, or none")
                 clicks.append(
                     Click(
                         row["image"],
-                        int(float(row["x"])),
-                        int(float(row["y"])),
-                        row["defect"],
+                        x,
+                        y,
+                        "none" if defect.lower() == "none" else defect,
                         row.get("absent") or "",
                         row.get("photo_group") or "",
                         weight,
                         row.get("interaction") or "",
                     )
                 )
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"{path} line {number}: {error!r}; a click needs image, x, y (numbers) and defect"
                 ) from error
@@ -97,8 +102,15 @@ def photo_path(set_dir: Path, stem: str) -> Path:
 
 
 def split_stems(data_dir: Path, set_name: str, split: str) -> list[str]:
-    """File stems of a set's "train" or "val" photos, from splits.json; groups of photos are never split there."""
-    return json.loads((data_dir / "splits.json").read_text())[set_name][split]
+    """File stems of a set's "train" or "val" photos, from splits.json; groups of photos are never split there.
+
+    Raises:
+        ValueError: naming the sets there are, where this is none of them.
+    """
+    splits = json.loads((data_dir / "splits.json").read_text())
+    if split not in splits.get(set_name, ()):
+        raise ValueError(f"{data_dir / 'splits.json'} has no {split} photos of {set_name!r}; its sets are {sorted(splits)}")
+    return splits[set_name][split]
 
 
 def simulate_clicks(

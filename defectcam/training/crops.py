@@ -103,6 +103,8 @@ class CropDataset(Dataset):
             click = self.negatives[int(rng.integers(len(self.negatives)))]
         weight = click.weight / mean_weight
         photo = self.photo_rgb(click.image)
+        if click.x * self.working_scale >= photo.shape[1] or click.y * self.working_scale >= photo.shape[0]:
+            raise ValueError(f"the click at ({click.x}, {click.y}) lies outside its photo {click.image}")
         x, y = int(click.x * self.working_scale), int(click.y * self.working_scale)
         size = self.crop_px
         if self.augment and positive:

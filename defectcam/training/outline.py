@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -235,6 +236,14 @@ def train_photos(args: argparse.Namespace) -> list[OutlinePhoto]:
     return photos + [photo for photo in gather_photos(args, args.none_sets, "train", args.masks) if not photo.coverage.any()]
 
 
+def masks_sha256(photos: Sequence[OutlinePhoto]) -> str:
+    """Hash of the photos' masks, hexadecimal."""
+    pixels = hashlib.sha256()
+    for photo in photos:
+        pixels.update(np.ascontiguousarray(photo.coverage))
+    return pixels.hexdigest()
+
+
 def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> dict:
     """Train on photos as the arguments say; returns and writes the record of the run."""
     with_defect = [photo for photo in photos if (photo.coverage > UNKNOWN).any()]
@@ -250,10 +259,8 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
         mistakes = [pixels[photo.known.ravel()[pixels]] for photo, pixels in zip(without, found)]
         healthy = [photo for photo in gather_photos(args, args.none_sets, "val", None) if not photo.coverage.any()]
         val += [healthy[index] for index in rng.permutation(len(healthy))[: args.val_photos // 2]]
-    pixels = hashlib.sha256()
-    for photo in with_defect:
-        pixels.update(np.ascontiguousarray(photo.coverage))
-    facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without), "masks_sha256": pixels.hexdigest()}
+    facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without)}
+    facts |= {"masks_sha256": masks_sha256(with_defect), "val_masks_sha256": masks_sha256(val)}
     facts |= {"encoder": args.encoder} | mistakes_fact(args)
     return fit(
         args,
@@ -278,6 +285,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val-photos", type=int, default=40, help="photos with the defect that the best checkpoint is chosen on; with --mistakes half as many without, too")
     add_common_arguments(parser, crop_px=96, batch=8, val_every=250)
     args = parsed(parser, argv)
+    record = args.masks / "pseudo.json" if args.masks else None
+    if record and record.exists() and not json.loads(record.read_text())["finished"]:
+        # A photo without a mask would be taken for one without the defect.
+        parser.error(f"--masks {args.masks} is not complete: run `defectcam pseudo-masks` once more, it goes on there")
     if args.arm == "clicks" and args.masks is None:
         parser.error("--arm clicks needs --masks: only `--arm outlines` may learn from the sets' own masks")
     return args
@@ -286,5 +297,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam train-outline`."""
     args = parse_args(argv)
-    done = train_outline(args, train_photos(args))
+    try:
+        done = train_outline(args, train_photos(args))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
     print(f"best IoU on val {done['best_val']:.3f} after {done['minutes']} minutes")

@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from defectcam.training.outline import UNKNOWN
 from defectcam.training.train import names
 from defectcam.weights import load_weights
 
+RECORD = "pseudo.json"  # beside the masks: what they were made of, and whether all are there
 AROUND_CLICK_PX = 16  # at working scale: as far as the unknown reaches around a click without a region
 
 
@@ -82,11 +84,21 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"--way is {args.way!r}; allowed are {sorted(options)}")
     closing_px, parameters = options[args.way][-1]
     smallest_px = round(SMALLEST_CLICKED_PX / fact.working_scale**2)
+    facts = {
+        "defect": args.defect, "weights": fact.sha256, "sets": args.sets, "way": args.way, "seed": args.seed
+    }  # fmt: skip
+    record = args.out / RECORD
+    if record.exists() and json.loads(record.read_text())["facts"] != facts:
+        sys.exit(f"{args.out} holds masks of {json.loads(record.read_text())['facts']}: choose another --out, or remove it")
+    args.out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"facts": facts, "finished": False}))
+    photos = 0
     for set_name in args.sets:
         clicks = simulate_clicks(args.data, set_name, "train", args.defect, 1, 0, args.seed, smallest_px)
         by_photo: dict[str, list[Click]] = {}
         for click in clicks:
             by_photo.setdefault(click.image, []).append(click)
+        photos += len(by_photo)
         (args.out / set_name).mkdir(parents=True, exist_ok=True)
         for path, of_photo in tqdm(sorted(by_photo.items()), desc=set_name, unit="photo"):
             out = args.out / set_name / f"{Path(path).stem}.png"
@@ -105,4 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             mask = pseudo_mask(outline, region, scaled, AROUND_CLICK_PX)
             defect, unknown = (at_photo_scale(mask == value, *photo.shape[:2]) for value in (255, UNKNOWN))
             cv2.imwrite(str(out), np.where(defect, 255, np.where(unknown, UNKNOWN, 0)).astype(np.uint8))
-    print(f"written: {args.out}")
+    if not photos:
+        sys.exit(f"nobody clicked on {args.defect} in the train photos of {', '.join(args.sets)}: no masks to write")
+    record.write_text(json.dumps({"facts": facts, "finished": True}))
+    print(f"{photos} masks written: {args.out}")

@@ -180,7 +180,13 @@ def gather_clicks(args: argparse.Namespace, split: str) -> tuple[list[Click], li
     healthy: list[Click] = []
     own = args.clicks if split == "train" else args.val_clicks
     if own:
-        clicks += read_clicks(own)
+        read = read_clicks(own)
+        # One binary set per defect: what is said of the others says nothing of this one.
+        mine = [c for c in read if c.defect == args.defect or c.defect == "none" and c.absent in ("", args.defect)]
+        if not any(click.defect == args.defect for click in mine):
+            others = sorted({click.defect for click in read})
+            raise ValueError(f"{own} has no click on {args.defect!r}; its defects are {others}")
+        clicks += mine
     patch_px = round(args.crop_px / args.working_scale)
     smallest_px = round(SMALLEST_CLICKED_PX / args.working_scale**2)  # what can be seen at working scale
     for set_name in args.sets:
@@ -277,7 +283,15 @@ def network_from(args: argparse.Namespace, wants_outline: bool = False) -> Defec
         parts: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
         for name, value in load_file(args.init).items():
             parts[name.startswith(OUTLINE_PREFIX)][name.removeprefix(OUTLINE_PREFIX)] = value
-        network.load_state_dict(parts[wants_outline and bool(parts[True])])
+        wanted = {name: value.shape for name, value in network.state_dict().items()}
+        for part in (True, False) if wants_outline else (False,):
+            if wanted == {name: value.shape for name, value in parts[part].items()}:
+                network.load_state_dict(parts[part])
+                return network
+        raise ValueError(
+            f"--init {args.init} holds no network with --decoder {','.join(map(str, args.decoder))} and --downsamplings "
+            f"{args.downsamplings}: give them as it was trained, or leave --init out"
+        )
     return network
 
 
@@ -309,7 +323,7 @@ def mistakes_fact(args: argparse.Namespace) -> dict:
 def clicks_sha256(clicks: list[Click]) -> str:
     """Hash of what a run learns from, hexadecimal."""
     # Weights of 1 are left out, so that runs from before there were weights can go on.
-    labels = [(c.photo_group, c.x, c.y, c.defect, *([c.weight] if c.weight != 1 else [])) for c in clicks]
+    labels = [(c.photo_group or c.image, c.x, c.y, c.defect, *([c.weight] if c.weight != 1 else [])) for c in clicks]
     return hashlib.sha256(repr(labels).encode()).hexdigest()
 
 
@@ -317,6 +331,12 @@ def train(args: argparse.Namespace) -> dict:
     """Train a classifier as the arguments say; returns and writes the record of the run."""
     clicks, healthy = gather_clicks(args, "train")
     val_clicks, val_healthy = gather_clicks(args, "val")
+    for click in {click.image: click for click in [*clicks, *val_clicks]}.values():
+        if not Path(click.image).is_file():  # better now than after an hour
+            raise FileNotFoundError(f"there is no photo {click.image}, which clicks name: give its path from here")
+    both = {click.image for click in clicks} & {click.image for click in val_clicks}
+    if both:
+        raise ValueError(f"{min(both)} is among the photos to train on and those to judge by: leave it out of one")
     crops = CropDataset(clicks, args.crop_px, args.seed, augment=True, working_scale=args.working_scale)
     network = network_from(args)
     val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False, working_scale=args.working_scale)
@@ -329,6 +349,7 @@ def train(args: argparse.Namespace) -> dict:
             )
     facts = {
         "clicks_sha256": clicks_sha256(clicks),
+        "val_clicks_sha256": clicks_sha256(val_clicks),
         "positive_clicks": len(crops.positives),
         "none_clicks": len(crops.negatives),
     } | mistakes_fact(args)
@@ -394,7 +415,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Example" + __doc__.split("Example")[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--clicks", type=Path, help="a person's clicks: CSV with image, x, y, defect")
+    parser.add_argument("--clicks", type=Path, help="a person's clicks: CSV or JSONL with image, x, y, defect")
     parser.add_argument("--val-clicks", type=Path, help="clicks on other photos, to choose the best checkpoint by")
     parser.add_argument("--none-per-photo", type=int, default=6, help="simulated none-clicks per photo (default 6)")
     add_common_arguments(parser, crop_px=320, batch=32, val_every=100)
@@ -403,6 +424,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--clicks needs --val-clicks, or --sets with val photos: the best checkpoint is chosen on photos not trained on"
         )
+    if args.none_sets and not args.data:
+        parser.error("--none-sets are folders of --data: give that too")
     if not args.clicks and not (args.data and args.sets):
         parser.error("labels are missing: give --clicks and --val-clicks, or --data and --sets")
     if not 0 < args.working_scale <= 1:
@@ -412,5 +435,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam train`."""
-    done = train(parse_args(argv))
+    args = parse_args(argv)
+    try:
+        done = train(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
     print(f"best F-measure on val {done['best_val']:.3f} after {done['minutes']} minutes")
