@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from defectcam.evaluation.measures import iou
-from defectcam.evaluation.survey import LabelledPhoto, figures
+from defectcam.evaluation.survey import LabelledPhoto, figures, labelled_photos
 from defectcam.network import DefectNet
 from defectcam.outline_network import OutlineNet
 from defectcam.training import calibrate, outline, pseudo, train
@@ -146,6 +147,15 @@ def test_the_threshold_leaves_healthy_photos_in_peace_and_few_misses():
     assert spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([1, 2], 5) == [1, 2]
 
 
+def test_a_mask_of_another_size_than_its_photo_does_not_judge(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    mask = sorted((tmp_path / "data" / "walls" / "masks" / "spalling").iterdir())[0]
+    for path in mask.parent.iterdir():
+        cv2.imwrite(str(path), cv2.imread(str(path), 0)[1:])
+    with pytest.raises(ValueError, match="mask .* its photo .*: both must be the same"):
+        list(labelled_photos(tmp_path / "data", ["walls"], [], "val", "spalling"))
+
+
 def test_figures_of_a_set():
     truth = np.zeros((50, 60), bool)
     truth[10:30, 10:40] = True
@@ -158,6 +168,7 @@ def test_figures_of_a_set():
     assert found["iou"] == pytest.approx(600 / (1200 + 32), abs=1e-3)
     assert found["false_components"] == pytest.approx(2 / 3, abs=1e-3)
     assert found["mean_saved"] == 0.5 and found["eq3"] == pytest.approx(0.475) and found["eq3_found"] == 0.95
+    assert found["f1_2px"] == 0.5 and found["f1_2px_all"] == pytest.approx(2 / (632 / 600 + 1200 / 600), abs=1e-3)
     assert found["quiet_share"] == 0 and found["healthy_photos"] == 1
     assert figures("rust", [(photos[2], np.zeros_like(truth))])["quiet_share"] == 1
 
@@ -309,10 +320,14 @@ def test_a_choice_is_what_the_function_does(trained, data_dir):
 def test_networks_that_do_not_belong_together_are_refused(trained, data_dir, tmp_path, capsys):
     record = json.loads((trained / "outline" / "record.json").read_text())
     (tmp_path / "outline").mkdir()
-    (tmp_path / "outline" / "record.json").write_text(json.dumps(record | {"working_scale": 1.0}))
     given = ["--classifier", trained / "classifier", "--outline", tmp_path / "outline", "--data", data_dir, "--sets", "walls"]
-    with pytest.raises(SystemExit, match="trained with working_scale 1.0, --classifier .* with 0.5"):
-        calibrate.main(["--defect", "spalling", "--version", "x", "--out", str(tmp_path / "w"), *map(str, given)])
+    for other, message in (
+        ({"working_scale": 1.0}, "trained with working_scale 1.0, --classifier .* with 0.5"),
+        ({"decoder": [4, 4, 4]}, r"trained with decoder \[4, 4, 4\], --classifier .* with \[8, 8, 8\]"),
+    ):
+        (tmp_path / "outline" / "record.json").write_text(json.dumps(record | other))
+        with pytest.raises(SystemExit, match=message):
+            calibrate.main(["--defect", "spalling", "--version", "x", "--out", str(tmp_path / "w"), *map(str, given)])
     other = ["--arm", "outlines", "--init", str(trained / "weights-lite" / "spalling.safetensors"), "--data", str(data_dir)]
     args = outline.parse_args([*COMMON, *other, "--sets", "walls", "--out", str(tmp_path / "o")])
     assert type(outline.outline_network_from(args)) is DefectNet  # its outline network is another's: from the classifier

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import cv2
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from defectcam.training import train
 from defectcam.training.clicks import Click, patch_bounds, read_clicks, simulate_clicks, write_clicks
-from defectcam.training.crops import CROPS_PER_CLICK, CropDataset
+from defectcam.training.crops import CROPS_PER_CLICK, CropDataset, on_disk
 from tests.conftest import ROOT, random_network
 
 
@@ -214,6 +215,45 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data_dir, tmp_path,
     with pytest.raises(SystemExit, match="other clicks_sha256, seed"):  # never goes on with another run's checkpoint
         train.train(train.parse_args(f"{arguments_of(data_dir, tmp_path / 'whole')} --seed 1".split()))
     assert json.loads((tmp_path / "whole" / "record.json").read_text())["seed"] == 0
+
+
+def test_a_run_killed_while_it_judges_loses_no_step_and_judges_again(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "VAL_CROPS", 8)
+    arguments = f"--defect crack --data {data_dir} --sets walls --crop-px 32 --batch 4 --steps 4 --lr 1e-3"
+    args = train.parse_args(f"{arguments} --decoder 8,8,8 --val-every 2 --out {tmp_path}".split())
+    judges = train.val_figures
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "val_figures", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(args)
+    seen = []
+    monkeypatch.setattr(train, "val_figures", lambda *given: (seen.append(1), judges(*given))[1])
+    done = train.train(args)
+    assert [row["step"] for row in done["history"]] == [2, 4] and len(seen) == 2
+    assert done["history"][0]["loss"] is None and (tmp_path / "best.safetensors").exists()
+
+
+def test_without_imagenets_weights_the_encoder_starts_from_scratch_and_the_record_says_so(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "VAL_CROPS", 8)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    arguments = f"--defect crack --data {data_dir} --sets walls --crop-px 32 --batch 4 --steps 1 --decoder 8,8,8"
+    done = train.train(train.parse_args(f"{arguments} --encoder-weights imagenet --out {tmp_path / 'out'}".split()))
+    assert done["encoder_weights"] is None and "training from scratch" in capsys.readouterr().err
+
+
+def test_photos_on_disk_are_the_photos_and_may_be_written_on():
+    photo = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
+    for array in (photo, photo[:, ::-1], photo[..., 0] > 99):
+        kept = on_disk(array)
+        assert kept.dtype == array.dtype and np.array_equal(kept, array)
+        kept[0, 0] = 0
+        assert not kept[0, 0].any()
 
 
 @pytest.mark.parametrize("command", ["", "demo", "serve", "train", "calibrate"])

@@ -39,7 +39,7 @@ TABLE_2 = {
     "rust": (89, (22, 14, 9)),
     "all defects": (265, (58, 73, 53)),
 }
-COLUMNS = ("photos", "iou", "iou_photo_mean", "f1_2px", "false_components", "instances", "eq3", "mean_saved",
+COLUMNS = ("photos", "iou", "iou_photo_mean", "f1_2px", "f1_2px_all", "false_components", "instances", "eq3", "mean_saved",
            "eq3_found", "healthy_photos", "quiet_share")  # fmt: skip
 OVERLAY_PX = 480
 THUMBNAIL_PX = 200

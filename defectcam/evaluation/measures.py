@@ -27,11 +27,20 @@ def iou(proposed: np.ndarray, truth: np.ndarray) -> float:
 
 
 def f1_2px(proposed: np.ndarray, truth: np.ndarray) -> float:
-    """F1 with 2 px tolerance: pixels count as right within a 5 x 5 dilation of the other mask."""
-    if not proposed.any() or not truth.any():
-        return float(not proposed.any() and not truth.any())
-    precision = np.count_nonzero(proposed & _dilated(truth, F1_TOLERANCE_PX)) / np.count_nonzero(proposed)
-    recall = np.count_nonzero(truth & _dilated(proposed, F1_TOLERANCE_PX)) / np.count_nonzero(truth)
+    """F1 with 2 px tolerance: pixels count as right within a 5 x 5 dilation of the other mask; 1 where both are empty."""
+    return f1_2px_of_all([proposed], [truth])
+
+
+def f1_2px_of_all(proposed: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
+    """F1 with 2 px tolerance over the pixels of several photos' masks together."""
+    right = found = wanted = met = 0
+    for mask, true in zip(proposed, truth, strict=True):
+        right += np.count_nonzero(mask & _dilated(true, F1_TOLERANCE_PX))
+        met += np.count_nonzero(true & _dilated(mask, F1_TOLERANCE_PX))
+        found, wanted = found + np.count_nonzero(mask), wanted + np.count_nonzero(true)
+    if not found or not wanted:
+        return float(not found and not wanted)
+    precision, recall = right / found, met / wanted
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from defectcam.climb import ClimbParameters
 from defectcam.evaluation.measures import (
     f1_2px,
+    f1_2px_of_all,
     false_components,
     found_components,
     iou,
@@ -85,6 +86,10 @@ def labelled_photos(
     """All photos of `sets`, and those of `healthy_sets` without the defect, `limit` of each set at most.
 
     Of a healthy set no mask is judged by: there may be none, or only a coarse one.
+
+    Raises:
+        ValueError: a mask and its photo differ in size.
+        FileNotFoundError: a photo of the split that is missing or no photo.
     """
     for set_name in [*sets, *healthy_sets]:
         taken = 0
@@ -98,7 +103,10 @@ def labelled_photos(
             if set_name in healthy_sets and truth is not None:
                 continue
             taken += 1
-            yield LabelledPhoto(set_name, stem, read_photo_rgb(str(photo_path(data_dir / set_name, stem))), truth)
+            photo = read_photo_rgb(str(photo_path(data_dir / set_name, stem)))
+            if truth is not None and truth.shape != photo.shape[:2]:
+                raise ValueError(f"mask {mask_path} is {truth.shape}, its photo {photo.shape[:2]}: both must be the same")
+            yield LabelledPhoto(set_name, stem, photo, truth)
 
 
 def survey(
@@ -124,8 +132,8 @@ def figures(defect: str, judged: Sequence[tuple[LabelledPhoto, np.ndarray]]) -> 
     """All measures of a set of photos and their proposed masks (H, W) bool, at photo scale.
 
     Returns:
-        photos, iou (all pixels), iou_photo_mean, f1_2px (photo mean), false_components (per photo), eq3 and
-        mean_saved over the instances, eq3_found without those that got no proposal; of the photos without the
+        photos, iou (all pixels), iou_photo_mean, f1_2px (photo mean), f1_2px_all (all pixels), false_components (per
+        photo), eq3 and mean_saved over the instances, eq3_found without those that got no proposal; of the photos without the
         defect: healthy_photos, quiet_share. Figures of nothing are left out.
     """
     with_defect = [(photo.truth, mask) for photo, mask in judged if photo.truth is not None]
@@ -145,6 +153,7 @@ def figures(defect: str, judged: Sequence[tuple[LabelledPhoto, np.ndarray]]) -> 
             "iou": both / max(either, 1),
             "iou_photo_mean": float(np.mean([iou(mask, truth) for truth, mask in with_defect])),
             "f1_2px": float(np.mean([f1_2px(mask, truth) for truth, mask in with_defect])),
+            "f1_2px_all": f1_2px_of_all([mask for _, mask in with_defect], [truth for truth, _ in with_defect]),
             "instances": len(saved),
             "eq3": relative_time_saving(saved),
             "mean_saved": float(np.mean(saved)) if saved else 0.0,

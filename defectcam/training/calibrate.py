@@ -154,7 +154,10 @@ class Calibration:
         self.record = json.loads((args.classifier / "record.json").read_text())
         self.network = self._load(args.classifier)
         self.outline_record = json.loads((args.outline / "record.json").read_text()) if args.outline else None
-        for name in ("defect", "working_scale"):
+        shared = ["defect", "working_scale"]
+        if self.outline_encoder == OUTLINE_ENCODERS[0]:  # the manifest has one architecture for both
+            shared += ["decoder", "downsamplings"]
+        for name in shared:
             if self.outline_record and self.outline_record[name] != self.record[name]:
                 sys.exit(
                     f"--outline {args.outline} was trained with {name} {self.outline_record[name]!r}, --classifier "

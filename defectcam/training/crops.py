@@ -7,6 +7,7 @@ arithmetic is dear. A photo smaller than the crop gives the whole photo, scaled 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 import cv2
@@ -84,9 +85,9 @@ class CropDataset(Dataset):
         return 2 * CROPS_PER_CLICK * len(self.positives)
 
     def photo_rgb(self, path: str) -> np.ndarray:
-        """The photo at working scale as (H, W, 3) uint8 RGB, kept in memory after the first look."""
+        """The photo at working scale as (H, W, 3) uint8 RGB, decoded at the first look."""
         if path not in self._photos:
-            self._photos[path] = at_working_scale(read_photo_rgb(path), self.working_scale)
+            self._photos[path] = on_disk(at_working_scale(read_photo_rgb(path), self.working_scale))
         return self._photos[path]
 
     def __getitem__(self, draw: int) -> tuple[torch.Tensor, float, float]:
@@ -141,6 +142,16 @@ def read_photo_rgb(path: str) -> np.ndarray:
     if photo is None:
         raise FileNotFoundError(f"cannot read the photo {path}")
     return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+
+
+def on_disk(array: np.ndarray) -> np.ndarray:
+    """The same array, mapped from a temporary file that goes with it.
+
+    Hundreds of photos of 25 megapixels do not fit in memory: like this as many stay there as there is room for.
+    """
+    with tempfile.TemporaryFile() as file:
+        array.tofile(file)
+        return np.memmap(file, array.dtype, "c", shape=array.shape)
 
 
 def turned(array: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:

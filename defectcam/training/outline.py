@@ -38,7 +38,7 @@ from defectcam.network import DefectNet
 from defectcam.outline_network import OutlineNet
 from defectcam.tiling import at_working_scale, stitched_score_map
 from defectcam.training.clicks import patch_bounds, photo_path, split_stems
-from defectcam.training.crops import read_photo_rgb, turned, varied_colours
+from defectcam.training.crops import on_disk, read_photo_rgb, turned, varied_colours
 from defectcam.training.mistakes import mistaken_pixels
 from defectcam.training.train import add_common_arguments, fit, mistakes_fact, network_from, parsed
 from defectcam.weights import OUTLINE_ENCODERS, OUTLINE_PREFIX
@@ -72,14 +72,14 @@ def load_outline_photo(photo: Path, mask: Path | None, working_scale: float) -> 
     image_rgb = read_photo_rgb(str(photo))
     values = np.zeros(image_rgb.shape[:2], np.uint8) if mask is None else cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE)
     if values is None:
-        raise FileNotFoundError(f"cannot read the mask {mask}")
+        raise FileNotFoundError(f"cannot read the mask {mask}: a photo without the defect has an all black one")
     if values.shape != image_rgb.shape[:2]:
         raise ValueError(f"mask {mask} is {values.shape}, its photo {image_rgb.shape[:2]}: both must be the same")
     small = at_working_scale(image_rgb, working_scale)
     size = small.shape[1::-1]
     coverage = cv2.resize(np.where(values > UNKNOWN, 255, 0).astype(np.uint8), size, interpolation=cv2.INTER_AREA)
     known = cv2.resize((values == UNKNOWN).astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) < 128
-    return OutlinePhoto(small, coverage, known)
+    return OutlinePhoto(on_disk(small), on_disk(coverage), on_disk(known))
 
 
 class OutlineDataset(Dataset):
@@ -110,7 +110,9 @@ class OutlineDataset(Dataset):
         self.mistaken = bool(len(mistakes)) and self.mistake_ends[-1] > 0
         self.with_defect, self.without = with_defect, without
         self.crop_px, self.seed = crop_px, seed
-        self.defect_pixels = [np.flatnonzero(photo.coverage > UNKNOWN).astype(np.int32) for photo in with_defect]
+        self.defect_pixels = [
+            on_disk(np.flatnonzero(photo.coverage > UNKNOWN).astype(np.int32)) for photo in with_defect
+        ]
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((self.seed, draw))

@@ -114,7 +114,29 @@ def fit(
     earlier, started, saved = state["seconds"], time.monotonic(), time.monotonic()
     main_process = accelerator.is_main_process
     bar = tqdm(loader, initial=state["step"], total=args.steps, desc=args.out.name, unit="step", disable=not main_process)
-    losses = []
+    losses: list[float] = []
+
+    def save() -> None:
+        state["seconds"] = earlier + time.monotonic() - started
+        save_checkpoint(checkpoint, network, optimiser, state)
+
+    def judge() -> None:
+        network.eval()
+        with torch.no_grad():
+            found = validate(network)
+        state["history"].append({"step": state["step"], "loss": float(np.mean(losses[-50:])) if losses else None, **found})
+        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in state["history"][-1].items() if value is not None))
+        if found[best_by] >= state["best"]:
+            state["best"] = found[best_by]
+            save_weights(network, args.out / "best.safetensors")
+        draw_curves(state["history"], args.out / "curves.png")
+        save()
+
+    def is_due() -> bool:
+        return state["step"] % args.val_every == 0 or state["step"] == args.steps
+
+    if main_process and state["step"] and is_due() and state["step"] not in [row["step"] for row in state["history"]]:
+        judge()  # the run was killed while it did that
     for batch in bar:
         network.train()
         for group in optimiser.param_groups:
@@ -126,24 +148,14 @@ def fit(
         optimiser.step()
         losses.append(loss.item())
         state["step"] += 1
-        last = state["step"] == args.steps
         if not main_process:
             continue
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", best=f"{state['best']:.3f}")
-        if state["step"] % args.val_every == 0 or last:
-            network.eval()
-            with torch.no_grad():
-                found = validate(network)
-            state["history"].append({"step": state["step"], "loss": float(np.mean(losses[-50:])), **found})
-            tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in state["history"][-1].items()))
-            if found[best_by] >= state["best"]:
-                state["best"] = found[best_by]
-                save_weights(network, args.out / "best.safetensors")
-            draw_curves(state["history"], args.out / "curves.png")
-        if time.monotonic() - saved > CHECKPOINT_SECONDS or last:
+        if is_due() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            save()  # before val, which may take minutes
             saved = time.monotonic()
-            state["seconds"] = earlier + saved - started
-            save_checkpoint(checkpoint, network, optimiser, state)
+        if is_due():
+            judge()
     accelerator.wait_for_everyone()
     record = {
         "command": "defectcam " + shlex.join(sys.argv[1:]),
@@ -275,10 +287,17 @@ def draw_curves(history: list[dict], path: Path) -> None:
 def network_from(args: argparse.Namespace, wants_outline: bool = False) -> DefectNet:
     """The network to start from: random, with ImageNet's encoder, or as in `--init`.
 
-    A defect's weights file may hold two: the outline network if that is wanted, else the classifier.
+    A defect's weights file may hold two: the outline network if that is wanted, else the classifier. Where ImageNet's
+    weights cannot be had the encoder starts from random ones, and `args.encoder_weights` says so from then on.
     """
     torch.manual_seed(args.seed)
-    network = DefectNet(args.decoder, args.downsamplings, encoder_weights=args.encoder_weights)
+    try:
+        network = DefectNet(args.decoder, args.downsamplings, encoder_weights=args.encoder_weights)
+    except OSError as error:
+        print(f"training from scratch, --lr 1e-3 suits that: ImageNet's weights cannot be had ({error})", file=sys.stderr)
+        args.encoder_weights = None
+        torch.manual_seed(args.seed)
+        network = DefectNet(args.decoder, args.downsamplings)
     if args.init:
         parts: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
         for name, value in load_file(args.init).items():
@@ -388,7 +407,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, crop_px: int, batch: i
     parser.add_argument("--val-every", type=int, default=val_every, help="steps between validations")
     parser.add_argument("--decoder", type=lambda s: tuple(map(int, s.split(","))), default=(64, 32, 16))
     parser.add_argument("--downsamplings", type=int, default=2, choices=(1, 2, 3), help="paper Fig. 4")
-    parser.add_argument("--encoder-weights", choices=("imagenet",), help="start from published encoder weights")
+    parser.add_argument("--encoder-weights", choices=("imagenet",), help="start from published encoder weights where they can be had")
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
     parser.add_argument(
         "--mistakes",
