@@ -5,6 +5,7 @@ import os
 import traceback
 from datetime import datetime, timezone
 
+from defectcam.interactor import to_json
 from defectcam.memory import limit_memory
 from defectcam.request import RequestError, parse_request
 from model_handler import ModelHandler
@@ -29,7 +30,8 @@ def handler(context, event):
     request = None
     try:
         request = parse_request(event.body, model.settings, model.defects)
-        return _response(context, 200, model.answer(request, waited_s(event.timestamp)))
+        answer = model.answer(request, waited_s(event.timestamp))
+        return _response(context, 200, answer, to_json if request.clicks else _json)
     except RequestError as error:
         context.logger.warn(f"refused: {error}")
         return _response(context, 400, {"error": str(error)})
@@ -55,9 +57,13 @@ def waited_s(arrival: object) -> float:
     return seconds if 0 <= seconds < LONGEST_WAIT_S else 0.0
 
 
-def _response(context, status, answer):
+def _json(answer):
+    return json.dumps(answer, allow_nan=False, separators=(",", ":"))  # masks are millions of numbers
+
+
+def _response(context, status, answer, to_text=_json):
     return context.Response(
-        body=json.dumps(answer, allow_nan=False, separators=(",", ":")),  # masks are millions of numbers
+        body=to_text(answer),
         headers={},
         content_type="application/json",
         status_code=status,

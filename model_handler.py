@@ -21,6 +21,7 @@ from defectcam import __version__
 from defectcam.cam import score_sums
 from defectcam.cvat_task import CvatTask
 from defectcam.interactor import outline_clicked
+from defectcam.memory import give_back_memory, keep_freed_memory
 from defectcam.network import DefectNet
 from defectcam.pace import Pace
 from defectcam.postprocess import binarise
@@ -123,6 +124,7 @@ class OnDemand:
             if self.users == 0 and threading.current_thread() is self.timer:
                 self._move("cpu")
                 torch.cuda.empty_cache()  # does nothing in a process that has not used a GPU
+                give_back_memory()
 
     def _move(self, device: str) -> None:
         for network in self.networks:
@@ -164,6 +166,8 @@ class ModelHandler:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+        if device == "cpu":  # a GPU's memory is kept by PyTorch itself
+            keep_freed_memory()
         self.weights = load_weights(weights_dir, "cpu")
         networks = [*self.weights.networks.values(), *self.weights.outlines.values()]
         self.networks_on_device = OnDemand(networks, device, idle_s)
@@ -395,17 +399,19 @@ class ModelHandler:
         """Score map and climbed map of a photo at working scale; halves the batch as long as memory does not suffice."""
         network: DefectNet = self.weights.networks[defect]
         fact: DefectWeights = self.weights.facts[defect]
-        gate = min(fact.gate, effective["threshold"] / 2)  # whoever asks for faint proposals has them climbed
+        # Whoever asks for fainter proposals than the manifest has fainter places climbed too.
+        gate = fact.gate * min(1.0, effective["threshold"] / max(fact.threshold, 1e-6))
         batch = self.batch
         tile_px = outer_px(tile_grid(*image_rgb.shape[:2], network.halo_px, network.stride_px))
+
+        def seconds(tile_px: float) -> float:
+            return self.pace.seconds(defect, tile_px, deadline - time.monotonic())
+
         while True:
             try:
                 with self.networks_on_device:
                     started = time.monotonic()
-                    seconds_per_px = self.pace.seconds_per_px(defect, tile_px, deadline - started)
-                    score = stitched_score_map(
-                        network, image_rgb, batch, deadline=deadline, seconds_per_px=seconds_per_px
-                    )
+                    score = stitched_score_map(network, image_rgb, batch, deadline=deadline, seconds=seconds)
                     self.pace.learn(defect, time.monotonic() - started, tile_px)
                     climbed = climbed_map(
                         network,
@@ -419,7 +425,7 @@ class ModelHandler:
                         gate,
                         batch,
                         deadline=deadline,
-                        seconds_per_px=seconds_per_px,
+                        seconds=seconds,
                     )
                 return Maps(score, climbed)
             except (MemoryError, RuntimeError) as error:

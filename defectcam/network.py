@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import segmentation_models_pytorch as smp
 import torch
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -117,4 +118,60 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, getattr(norm, "act", nn.Identity()))  # timm's do two steps in one
+    return network
+
+
+class DoublingBlock(nn.Module):
+    """A decoder's block that convolves before it doubles: the same function for less than half the arithmetic.
+
+    Of a 3 x 3 window on a map whose every pixel was doubled, two rows and two columns see the same pixel. So each of
+    the four pixels that one becomes is a 2 x 2 convolution of the map before, and all four are one convolution.
+
+    Args:
+        block: of segmentation-models-pytorch, without BatchNorms (`fold_batchnorm`); its convolutions are kept.
+        channels: of the map that is doubled.
+    """
+
+    def __init__(self, block: UnetDecoderBlock, channels: int) -> None:
+        super().__init__()
+        self.block = block
+        conv, *rest = block.conv1
+        self.after = nn.Sequential(*rest, block.conv2, block.attention2)
+        self.skip_weight = nn.Parameter(conv.weight[:, channels:].detach().clone(), requires_grad=False)
+        weight = conv.weight[:, :channels].detach()
+        # What the rows of a window, above, at and below a pixel, add up to on the rows of the map before.
+        first = torch.stack([weight[..., 0, :], weight[..., 1, :] + weight[..., 2, :]], -2)
+        second = torch.stack([weight[..., 0, :] + weight[..., 1, :], weight[..., 2, :]], -2)
+        phases = []
+        for rows in (first, second):
+            phases.append(torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], -1))
+            phases.append(torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], -1))
+        self.phase_weight = nn.Parameter(torch.cat(phases), requires_grad=False)
+
+    def forward(self, feature_map: Tensor, target_height: int, target_width: int, skip_connection: Tensor | None) -> Tensor:
+        """The block's output; maps (N, C, H, W)."""
+        height, width = feature_map.shape[2:]
+        if (target_height, target_width) != (2 * height, 2 * width):
+            return self.block(feature_map, target_height, target_width, skip_connection)
+        # A pixel's channels lie together in memory, so they are moved together.
+        coarse = nn.functional.conv2d(feature_map, self.phase_weight, padding=1).permute(0, 2, 3, 1)
+        phases = coarse.unflatten(3, (2, 2, -1))
+        rows = [torch.stack([phases[:, y : y + height, x : x + width, y, x] for x in (0, 1)], 3) for y in (0, 1)]
+        doubled = torch.stack(rows, 2).view(len(coarse), target_height, target_width, -1).permute(0, 3, 1, 2)
+        bias = self.block.conv1[0].bias
+        if skip_connection is None:
+            return self.after(doubled.add_(bias[:, None, None]))
+        return self.after(doubled.add_(nn.functional.conv2d(skip_connection, self.skip_weight, bias, padding=1)))
+
+
+def fold_upsampling(network: nn.Module) -> nn.Module:
+    """The same function with every doubling in the decoder after the convolution that follows it; for use, not training.
+
+    Args:
+        network: a U-Net from `fold_batchnorm`, with `encoder` and `decoder`; it is changed and returned.
+    """
+    skipped = [*network.encoder.out_channels[-2:0:-1], 0]  # the last block has no skip connection
+    blocks = network.decoder.blocks
+    for index, (block, channels) in enumerate(zip(blocks, skipped, strict=True)):
+        blocks[index] = DoublingBlock(block, block.conv1[0].in_channels - channels)
     return network

@@ -44,8 +44,8 @@ class Pace:
         """Take in what passes over tiles of `tile_px` pixels together took."""
         self.fastest[name] = min(elapsed_s / tile_px, self.fastest.get(name, float("inf")))
 
-    def seconds_per_px(self, name: str, tile_px: int, left_s: float) -> float:
-        """Seconds per pixel; measured anew before it says that `tile_px` take longer than `left_s`.
+    def seconds(self, name: str, tile_px: float, left_s: float) -> float:
+        """What forward passes over `tile_px` pixels take; measured anew before it says longer than `left_s`.
 
         0 where nothing was measured yet.
         """
@@ -53,4 +53,4 @@ class Pace:
             return 0.0
         if self.fastest[name] * tile_px > left_s:
             self.measure(name)
-        return self.fastest[name]
+        return self.fastest[name] * tile_px

@@ -274,7 +274,7 @@ def cvat_shape(
 def _outline(mask: np.ndarray, hole_share: float) -> Polygon:
     """The exact outline of a component's (h, w) mask in crop coordinates, without the holes to be filled."""
     # "high" joins pixels that touch at a corner, so an 8-connected component has exactly one outer ring.
-    rings_yx = find_contours(np.pad(mask, 1).astype(float), OUTLINE_LEVEL, fully_connected="high")
+    rings_yx = find_contours(np.pad(mask, 1).view(np.uint8), OUTLINE_LEVEL, fully_connected="high")
     rings = [Polygon(np.round(ring[:, ::-1] - 1 + OUTLINE_SHIFT_PX, 2)) for ring in rings_yx]
     *holes, shell = sorted(rings, key=lambda ring: ring.area)
     filled_px = np.cumsum([hole.area for hole in holes])

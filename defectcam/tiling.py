@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -135,7 +135,7 @@ def stitched_score_map(
     core_px: int = CORE_PX,
     deadline: float = math.inf,
     region: np.ndarray | None = None,
-    seconds_per_px: float = 0.0,
+    seconds: Callable[[float], float] = lambda _: 0.0,
 ) -> np.ndarray:
     """Signed score map of a whole photo, tile by tile.
 
@@ -144,7 +144,7 @@ def stitched_score_map(
         batch: tiles at once; changes speed and memory, not the result.
         region: (H, W) bool; tiles in which it is empty are left out, their scores are -inf.
         deadline: on the clock of time.monotonic, s.
-        seconds_per_px: of a forward pass, see `defectcam.pace`; what would be late is not begun.
+        seconds: of forward passes over so many pixels, see `defectcam.pace`; what would be late is not begun.
 
     Returns:
         (H, W) float32.
@@ -157,7 +157,7 @@ def stitched_score_map(
     tiles = tile_grid(height, width, network.halo_px, network.stride_px, core_px)
     if region is not None:
         tiles = [tile for tile in tiles if region[slice(*tile.core[:2]), slice(*tile.core[2:])].any()]
-    _check_time(deadline, seconds_per_px * outer_px(tiles))
+    _check_time(deadline, seconds(outer_px(tiles)))
     for some, images in _batches(image_rgb, tiles, batch, network):
         _check_time(deadline)
         _paste(stitched, some, network.score_map(images))
@@ -199,7 +199,7 @@ def climbed_maps(
     batch: int = 1,
     core_px: int = CLIMBED_CORE_PX,
     deadline: float = math.inf,
-    seconds_per_px: float = 0.0,
+    seconds: Callable[[float], float] = lambda _: 0.0,
 ) -> dict[int | str, np.ndarray]:
     """Climbed activation maps of a whole photo, on a scale where 1 is the typical maximum of a defect.
 
@@ -213,7 +213,7 @@ def climbed_maps(
         cam_max: divisor of the sum of T + 1 maps at index T; continued in a straight line beyond its end.
         window_px, gate: see `tiles_to_climb`.
         deadline: on the clock of time.monotonic, s.
-        seconds_per_px: of a forward pass, see `defectcam.pace`; what would be late is not begun.
+        seconds: of forward passes over so many pixels, see `defectcam.pace`; what would be late is not begun.
 
     Returns:
         T -> (H, W) float32, >= 0.
@@ -231,7 +231,7 @@ def climbed_maps(
     bias = network.head.bias.item()
     tiles = tiles_to_climb(tiles, score_sums(score_map), bias, window_px, gate)
     certain = max(1 if steps == "auto" else steps for steps in climbing)
-    _check_time(deadline, seconds_per_px * outer_px(tiles) * (1 + certain * (1 + GRADIENT_COST)))
+    _check_time(deadline, seconds(outer_px(tiles) * (1 + certain * (1 + GRADIENT_COST))))
     for some, images in _batches(image_rgb, tiles, batch, network):
         maps = climb(network, images, most, parameters)
         summed = _normalised_sums(_in_time(maps, deadline), cam_max)

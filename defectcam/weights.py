@@ -19,7 +19,7 @@ from safetensors.torch import load
 from torch import nn
 
 from defectcam.climb import ClimbParameters
-from defectcam.network import DefectNet, fold_batchnorm
+from defectcam.network import DefectNet, fold_batchnorm, fold_upsampling
 from defectcam.outline_network import OutlineNet
 from defectcam.snap import NETWORK_METHODS, check_parameters
 
@@ -125,7 +125,8 @@ def load_weights(folder: Path, device: str) -> Weights:
             parts[OUTLINE_PREFIX] = fact.build_outline_network()
         _load_verified(parts, folder / fact.file, fact.sha256)
         for network in parts.values():
-            fold_batchnorm(network.requires_grad_(False).eval()).to(device, memory_format=torch.channels_last)
+            fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval()))
+            network.to(device, memory_format=torch.channels_last)
         networks[defect] = parts[""]
         if fact.has_outline_network:
             outlines[defect] = parts[OUTLINE_PREFIX]

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from defectcam.interactor import DISC_PX, MARGIN_PX, WINDOW_PX, _grown, _windows, outline_clicked
+from defectcam.interactor import DISC_PX, MARGIN_PX, WINDOW_PX, _grown, _windows, outline_clicked, to_json
 from defectcam.proposals import find_components
 from defectcam.request import Clicks, RequestError, Settings, parse_request
 from defectcam.weights import sha256_of
@@ -231,10 +231,11 @@ def test_the_classifiers_at_the_click_decide_which_defect_it_is(
     caplog.set_level(logging.INFO)
     answer = outline_clicked(handler, crop_rgb, click, anything)
     assert f"{defect} clicked" in caplog.text
-    check_answer(answer, *crop_rgb.shape[:2])
-    assert answer == outline_clicked(handler, crop_rgb, click, Settings(defects=(defect,)))
+    answer = to_json(answer)
+    check_answer(json.loads(answer), *crop_rgb.shape[:2])
+    assert answer == to_json(outline_clicked(handler, crop_rgb, click, Settings(defects=(defect,))))
     other = {"crack": "rust", "rust": "crack"}[defect]
-    assert answer != outline_clicked(handler, crop_rgb, click, Settings(defects=(other,)))
+    assert answer != to_json(outline_clicked(handler, crop_rgb, click, Settings(defects=(other,))))
     caplog.clear()
     in_box = outline_clicked(handler, crop_rgb, Clicks((), (), (0.0, 0.0, 320.0, 240.0)), anything)
     assert f"{defect} clicked" in caplog.text and np.any(in_box["mask"])

