@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
-MMAP_MAX, TRIM_THRESHOLD = -4, -1  # glibc's numbers of two parameters of mallopt
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's numbers of two parameters of mallopt
+KEPT_BYTES = 32 << 20  # the most that glibc allows; keeping larger blocks too leaves gaps: a quarter more memory for a climb
 MARGIN_BYTES = 400 << 20  # for libraries' code, which must stay in memory, and the processor with a request's body
 
 
@@ -44,14 +45,13 @@ def limit_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process use memory again that it freed, instead of asking the system for new.
+    """Let this process use blocks of up to KEPT_BYTES again that it freed, instead of asking the system for new ones.
 
-    A network's maps are tens of megabytes and live for milliseconds. By default glibc returns each of them to the
-    system, which must clear every page before it hands it out again: a quarter of the processor time of a climb.
-    Does nothing without glibc.
+    A network's maps are megabytes and live for milliseconds. By default glibc returns them to the system, which must
+    clear every page before it hands it out again. Does nothing without glibc.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
         libc.mallopt(TRIM_THRESHOLD, -1)
 
 
