@@ -179,10 +179,11 @@ class ModelHandler:
         self.cvat_task = cvat_task
         self.proposal_log = proposal_log
         self.batch = BATCH[device]
-        self.pace = Pace(self.weights.networks)
+        outlines = {f"{defect} outline": network for defect, network in self.weights.outlines.items()}
+        self.pace = Pace(self.weights.networks | outlines)
         if device == "cpu":  # a GPU's is learnt from the first photo: nothing goes there before
-            for defect in self.defects:
-                self.pace.measure(defect)
+            for name in self.pace.networks:
+                self.pace.measure(name)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], logger) -> ModelHandler:
@@ -386,10 +387,13 @@ class ModelHandler:
 
         computed: list[np.ndarray] = []
 
+        def seconds(tile_px: float) -> float:
+            return self.pace.seconds(f"{defect} outline", tile_px, deadline - time.monotonic())
+
         def logits(wanted: np.ndarray) -> np.ndarray:
             if not computed:
                 with self.networks_on_device:
-                    scores = stitched_score_map(outline, working_image, deadline=deadline, region=wanted)
+                    scores = stitched_score_map(outline, working_image, deadline=deadline, region=wanted, seconds=seconds)
                 computed.append(scores + outline.head.bias.item())
             return computed[0]
 

@@ -372,6 +372,16 @@ def test_what_climbing_takes_is_estimated_from_the_tiles_to_climb(sample_rgb):
     assert seen_px < 3 * sample_rgb[..., 0].size + 4 * SAMPLE_PX**2, "the plain map alone"
 
 
+def test_outlines_that_would_be_late_are_not_begun(sample_rgb):
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=60)
+    outline, seen = model.weights.outlines["crack"], []
+    outline.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, 0].numel()))
+    model.pace.measure = lambda name: None  # as if this machine were as slow as the next line says
+    model.pace.fastest["crack outline"] = 1.0
+    (tag,) = model.answer(Request(base64.b64decode(encoded(sample_rgb)), Settings(defects=("crack",), iterations=0), ()))
+    assert re.match(r"too slow: needs about \d+ s here", tag["attributes"][0]["value"]) and not seen
+
+
 def test_a_deadline_that_passes_is_said_too(sample_rgb):
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=1e-6)
     model.pace.fastest.clear()  # as on a GPU before its first photo
