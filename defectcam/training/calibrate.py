@@ -54,7 +54,7 @@ from defectcam.weights import OUTLINE_ENCODERS, OUTLINE_PREFIX, read_manifest, w
 
 GATE = 0.5
 STEPS = (0, 1, 2, 4)
-THETAS = (0.01, 0.02, 0.05, 0.1, 0.2)
+THETAS = (0.005, 0.01, 0.02, 0.05, 0.1)
 CLIMBS = tuple(ClimbParameters(xi, weight, 0.5) for xi, weight in product((0.02, 0.08, 0.3), (0.7, 7.0, 70.0)))
 REFERENCE_CLIMB = ClimbParameters(xi=0.08, penalty_weight=7.0, salient_share=0.5)  # AdvCAM's defaults
 CLIMB_PHOTOS = 8  # for xi and lambda, which cost a climb each
@@ -64,7 +64,7 @@ TRIAL_PHOTOS = 8  # for T, which is slow
 CHANCE = 0.01  # what figures of so few photos differ by for no reason
 HEALTHY_SHARE = 0.9
 FALSE_PER_PHOTO = 1.5
-MIN_AREA_PX = {"crack": 60}
+MIN_AREA_PX = {"crack": 24}
 OTHER_MIN_AREA_PX = 16  # at working scale
 
 
@@ -129,7 +129,7 @@ def ways(defect: str, has_network: bool, min_area_px: int) -> dict[str, list[tup
         ridges = {"method": "network_ridges", "width_px": 9, "closing_radius_px": 1, **area}
         found["network_ridges"] = [
             (12, {"probability": probability, "ridge_weight": weight, **ridges})
-            for probability, weight in product((0.15, 0.3, 0.5), (0.5, 1.0, 2.0))
+            for probability, weight in product((0.05, 0.1, 0.2, 0.4), (0.5, 1.0, 2.0))
         ]
     return found
 
