@@ -147,6 +147,15 @@ def test_the_threshold_leaves_healthy_photos_in_peace_and_few_misses():
     assert spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([1, 2], 5) == [1, 2]
 
 
+def test_of_what_serves_as_well_but_for_chance_what_saves_most_is_kept():
+    def trial(quiet, merit, saved):
+        return calibrate.Trial(quiet, merit, saved, Choice(0, 0.1, 3, None), (), 0.5, [])
+
+    noisy, best, worth, poor = trial(False, 0.9, 0.9), trial(True, 0.72, 0.58), trial(True, 0.712, 0.6), trial(True, 0.7, 0.65)
+    assert calibrate.chosen([noisy, best, worth, poor]) is worth
+    assert calibrate.chosen([noisy]) is noisy
+
+
 def test_a_mask_of_another_size_than_its_photo_does_not_judge(data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "data")
     mask = sorted((tmp_path / "data" / "walls" / "masks" / "spalling").iterdir())[0]
