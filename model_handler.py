@@ -45,6 +45,7 @@ from defectcam.request import (
 )
 from defectcam.snap import snap
 from defectcam.tiling import (
+    OUTLINE_CORE_PX,
     TimeLimitError,
     at_photo_scale,
     at_working_scale,
@@ -393,7 +394,14 @@ class ModelHandler:
         def logits(wanted: np.ndarray) -> np.ndarray:
             if not computed:
                 with self.networks_on_device:
-                    scores = stitched_score_map(outline, working_image, deadline=deadline, region=wanted, seconds=seconds)
+                    scores = stitched_score_map(
+                        outline,
+                        working_image,
+                        core_px=OUTLINE_CORE_PX,
+                        deadline=deadline,
+                        region=wanted,
+                        seconds=seconds,
+                    )
                 computed.append(scores + outline.head.bias.item())
             return computed[0]
 

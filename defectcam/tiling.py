@@ -27,6 +27,7 @@ from defectcam.network import DefectNet
 
 CORE_PX = 768  # with the halo 888 px: 1.3 times the arithmetic of no halo, about 0.9 GB
 CLIMBED_CORE_PX = 512  # what is kept for the gradient takes as much for a smaller tile
+OUTLINE_CORE_PX = 1024  # an outline network's halo is four times as wide, its maps take a third of the memory
 GRADIENT_COST = 1.3  # of a backward pass to the image alone, in forward passes
 AUTO_MAX_STEPS = 8  # "auto": at most so many steps,
 AUTO_GROWTH = 0.02  # and no further one after a step that extended a tile's region by less than this share

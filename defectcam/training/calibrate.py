@@ -54,7 +54,7 @@ from defectcam.weights import OUTLINE_ENCODERS, OUTLINE_PREFIX, read_manifest, w
 
 GATE = 0.5
 STEPS = (0, 1, 2, 4)
-THETAS = (0.005, 0.01, 0.02, 0.05, 0.1)
+THETAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 CLIMBS = tuple(ClimbParameters(xi, weight, 0.5) for xi, weight in product((0.02, 0.08, 0.3), (0.7, 7.0, 70.0)))
 REFERENCE_CLIMB = ClimbParameters(xi=0.08, penalty_weight=7.0, salient_share=0.5)  # AdvCAM's defaults
 CLIMB_PHOTOS = 8  # for xi and lambda, which cost a climb each
