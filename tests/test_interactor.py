@@ -262,6 +262,9 @@ def test_a_click_on_a_photo_of_5000_x_5000_leaves_the_rest_alone(model, crop_rgb
     assert there.shape == (5000, 5000) and not there[:2700].any() and not there[:, :3700].any()
     overlap = there[3000:3240, 4000:4320] & cracks[0]
     assert overlap.sum() > 0.6 * cracks[0].sum()  # the crop sees no edge where the photo turns grey
+    part = as_cvat_sends(photo[2552:3752, 3552:4752], [[x + 448, y + 448]])
+    same = np.array(model.answer(parse_request(json.dumps(part), model.settings, ["crack"]))["mask"], bool)
+    assert np.array_equal(there[2552:3752, 3552:4752], same)
     assert json.loads(json.dumps(answer["points"])) == [list(point) for point in answer["points"]]
 
 

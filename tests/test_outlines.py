@@ -27,7 +27,7 @@ from defectcam.training.outline import (
     load_outline_photo,
 )
 from defectcam.training.pseudo import pseudo_mask
-from defectcam.weights import OUTLINE_PREFIX, load_weights
+from defectcam.weights import load_weights
 from tests.conftest import ROOT, random_network
 
 
@@ -343,25 +343,6 @@ def test_networks_that_do_not_belong_together_are_refused(trained, data_dir, tmp
     args.decoder = (4, 4, 4)
     with pytest.raises(ValueError, match="holds no network with --decoder 4,4,4"):
         outline.outline_network_from(args)
-
-
-def test_several_runs_of_an_outline_network_become_their_mean(trained, data_dir, tmp_path):
-    given = ["--defect", "spalling", "--classifier", trained / "classifier", "--data", data_dir, "--sets", "walls",
-             "--healthy-sets", "plain", "--way", "network", "--version", "mean"]  # fmt: skip
-
-    def calibrated(out, *arms):
-        calibrate.main([*map(str, given), "--out", str(tmp_path / out), "--outline", *(str(trained / arm) for arm in arms)])
-
-    calibrated("w", "outline", "clicks")
-    written = load_file(tmp_path / "w" / "spalling.safetensors")
-    runs = [load_file(trained / arm / "best.safetensors") for arm in ("outline", "clicks")]
-    for name in runs[0]:
-        mean = (runs[0][name].double() + runs[1][name].double()) / 2
-        torch.testing.assert_close(written[OUTLINE_PREFIX + name], mean.to(runs[0][name].dtype))
-    record = json.loads((tmp_path / "w" / "manifest.json").read_text())["defects"]["spalling"]["training"]["outline"]
-    assert record["arm"] == "clicks" and [other["arm"] for other in record["averaged_with"]] == ["outlines"]
-    with pytest.raises(SystemExit, match="runs with different encoder"):
-        calibrated("x", "outline", "lite")
 
 
 def test_pseudo_masks_of_other_facts_or_half_of_them_are_no_ones(trained, data_dir, tmp_path, capsys):

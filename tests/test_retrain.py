@@ -79,7 +79,7 @@ def network_that_sees_dark(data_dir):
 def calibration(data_dir, classifier, out):
     """What `defectcam calibrate` is asked for."""
     return argparse.Namespace(
-        defect="spalling", classifier=classifier, outline=[], data=data_dir, sets=["walls"],
+        defect="spalling", classifier=classifier, outline=None, data=data_dir, sets=["walls"],
         healthy_sets=["plain"], photos=None, way="cam", choose_climb=False, version="one", out=out,
     )  # fmt: skip
 

@@ -265,7 +265,7 @@ class Experiment:
             way = "dark_ridges" if args.defect == "crack" else "grabcut"
             calibrate(
                 argparse.Namespace(
-                    defect=args.defect, classifier=classifier, outline=[outlines] if outlines else [], data=self.first, sets=args.sets,
+                    defect=args.defect, classifier=classifier, outline=outlines, data=self.first, sets=args.sets,
                     healthy_sets=args.none_sets, photos=args.photos, way=None if outlines else way,
                     choose_climb=False, version=arm, out=folder,
                 )

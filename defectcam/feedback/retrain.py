@@ -317,7 +317,7 @@ def calibrated(args: argparse.Namespace, plan: Plan, work: Path, classifier: Pat
         argparse.Namespace(
             defect=plan.defect,
             classifier=classifier,
-            outline=[outlines] if outlines else [],
+            outline=outlines,
             data=args.data,
             sets=plan.val_sets,
             healthy_sets=plan.healthy_sets,

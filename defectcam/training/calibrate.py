@@ -154,16 +154,15 @@ class Calibration:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.defect = args, args.defect
         self.record = json.loads((args.classifier / "record.json").read_text())
-        self.network = self._load([args.classifier])
-        records = [json.loads((folder / "record.json").read_text()) for folder in args.outline]
-        self.outline_record = averaged(records)
+        self.network = self._load(args.classifier)
+        self.outline_record = json.loads((args.outline / "record.json").read_text()) if args.outline else None
         shared = ["defect", "working_scale"]
         if self.outline_encoder == OUTLINE_ENCODERS[0]:  # the manifest has one architecture for both
             shared += ["decoder", "downsamplings"]
         for name in shared:
             if self.outline_record and self.outline_record[name] != self.record[name]:
                 sys.exit(
-                    f"--outline {args.outline[0]} was trained with {name} {self.outline_record[name]!r}, --classifier "
+                    f"--outline {args.outline} was trained with {name} {self.outline_record[name]!r}, --classifier "
                     f"{args.classifier} with {self.record[name]!r}: both must be the same"
                 )
         self.outline = self._load(args.outline) if args.outline else None
@@ -183,12 +182,11 @@ class Calibration:
     def outline_encoder(self) -> str:
         return (self.outline_record or {}).get("encoder", OUTLINE_ENCODERS[0])
 
-    def _load(self, folders: Sequence[Path]) -> DefectNet | OutlineNet:
+    def _load(self, folder: Path) -> DefectNet | OutlineNet:
         network = DefectNet(tuple(self.record["decoder"]), self.record["downsamplings"])
-        if folders == self.args.outline and self.outline_encoder != OUTLINE_ENCODERS[0]:
+        if folder == self.args.outline and self.outline_encoder != OUTLINE_ENCODERS[0]:
             network = OutlineNet()
-        runs = [load_file(folder / "best.safetensors") for folder in folders]
-        network.load_state_dict({name: sum(run[name] / len(runs) for run in runs) for name in runs[0]})
+        network.load_state_dict(load_file(folder / "best.safetensors"))
         return network.requires_grad_(False).eval()
 
     def surveyed(
@@ -321,20 +319,6 @@ class Calibration:
         """Everything there is to choose for a way to an outline and T."""
         options = ways(self.defect, self.outline is not None, self.min_area_px)[way]
         return [Choice(steps, theta, *option) for theta, option in product(THETAS, options)]
-
-
-def averaged(records: Sequence[dict]) -> dict | None:
-    """The record of the mean of some runs: the last one's, with the others' under `averaged_with`; None of none.
-
-    Raises:
-        ValueError: they were trained as different networks.
-    """
-    if len(records) < 2:
-        return records[0] if records else None
-    for name in ("defect", "encoder", "working_scale", "decoder", "downsamplings"):
-        if len({repr(record.get(name)) for record in records}) > 1:
-            raise ValueError(f"--outline names runs with different {name}: only runs of one network have a mean")
-    return records[-1] | {"averaged_with": list(records[:-1])}
 
 
 def chosen(judged: Sequence[Trial]) -> Trial:
@@ -518,13 +502,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--defect", required=True)
     parser.add_argument("--classifier", type=Path, required=True, help="folder from `defectcam train`")
-    parser.add_argument(
-        "--outline",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="folder from `defectcam train-outline`; of several runs from the same start the mean of their weights, which errs less",
-    )
+    parser.add_argument("--outline", type=Path, help="folder from `defectcam train-outline`")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, required=True, help="sets whose masks judge")
     parser.add_argument("--healthy-sets", type=names, default=[], help="sets that give photos without the defect")
