@@ -108,9 +108,10 @@ def compare_networks(model: ModelHandler, repetitions: int) -> dict:
     network, fact = model.weights.networks[defect], model.weights.facts[defect]
     core_px = CPU_CORE_PX if model.device == "cpu" else CLIMBED_CORE_PX
     image_rgb, _ = make_sample(*(count * core_px for count in TILES_XY))
-    tiles = tile_grid(*image_rgb.shape[:2], network.halo_px, network.stride_px, core_px)
+    tiles = tile_grid(*image_rgb.shape[:2], network.climb_halo_px, network.stride_px, core_px)
+    plain_tiles = tile_grid(*image_rgb.shape[:2], network.halo_px, network.stride_px, core_px)
     large_rgb, _ = make_sample(*(count * CLIMBED_CORE_PX for count in FLOOR_TILES_XY))
-    large_tiles = tile_grid(*large_rgb.shape[:2], network.halo_px, network.stride_px, CLIMBED_CORE_PX)
+    large_tiles = tile_grid(*large_rgb.shape[:2], network.climb_halo_px, network.stride_px, CLIMBED_CORE_PX)
 
     def ours(steps: int, gate: float, image_rgb: np.ndarray = image_rgb, core_px: int = core_px) -> np.ndarray:
         score = stitched_score_map(network, image_rgb, model.batch, core_px)
@@ -127,7 +128,7 @@ def compare_networks(model: ModelHandler, repetitions: int) -> dict:
             "plain port": partial(plain_climbed_map, plain, image_rgb, STEPS, fact.climb_parameters, core_px),
             "ours, one tile in ten": partial(ours, STEPS, gate),
             "ours, every tile": partial(ours, STEPS, 0.0),
-            "pytorch-grad-cam": partial(grad_cam_maps, plain, image_rgb, tiles),
+            "pytorch-grad-cam": partial(grad_cam_maps, plain, image_rgb, plain_tiles),
             "ours, T = 0": partial(ours, 0, 0.0),
             "ours, large tiles": partial(ours, STEPS, 0.0, large_rgb, CLIMBED_CORE_PX),
         }

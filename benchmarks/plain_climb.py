@@ -58,8 +58,9 @@ def plain_climbed_map(
         core_px: of the tiles, see `tile_grid`.
     """
     stitched = np.zeros(image_rgb.shape[:2], np.float32)
+    halo_px = network.climb_halo_px if steps else network.halo_px  # as in the function
     with GradCam(network) as grad_cam:
-        for tile in tile_grid(*image_rgb.shape[:2], network.halo_px, network.stride_px, core_px):
+        for tile in tile_grid(*image_rgb.shape[:2], halo_px, network.stride_px, core_px):
             y0, y1, x0, x1 = tile.core
             image = network_input(network, image_rgb, tile.outer)
             total = _sum_of_maps(grad_cam, image, steps, parameters)

@@ -6,10 +6,14 @@ input's height and width, so its class activation map does too. One binary netwo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import segmentation_models_pytorch as smp
 import torch
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # What ResNet34's published ImageNet weights were trained with; the default for networks from scratch as well.
@@ -67,6 +71,15 @@ class DefectNet(nn.Module):
         The convolutions reach 21, 57 and 161 px; a test checks that by differentiating through the network.
         """
         return {1: 24, 2: 60, 3: 168}[self.downsamplings]
+
+    @property
+    def climb_halo_px(self) -> int:
+        """Half of that, in whole strides: enough around a climbed tile, whose edges are no neighbour's equals anyway.
+
+        The outermost pixels of that reach hardly count, and no halo would make climbed tiles one photo: every step
+        reaches farther, and a tile's gradient is scaled by its own largest.
+        """
+        return {1: 12, 2: 32, 3: 88}[self.downsamplings]
 
     @property
     def stride_px(self) -> int:
@@ -151,17 +164,53 @@ class DoublingBlock(nn.Module):
     def forward(self, feature_map: Tensor, target_height: int, target_width: int, skip_connection: Tensor | None) -> Tensor:
         """The block's output; maps (N, C, H, W)."""
         height, width = feature_map.shape[2:]
+        if (target_height, target_width) == (height, width) and skip_connection is None:  # the last: nothing to double
+            return self.after(self.block.conv1[0](feature_map))
         if (target_height, target_width) != (2 * height, 2 * width):
             return self.block(feature_map, target_height, target_width, skip_connection)
-        # A pixel's channels lie together in memory, so they are moved together.
-        coarse = nn.functional.conv2d(feature_map, self.phase_weight, padding=1).permute(0, 2, 3, 1)
-        phases = coarse.unflatten(3, (2, 2, -1))
-        rows = [torch.stack([phases[:, y : y + height, x : x + width, y, x] for x in (0, 1)], 3) for y in (0, 1)]
-        doubled = torch.stack(rows, 2).view(len(coarse), target_height, target_width, -1).permute(0, 3, 1, 2)
+        doubled = _Interleave.apply(nn.functional.conv2d(feature_map, self.phase_weight, padding=1))
         bias = self.block.conv1[0].bias
         if skip_connection is None:
             return self.after(doubled.add_(bias[:, None, None]))
         return self.after(doubled.add_(nn.functional.conv2d(skip_connection, self.skip_weight, bias, padding=1)))
+
+
+class _Interleave(torch.autograd.Function):
+    """Four maps become every second row and column of one; (N, 4 C, H + 1, W + 1) -> (N, C, 2 H, 2 W).
+
+    Map (y, x) loses its last row where y is 0, else its first, and so its columns. With a backward pass of its own,
+    since that of slicing fills a map of zeros for every slice: a fifth of a climb's time.
+    """
+
+    @staticmethod
+    def forward(_, coarse: Tensor) -> Tensor:
+        count, channels, height, width = coarse.shape
+        size = count, channels // 4, 2 * (height - 1), 2 * (width - 1)
+        doubled = torch.empty(size, dtype=coarse.dtype, device=coarse.device, memory_format=torch.channels_last)
+        for part, every_second in _phases(coarse, doubled):
+            every_second.copy_(part)
+        return doubled
+
+    @staticmethod
+    @once_differentiable
+    def backward(_, gradient: Tensor) -> Tensor:
+        count, channels, height, width = gradient.shape
+        size = count, 4 * channels, height // 2 + 1, width // 2 + 1
+        coarse = torch.empty(size, dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last).zero_()
+        for part, every_second in _phases(coarse, gradient):
+            part.copy_(every_second)
+        return coarse
+
+
+def _phases(coarse: Tensor, doubled: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each of the four maps the part that is used, and where it belongs, both (N, H, W, C).
+
+    A pixel's channels lie together in memory, so they are moved together.
+    """
+    height, width = (size // 2 for size in doubled.shape[2:])
+    phases, doubled = coarse.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1)), doubled.permute(0, 2, 3, 1)
+    for y, x in product((0, 1), (0, 1)):
+        yield phases[:, y : y + height, x : x + width, y, x], doubled[:, y::2, x::2]
 
 
 def fold_upsampling(network: nn.Module) -> nn.Module:

@@ -77,7 +77,7 @@ def snap(
         least = _logit(parameters["probability"])
         mask = region & _lines(evidence, line, least, least + SURE_LOGIT, parameters)
     else:
-        allowed = _grown(region, parameters["margin_px"])
+        allowed = grown(region, parameters["margin_px"])
         if parameters["method"] == "network":
             mask = allowed & (outline_logits(allowed) > _logit(parameters["probability"]))
         elif parameters["method"] == "grabcut":
@@ -109,8 +109,8 @@ def check_parameters(parameters: dict) -> None:
             raise ValueError(f"snap {name} must be at least 2, not {value!r}")
 
 
-def _grown(region: np.ndarray, margin_px: int) -> np.ndarray:
-    """The region with a margin around it."""
+def grown(region: np.ndarray, margin_px: int) -> np.ndarray:
+    """A mask (H, W) bool with a margin around it."""
     if margin_px == 0:
         return region
     size = 2 * int(margin_px) + 1

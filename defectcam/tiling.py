@@ -26,7 +26,7 @@ from defectcam.climb import ClimbParameters, climb
 from defectcam.network import DefectNet
 
 CORE_PX = 768  # with the halo 888 px: 1.3 times the arithmetic of no halo, about 0.9 GB
-CLIMBED_CORE_PX = 512  # what is kept for the gradient takes as much for a smaller tile
+CLIMBED_CORE_PX = 640  # with its halo 704 px; what is kept for the gradient takes as much as for a larger plain tile
 OUTLINE_CORE_PX = 1024  # an outline network's halo is four times as wide, its maps take a third of the memory
 GRADIENT_COST = 1.3  # of a backward pass to the image alone, in forward passes
 AUTO_MAX_STEPS = 8  # "auto": at most so many steps,
@@ -228,7 +228,7 @@ def climbed_maps(
     if not climbing:
         return result
     most = max(AUTO_MAX_STEPS if steps == "auto" else steps for steps in climbing)
-    tiles = tile_grid(*score_map.shape, network.halo_px, network.stride_px, core_px)
+    tiles = tile_grid(*score_map.shape, network.climb_halo_px, network.stride_px, core_px)
     bias = network.head.bias.item()
     tiles = tiles_to_climb(tiles, score_sums(score_map), bias, window_px, gate)
     certain = max(1 if steps == "auto" else steps for steps in climbing)

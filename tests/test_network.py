@@ -22,7 +22,8 @@ def test_score_map_has_the_input_size(downsamplings, height, width):
 def test_halo_covers_the_reach_of_every_pixel(downsamplings):
     network = random_network(downsamplings=downsamplings)
     size = 2 * network.halo_px + 40
-    assert network.halo_px % network.stride_px == 0
+    assert network.halo_px % network.stride_px == network.climb_halo_px % network.stride_px == 0
+    assert network.halo_px / 2 <= network.climb_halo_px < network.halo_px / 2 + network.stride_px
     images = torch.randn(1, 3, size, size, dtype=torch.float64, requires_grad=True)
     score = network.score_map(images)
     centre = size // 2

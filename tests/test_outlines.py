@@ -124,15 +124,16 @@ def test_the_loss_is_the_formula_over_known_pixels():
 
 
 def test_pseudo_masks_keep_what_was_clicked_on():
-    region, outline = np.zeros((60, 90), bool), np.zeros((60, 90), bool)
-    region[10:30, 10:40], outline[15:20, 12:38] = True, True  # clicked on
-    region[40:55, 50:80], outline[45:48, 55:75] = True, True  # a false proposal
-    mask = pseudo_mask(outline, region, [(20, 16), (80, 10)], around_px=5)
-    assert (mask[15:20, 12:38] == 255).all() and (mask == 255).sum() == 5 * 26
-    assert (mask[10:15, 10:40] == UNKNOWN).all()  # between outline and edge of the region
-    assert not mask[40:55, 50:80].any()
-    assert mask[10, 80] == UNKNOWN and mask[10, 86] == 0  # a defect that the map missed
-    assert pseudo_mask(outline, region, [], 5).max() == 0
+    outline = np.zeros((60, 140), bool)
+    outline[15:20, 12:38] = outline[15:20, 48:60] = True  # clicked on, and what a gap of 10 px parts from it
+    outline[45:48, 85:105] = True  # a false proposal
+    mask = pseudo_mask(outline, [(20, 16), (120, 10)])
+    assert (mask[15:20, 12:38] == 255).all() and (mask[15:20, 48:60] == 255).all()
+    assert (mask == 255).sum() == 5 * (26 + 12)
+    assert (mask[14, 12:38] == UNKNOWN).all() and not mask[:14, :60].any()  # next to the outline, farther off
+    assert not mask[40:55, 80:110].any()
+    assert (mask[10, 104:137] == UNKNOWN).all() and not mask[10, :104].any()  # a defect that the map missed
+    assert pseudo_mask(outline, []).max() == 0
 
 
 def test_the_threshold_leaves_healthy_photos_in_peace_and_few_misses():

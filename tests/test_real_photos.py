@@ -57,7 +57,7 @@ def test_an_interior_crop_and_the_full_photo_agree(model, wall, iterations, heig
 @pytest.mark.parametrize("iterations, height", [(0, 768), (2, 384)])
 def test_a_photo_shifted_by_half_a_tile_agrees_with_itself(model, wall, iterations, height):
     photo, network = wall[:height], model.weights.networks["crack"]
-    first = tile_grid(*photo.shape[:2], network.halo_px, network.stride_px, CLIMBED_CORE_PX)[0]
+    first = tile_grid(*photo.shape[:2], network.climb_halo_px, network.stride_px, CLIMBED_CORE_PX)[0]
     half = (first.core[3] - first.core[2]) // 2
     full = crack_mask(model, photo, iterations=iterations)
     shifted = crack_mask(model, photo[:, half:], iterations=iterations)

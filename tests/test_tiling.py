@@ -80,7 +80,7 @@ def test_only_tiles_where_a_defect_may_be_are_climbed(monkeypatch, textured_imag
     score = np.full(textured_image.shape[:2], -8.0, np.float32)
     score[100:140, 150:200] = 30.0  # one defect, lower right
     bias = float(network.head.bias[0])
-    tiles = tile_grid(*score.shape, network.halo_px, network.stride_px, core_px=64)
+    tiles = tile_grid(*score.shape, network.climb_halo_px, network.stride_px, core_px=64)
     chosen = tiles_to_climb(tiles, score_sums(score), bias, window_px=32, gate=0.5)
     assert 0 < len(chosen) < len(tiles)
     for tile in tiles:

@@ -120,8 +120,10 @@ def ways(defect: str, has_network: bool, min_area_px: int) -> dict[str, list[tup
             (3, {"method": "grabcut", "sure_share": share, "margin_px": 6, **area}) for share in (0.1, 0.3)
         ]
     else:
-        lines = {"method": "dark_ridges", "width_px": 17, "sharpness": 2.0, "closing_radius_px": 2, **area}
-        found["dark_ridges"] = [(closing, lines) for closing in (3, 12)]
+        lines = {"method": "dark_ridges", "width_px": 17, "closing_radius_px": 2, **area}
+        found["dark_ridges"] = [
+            (closing, {"sharpness": sharpness, **lines}) for sharpness, closing in product((2.0, 3.0), (3, 12))
+        ]
     if has_network:
         found["network"] = [
             (3, {"method": "network", "probability": probability, "margin_px": margin, **area})

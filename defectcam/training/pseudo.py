@@ -1,8 +1,9 @@
 """Pseudo-masks: the function's own proposals on the train photos, cleaned by the clicks on them (paper, conclusion).
 
-What the clicks arm of the outline network learns from. Nothing but clicks goes in: a component of the climbed
-region that no one clicked on is dropped, a clicked one keeps the outline that follows the image, and what lies
-between that outline and the region's edge is unknown, as is a click that no region holds with its surroundings.
+What the clicks arm of the outline network learns from. Nothing but clicks goes in: the outline that follows the
+image inside the climbed region is kept where its pieces, from gap to gap, lead to a click, and dropped elsewhere.
+Nobody vouches for the pixels next to that outline, nor for those around a click that no outline comes near; all else
+is not the defect, inside the region too, which reaches far beyond it.
 
 Example:
     defectcam pseudo-masks --weights out/weights --defect crack --data ../shared/data --sets deepcrack,uav75 \\
@@ -21,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.postprocess import binarise
-from defectcam.snap import snap
+from defectcam.snap import grown, snap
 from defectcam.tiling import at_photo_scale, at_working_scale, climbed_map, stitched_score_map
 from defectcam.training.calibrate import MIN_AREA_PX, OTHER_MIN_AREA_PX, ways
 from defectcam.training.clicks import SMALLEST_CLICKED_PX, Click, simulate_clicks
@@ -31,31 +32,29 @@ from defectcam.training.train import names
 from defectcam.weights import load_weights
 
 RECORD = "pseudo.json"  # beside the masks: what they were made of, and whether all are there
-AROUND_CLICK_PX = 16  # at working scale: as far as the unknown reaches around a click without a region
+GAP_PX = 16  # at working scale: pieces of one outline lie no farther apart, nor a click from its outline by half of it
+AROUND_CLICK_PX = 16  # at working scale: as far as the unknown reaches around a click without an outline
+EDGE_PX = 1  # at working scale: so far outside an outline its edge may lie in truth; of more, networks learn wide outlines
 
 
-def pseudo_mask(outline: np.ndarray, region: np.ndarray, clicks_xy: list[tuple[int, int]], around_px: int) -> np.ndarray:
+def pseudo_mask(outline: np.ndarray, clicks_xy: list[tuple[int, int]]) -> np.ndarray:
     """Grey levels 0 (not the defect), UNKNOWN and 255 (the defect) for training.
 
     Args:
         outline: (H, W) bool, the proposed defect.
-        region: (H, W) bool, where the climbed map proposes it.
         clicks_xy: the positive clicks, px.
-        around_px: radius of the unknown around a click without a region.
 
     Returns:
         (H, W) uint8.
     """
-    _, labels = cv2.connectedComponents((region | outline).astype(np.uint8), connectivity=8)
-    result = np.zeros(region.shape, np.uint8)
-    clicked = {int(labels[y, x]) for x, y in clicks_xy} - {0}
-    held = np.isin(labels, list(clicked)) if clicked else np.zeros_like(region)
-    result[held] = UNKNOWN
-    result[held & outline] = 255
+    _, chains = cv2.connectedComponents(grown(outline, GAP_PX // 2).astype(np.uint8), connectivity=8)
+    clicked = {int(chains[y, x]) for x, y in clicks_xy} - {0}
+    defect = outline & np.isin(chains, list(clicked))
+    result = np.where(grown(defect, EDGE_PX), np.uint8(UNKNOWN), np.uint8(0))
     for x, y in clicks_xy:
-        if labels[y, x] == 0 or not (outline & (labels == labels[y, x])).any():
-            circle = cv2.circle(np.zeros(region.shape, np.uint8), (x, y), around_px, 1, -1) > 0
-            result[circle & (result == 0)] = UNKNOWN
+        if chains[y, x] == 0:
+            cv2.circle(result, (x, y), AROUND_CLICK_PX, UNKNOWN, -1)
+    result[defect] = 255
     return result
 
 
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             region = binarise(climbed, fact.cam_threshold, closing_px, fact.min_area_px)
             outline = snap(image, region, parameters) if parameters else region
             scaled = [(int(click.x * fact.working_scale), int(click.y * fact.working_scale)) for click in of_photo]
-            mask = pseudo_mask(outline, region, scaled, AROUND_CLICK_PX)
+            mask = pseudo_mask(outline, scaled)
             defect, unknown = (at_photo_scale(mask == value, *photo.shape[:2]) for value in (255, UNKNOWN))
             cv2.imwrite(str(out), np.where(defect, 255, np.where(unknown, UNKNOWN, 0)).astype(np.uint8))
     if not photos:
