@@ -21,7 +21,7 @@ from defectcam import __version__
 from defectcam.cam import score_sums
 from defectcam.cvat_task import CvatTask
 from defectcam.interactor import outline_clicked
-from defectcam.memory import return_freed_memory
+from defectcam.memory import keep_freed_memory
 from defectcam.network import DefectNet
 from defectcam.pace import Pace
 from defectcam.postprocess import binarise
@@ -166,7 +166,7 @@ class ModelHandler:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        return_freed_memory()
+        keep_freed_memory()
         self.weights = load_weights(weights_dir, "cpu")
         networks = [*self.weights.networks.values(), *self.weights.outlines.values()]
         self.networks_on_device = OnDemand(networks, device, idle_s)

@@ -69,8 +69,8 @@ def snap(
         heights = _ridge_heights(image_rgb, region, parameters["width_px"])
         mask = region & _lines(heights, region, parameters["sharpness"] / 2, parameters["sharpness"], parameters)
     elif parameters["method"] == "network_ridges":
-        heights = _ridge_heights(image_rgb, region, parameters["width_px"])
         logits = outline_logits(region)
+        heights = _ridge_heights(image_rgb, region, parameters["width_px"])
         # A line ends at half its height, as a peak's width is measured; not where the network itself is certain.
         line = region & ((heights >= 0.5 * cv2.dilate(heights, HALF_WIDTH)) | (logits > 0))
         evidence = logits + parameters["ridge_weight"] * np.minimum(heights, HIGHEST_RIDGE)

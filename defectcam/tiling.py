@@ -23,11 +23,12 @@ import torch
 
 from defectcam.cam import probability, score_sums, window_logits
 from defectcam.climb import ClimbParameters, climb
+from defectcam.memory import return_freed_memory
 from defectcam.network import DefectNet
 
-CORE_PX = 768  # with the halo 888 px: 1.3 times the arithmetic of no halo, about 0.9 GB
-CLIMBED_CORE_PX = 640  # with its halo 704 px; what is kept for the gradient takes as much as for a larger plain tile
-OUTLINE_CORE_PX = 1024  # an outline network's halo is four times as wide, its maps take a third of the memory
+CORE_PX = 840  # with the halo 960 px: 1.3 times the arithmetic of no halo, about 1.1 GB
+CLIMBED_CORE_PX = 640  # with its halo 704 px; with what is kept for the gradient about as much
+OUTLINE_CORE_PX = 896  # with an outline network's halo 1248 px; about 0.9 GB
 GRADIENT_COST = 1.3  # of a backward pass to the image alone, in forward passes
 AUTO_MAX_STEPS = 8  # "auto": at most so many steps,
 AUTO_GROWTH = 0.02  # and no further one after a step that extended a tile's region by less than this share
@@ -121,11 +122,13 @@ def _batches(image_rgb: np.ndarray, tiles: Sequence[Tile], batch: int, network: 
     for tile in tiles:
         pending.setdefault(outer_size(tile), []).append(tile)
     for group in pending.values():
+        return_freed_memory()
         for start in range(0, len(group), batch):
             some = group[start : start + batch]
             pixels = np.stack([image_rgb[t.outer[0] : t.outer[1], t.outer[2] : t.outer[3]] for t in some])
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
             yield some, network.normalise(images)
+    return_freed_memory()
 
 
 @torch.no_grad()
@@ -222,8 +225,9 @@ def climbed_maps(
     Raises:
         TimeLimitError: the deadline passed, or would.
     """
-    plain = np.maximum(score_map, 0) / np.float32(cam_max[0])
-    result = {steps: plain if steps == 0 else plain.copy() for steps in wanted}
+    plain = np.maximum(score_map, 0)
+    plain /= np.float32(cam_max[0])
+    result = {wanted[0]: plain} | {steps: plain.copy() for steps in wanted[1:]}
     climbing = [steps for steps in wanted if steps != 0]
     if not climbing:
         return result

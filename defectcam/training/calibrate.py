@@ -133,7 +133,7 @@ def ways(defect: str, has_network: bool, min_area_px: int) -> dict[str, list[tup
         ridges = {"method": "network_ridges", "width_px": 9, "closing_radius_px": 1, **area}
         found["network_ridges"] = [
             (12, {"probability": probability, "ridge_weight": weight, **ridges})
-            for probability, weight in product((0.05, 0.1, 0.2, 0.4), (0.5, 1.0, 2.0))
+            for probability, weight in product((0.05, 0.1, 0.2, 0.4, 0.6, 0.85), (0.5, 1.0, 2.0))
         ]
     return found
 
