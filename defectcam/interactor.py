@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from model_handler import ModelHandler
 
 # At working scale: side of the window around a click, its surroundings that the networks and snapping see as
-# well, and radius of the disc in which the image alone is asked. About a second and a half per map on two cores.
+# well, and radius of the disc in which the image alone is asked. Less than a second per map on two cores.
 WINDOW_PX = 512
 MARGIN_PX = 64
 DISC_PX = 32

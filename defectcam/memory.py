@@ -12,7 +12,7 @@ from pathlib import Path
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's numbers of two parameters of mallopt
-KEPT_BLOCK_BYTES, KEPT_BYTES = 256 << 20, 1 << 30
+KEPT_BLOCK_BYTES, KEPT_BYTES = 32 << 20, 1 << 30  # of a block, older glibcs allow no more
 MARGIN_BYTES = 400 << 20  # for libraries' code, which must stay in memory, and the processor with a request's body
 
 
@@ -48,7 +48,8 @@ def keep_freed_memory() -> None:
     """Let this process keep blocks of less than KEPT_BLOCK_BYTES when they are freed, until `return_freed_memory`.
 
     A network asks for the same blocks for one tile after another, and pages new from the system cost a fifth of a
-    climb's time. Does nothing without glibc.
+    climb's time. Keeping larger blocks gains little more, and what a heap once held counts against `limit_memory` for
+    ever. Does nothing without glibc.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
@@ -56,7 +57,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return all that was freed to the system, whatever lies between, before tiles of another size want other blocks.
+    """Return all that was freed to the system, whatever lies between, before blocks of other sizes are wanted.
 
     Else each size would add its own: a climb of 4 megapixels would take 2.4 instead of 1.9 GB. Does nothing without
     glibc.

@@ -164,7 +164,7 @@ class DoublingBlock(nn.Module):
     def forward(self, feature_map: Tensor, target_height: int, target_width: int, skip_connection: Tensor | None) -> Tensor:
         """The block's output; maps (N, C, H, W)."""
         height, width = feature_map.shape[2:]
-        if (target_height, target_width) == (height, width) and skip_connection is None:  # the last: nothing to double
+        if (target_height, target_width) == (height, width) and skip_connection is None:  # DefectNet's last: nothing to double
             return self.after(self.block.conv1[0](feature_map))
         if (target_height, target_width) != (2 * height, 2 * width):
             return self.block(feature_map, target_height, target_width, skip_connection)

@@ -20,12 +20,12 @@ DECODER_CHANNELS = (64, 48, 32, 16)  # coarse to fine
 
 
 class OutlineNet(nn.Module):
-    """Per-pixel logits of one defect; to its users what `DefectNet` is, with the same names."""
+    """Per-pixel logits of one defect; to its users what `DefectNet` is but for climbing, with the same names."""
 
     stride_px = 2**ENCODER_DEPTH
     halo_px = 176
-    """A logit depends on what is up to 209 px away, but for less than 0.003 % on what lies beyond these; a test checks
-    that by differentiating."""
+    """A logit depends on what is up to 209 px away, but only 3e-5 of its gradient's magnitude lie beyond the halo; a test
+    checks that by differentiating."""
 
     def __init__(self) -> None:
         super().__init__()

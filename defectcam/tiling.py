@@ -1,7 +1,9 @@
 """Tiles with a halo: large photos in bounded memory, climbing only where a defect may be (paper 4.1: 5K x 5K).
 
-A tile is a core, whose result is kept, and a halo around it, at least as wide as the network's reach. Cores start
-at multiples of the network's stride, so the stitched score map equals the whole photo's to float precision.
+A tile is a core, whose result is kept, and a halo around it, as wide as the network's reach but for what hardly
+counts. Cores start at multiples of the network's stride, so the stitched score map equals the whole photo's: a
+classifier's to float precision, an outline network's to a ten-thousandth. Climbed tiles are no whole photo's with any
+halo and have half of it.
 
 Normalisation across tiles: a tile's own maximum would lift every healthy tile to 1 and a photo's maximum would
 let one strong defect erase a weak one, so the maps are divided by constants of the weights: `cam_max[T]`, the
@@ -248,6 +250,7 @@ def climbed_maps(
             for steps, normalised in enumerate(summed):
                 if steps in climbing:
                     _paste(result[steps], some, normalised)
+        maps.close()  # one that stopped early would keep all that its next step needs
     return result
 
 

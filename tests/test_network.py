@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from defectcam.climb import ClimbParameters, climb
-from defectcam.network import DefectNet, fold_batchnorm, fold_upsampling
-from tests.conftest import random_network
+from defectcam.network import DefectNet, _Interleave, fold_batchnorm, fold_upsampling
+from defectcam.weights import load_weights
+from tests.conftest import ROOT, random_network
 
 
 @pytest.mark.parametrize("downsamplings", [1, 2, 3])
@@ -32,6 +33,26 @@ def test_halo_covers_the_reach_of_every_pixel(downsamplings):
         ys, xs = gradient[0].abs().sum(0).nonzero(as_tuple=True)
         reach = max(y - ys.min(), ys.max() - y, x - xs.min(), xs.max() - x)
         assert 0 < reach <= network.halo_px
+
+
+@pytest.mark.parametrize("defect", ["crack", "spalling", "rust"])
+def test_what_lies_beyond_half_the_halo_hardly_counts(defect):
+    network = load_weights(ROOT / "weights", "cpu").networks[defect].double()
+    images = torch.randn(1, 3, 200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(network.score_map(images)[0, 100, 101], images)
+    influence, halo = gradient[0].abs().sum(0), network.climb_halo_px
+    near = influence[100 - halo : 101 + halo, 101 - halo : 102 + halo].sum()
+    assert 0 < 1 - near / influence.sum() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 5), (1, 4, 2, 2)])
+def test_interleaving_is_every_second_row_and_column_and_has_its_gradient(shape):
+    coarse = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    doubled, phases = _Interleave.apply(coarse), coarse.unflatten(1, (2, 2, -1))
+    for y, x in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        part = phases[:, y, x, :, y : shape[2] - 1 + y, x : shape[3] - 1 + x]
+        torch.testing.assert_close(doubled[:, :, y::2, x::2], part)
+    assert torch.autograd.gradcheck(_Interleave.apply, coarse)
 
 
 def test_every_parameter_is_used():

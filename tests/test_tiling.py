@@ -6,7 +6,7 @@ import torch
 
 from defectcam.cam import probability, score_sums, window_logits
 from defectcam.climb import ClimbParameters, climb
-from defectcam.tiling import CORE_PX, cam_max_at, climbed_map, stitched_score_map, tile_grid, tiles_to_climb
+from defectcam.tiling import CORE_PX, cam_max_at, climbed_map, climbed_maps, stitched_score_map, tile_grid, tiles_to_climb
 from tests.conftest import random_network
 
 PARAMETERS = ClimbParameters(xi=0.1, penalty_weight=5.0, salient_share=0.5)

@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     closing_px, parameters = options[args.way][-1]
     smallest_px = round(SMALLEST_CLICKED_PX / fact.working_scale**2)
     facts = {
-        "defect": args.defect, "weights": fact.sha256, "sets": args.sets, "way": args.way, "seed": args.seed
+        "defect": args.defect, "weights": fact.sha256, "sets": args.sets, "way": args.way, "seed": args.seed,
+        "closing_radius_px": closing_px, "snap": parameters,
     }  # fmt: skip
     record = args.out / RECORD
     if record.exists() and json.loads(record.read_text())["facts"] != facts:
