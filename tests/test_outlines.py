@@ -126,8 +126,9 @@ def test_the_loss_is_the_formula_over_known_pixels():
 def test_pseudo_masks_keep_what_was_clicked_on():
     outline = np.zeros((60, 140), bool)
     outline[15:20, 12:38] = outline[15:20, 48:60] = True  # clicked on, and what a gap of 10 px parts from it
+    outline[15:20, 80:84] = True  # 20 px from that
     outline[45:48, 85:105] = True  # a false proposal
-    mask = pseudo_mask(outline, [(20, 16), (120, 10)])
+    mask = pseudo_mask(outline, [(20, 9), (120, 10)])  # the first 6 px beside its outline
     assert (mask[15:20, 12:38] == 255).all() and (mask[15:20, 48:60] == 255).all()
     assert (mask == 255).sum() == 5 * (26 + 12)
     assert (mask[14, 12:38] == UNKNOWN).all() and not mask[:14, :60].any()  # next to the outline, farther off

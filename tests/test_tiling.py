@@ -132,5 +132,18 @@ def test_batch_of_tiles_changes_nothing(textured_image, iterations):
     assert np.abs(one - five).max() <= 1e-6 * one.max()
 
 
+@pytest.mark.parametrize("wanted", [[2, 0, "auto"], ["auto", 0, 2], [0, 2]])
+def test_several_t_at_once_are_each_by_itself(textured_image, wanted):
+    network = random_network(dtype=torch.float32)
+    image = np.ascontiguousarray(textured_image[:80, :90])
+    score = stitched_score_map(network, image, core_px=40)
+    before = score.copy()
+    arguments = (PARAMETERS, (1.0, 2.0, 3.0), 0.1, 320, 0.0)
+    found = climbed_maps(network, image, score, wanted, *arguments, core_px=40)
+    for steps in wanted:
+        assert np.array_equal(found[steps], climbed_map(network, image, score, steps, *arguments, core_px=40))
+    assert np.array_equal(score, before) and not np.array_equal(found[0], found[2])
+
+
 def test_cam_max_goes_on_in_a_straight_line():
     assert [float(cam_max_at((1.0, 3.0, 6.0), steps)) for steps in (0, 2, 3, 5)] == [1.0, 6.0, 9.0, 15.0]
