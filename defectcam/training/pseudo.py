@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     options = ways(args.defect, False, MIN_AREA_PX.get(args.defect, OTHER_MIN_AREA_PX))
     if args.way not in options:
         sys.exit(f"--way is {args.way!r}; allowed are {sorted(options)}")
-    closing_px, parameters = options[args.way][-1]
+    closing_px, parameters = options[args.way][-1]  # the sharpest ridges, the surest core: precise rather than whole
     smallest_px = round(SMALLEST_CLICKED_PX / fact.working_scale**2)
     facts = {
         "defect": args.defect, "weights": fact.sha256, "sets": args.sets, "way": args.way, "seed": args.seed,
