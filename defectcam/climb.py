@@ -68,7 +68,7 @@ def climb(network: DefectNet, images: Tensor, steps: int, parameters: ClimbParam
             salient = current_map.detach() > parameters.salient_share * peak
             penalty = (salient * (current_map - first_map).abs()).mean(dim=(1, 2))
             gain = network.logit(score) - parameters.penalty_weight * penalty
-            return_freed_memory()  # else what the forward pass has left over adds a fifth to the backward pass's peak
+            return_freed_memory()  # else what the forward pass has left over adds a tenth to the backward pass's peak
             # One sum over the batch: an image's gradient has no part of another image's gain in it.
             (gradient,) = torch.autograd.grad(gain.sum(), image)
         with torch.no_grad():

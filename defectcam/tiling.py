@@ -28,7 +28,7 @@ from defectcam.climb import ClimbParameters, climb
 from defectcam.memory import return_freed_memory
 from defectcam.network import DefectNet
 
-CORE_PX = 840  # with the halo 960 px: 1.3 times the arithmetic of no halo, about 1.1 GB
+CORE_PX = 840  # with the halo 960 px: 1.3 times the arithmetic of no halo, about 0.9 GB
 CLIMBED_CORE_PX = 640  # with its halo 704 px; with what is kept for the gradient about as much
 OUTLINE_CORE_PX = 896  # with an outline network's halo 1248 px; about 0.9 GB
 GRADIENT_COST = 1.3  # of a backward pass to the image alone, in forward passes
