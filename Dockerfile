@@ -51,6 +51,8 @@ RUN apt-get update \
 COPY --from=packages /packages /usr/local
 COPY --from=files /function /
 WORKDIR /opt/nuclio
+# As in the function files, which say why.
+ENV OMP_WAIT_POLICY=passive
 # A number, since Kubernetes cannot tell of a name that it is not root.
 USER 1000
 # Without it nuctl would wait for a healthy container in vain. Loading PyTorch and weights from a cold disk may take

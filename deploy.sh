@@ -15,7 +15,6 @@ TITLE_MAX=24                  # characters of a name that CVAT's model list show
 READY_SECONDS=${READY_SECONDS:-300}
 ANSWER_SECONDS=${ANSWER_SECONDS:-300} # a CPU may take minutes for the sample with many climbing steps
 DRIVER=580                            # NVIDIA's, the first for CUDA 13, which PyTorch brings along
-NUCLIO_VERSION=$(sed -n 's/^ARG NUCLIO_VERSION=//p' "$ROOT/Dockerfile")
 
 usage() {
     cat <<'EOF'
@@ -42,26 +41,40 @@ options of every command:
   --registry URL        Kubernetes, for cpu and gpu: where the image is pushed to and pulled from,
                         e.g. registry.example.org/cvat
   --cvat DIR            CVAT's repository, for the version of its Nuclio; otherwise that of the running one
-  --dry-run             print every command, one a line, and run none; function files are written to be read
+  --dry-run             print every docker, nuctl, kubectl and curl command, one a line, and run none; function files
+                        are written to be read. VERSION, PORT and REGISTRY stand for what only a real run knows.
   --help
 
 With ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN in the environment the functions read T from the labels of the CVAT task
-that is being annotated (docs/cvat.md).
+that is being annotated (docs/cvat.md). The token is a personal access token of a service account, a user of CVAT that
+is there for the functions alone; for CVAT 2.15, which has none, the key that POST /api/auth/login gives that user.
+Do not sign in to the web page as that user: signing out there deletes the key.
 EOF
 }
 
-say() { printf '%s\n' "$*" >&2 || true; } # a closed terminal must not end the way back
+# Progress and results; a dry run, which prints commands alone, has none.
+say() { [[ -n $dry_run ]] || printf '%s\n' "$*" >&2 || true; } # a closed terminal must not end the way back
+# shellcheck disable=SC2059
+tell() { [[ -n $dry_run ]] || printf "$@"; }
+
+warn() { printf 'deploy.sh: %s\n' "$@" >&2; }
 die() {
-    printf 'deploy.sh: %s\n' "$@" >&2
+    warn "$@"
     exit 1
 }
 
-# Run a command, or only print it.
+# lack REASON ...: the end of a run, but not of a dry run, which only says that something is lacking.
+lack() {
+    [[ -n $dry_run ]] || die "$@"
+    warn "$@" "without --dry-run this is an error"
+}
+
+# Run a command, or only print it, with the condition $only_if that a real run checks first.
 call() {
     if [[ -n $dry_run ]]; then
         local line
         printf -v line '%q ' "$@"
-        printf '%s\n' "${line% }" >&3
+        printf '%s\n' "${line% }${only_if:+ # only if $only_if}" >&3
     else
         "$@"
     fi
@@ -81,7 +94,7 @@ parse_arguments() {
             --dry-run) dry_run=yes ;;
             --platform | --namespace | --registry | --cvat | \
                 --iterations | --presets | --min-replicas | --max-replicas)
-                (($# > 1)) || die "$1 needs a value; ./deploy.sh --help"
+                [[ $# -gt 1 && -n $2 && $2 != -* ]] || die "$1 needs a value; ./deploy.sh --help"
                 local name=${1#--}
                 printf -v "${name//-/_}" '%s' "$2"
                 shift
@@ -100,23 +113,19 @@ parse_arguments() {
         esac
         shift
     done
-    [[ -n $command ]] || {
-        usage >&2
-        exit 2
-    }
+    [[ -n $command ]] || { usage >&2 && exit 2; }
     [[ $platform == local || $platform == kube ]] || die "--platform is '$platform', but must be local or kube"
     [[ $namespace =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] || die "--namespace is '$namespace', no Kubernetes name"
     local option
     for option in min_replicas max_replicas; do
-        [[ -z ${!option} || ${!option} =~ ^[0-9]+$ ]] || die "--${option/_/-} is '${!option}', but must be a number"
-        [[ -z ${!option} || $platform == kube ]] || die "--${option/_/-} needs --platform kube: Docker runs one copy"
+        [[ ${!option} =~ ^[0-9]*$ ]] || die "--${option/_/-} is '${!option}', but must be a number"
     done
-    if [[ $command != cpu && $command != gpu && -n $iterations$presets$min_replicas$max_replicas ]]; then
-        die "--iterations, --presets and replicas belong to cpu and gpu: '$command' keeps what is deployed"
-    fi
-    if [[ $platform == kube && -z $registry && $command =~ ^(cpu|gpu)$ ]]; then
+    [[ $platform == kube || -z $min_replicas$max_replicas$registry ]] ||
+        die "--registry and replicas need --platform kube: Docker runs one copy of an image on this machine"
+    [[ $command =~ ^(cpu|gpu)$ || -z $iterations$presets$min_replicas$max_replicas$registry ]] ||
+        die "--iterations, --presets, --registry and replicas belong to cpu and gpu: '$command' keeps what is deployed"
+    [[ ! $command =~ ^(cpu|gpu)$ || $platform == local || -n $registry ]] ||
         die "--platform kube needs --registry: the cluster pulls the image from there"
-    fi
     if [[ $command == weights ]]; then
         [[ -n $argument ]] || die "weights needs a folder: ./deploy.sh weights DIR"
         [[ -f $argument/manifest.json ]] || die "no weights in '$argument': it has no manifest.json"
@@ -130,12 +139,10 @@ parse_arguments() {
 check_needs() {
     local missing=() tools=(docker nuctl curl) tool
     [[ $platform == local ]] || tools+=(kubectl)
-    if [[ -z $dry_run ]]; then
-        for tool in "${tools[@]}"; do
-            command -v "$tool" >/dev/null || missing+=("$tool is not installed, or not in PATH")
-        done
-        ((${#missing[@]} == 0)) || die "${missing[@]}"
-    fi
+    for tool in "${tools[@]}"; do
+        command -v "$tool" >/dev/null || missing+=("$tool is not installed, or not in PATH")
+    done
+    ((${#missing[@]} == 0)) || lack "${missing[@]}"
     call docker info --format '{{.ServerVersion}}' >/dev/null ||
         die "docker does not answer: start its daemon, or join the group that may use it"
     [[ $command =~ ^(cpu|gpu|weights)$ ]] || return 0
@@ -158,15 +165,13 @@ check_nuclio_version() {
         images=$(call docker inspect --format '{{.Config.Image}}' nuclio 2>/dev/null) || images=''
     fi
     client=$(call nuctl version) || die "nuctl version fails: install nuctl again"
-    if [[ $images =~ nuclio/dashboard:([0-9]+\.[0-9]+\.[0-9]+) ]]; then
-        NUCLIO_VERSION=${BASH_REMATCH[1]}
-    elif [[ -z $dry_run ]]; then
+    [[ $images =~ nuclio/dashboard:([0-9]+\.[0-9]+\.[0-9]+) || -n $dry_run ]] ||
         die "no Nuclio dashboard is running: start CVAT with its serverless compose file, or give --cvat DIR"
-    fi
+    nuclio_version=${BASH_REMATCH[1]:-VERSION}
     [[ -z $dry_run ]] || return 0
     [[ $client =~ Label:\ ([0-9.]+) ]] || die "nuctl does not tell its version: $client"
-    [[ ${BASH_REMATCH[1]} == "$NUCLIO_VERSION" ]] ||
-        die "nuctl is ${BASH_REMATCH[1]}, but CVAT runs Nuclio $NUCLIO_VERSION: install nuctl $NUCLIO_VERSION"
+    [[ ${BASH_REMATCH[1]} == "$nuclio_version" ]] ||
+        die "nuctl is ${BASH_REMATCH[1]}, but CVAT runs Nuclio $nuclio_version: install nuctl $nuclio_version"
 }
 
 check_gpu() {
@@ -201,15 +206,19 @@ release_of() { # the name of the release that a link points to; nothing where th
     printf '%s' "${path##*/}"
 }
 
-read_links() { current=$(release_of current) previous=$(release_of previous) pending=$(release_of pending); }
-
 point() { # point LINK RELEASE: in one step, so that no interruption leaves half a link
+    [[ -z $dry_run ]] || return 0
     ln -sfn "releases/$2" "$STATE/$1.new"
     mv -T "$STATE/$1.new" "$STATE/$1"
 }
 
-new_release() { # sets $release and $folder
-    release=dry-run
+settle() { # what was pending is deployed, or gone
+    pending=''
+    [[ -n $dry_run ]] || rm -f "$STATE/pending"
+}
+
+new_release() { # new_release [NAME OF A DRY RUN]: sets $release and $folder
+    release=${1:-dry-run}
     [[ -z $dry_run ]] || rm -rf "$STATE/releases/$release"
     until [[ -n $dry_run ]] || { release=$(date -u +%Y%m%d-%H%M%S) && [[ ! -e $STATE/releases/$release ]]; }; do
         sleep 0.2 # a run of this very second was cut off: names are times, the next second has its own
@@ -227,36 +236,38 @@ functions_of() { # names of a release's functions, the default first
 # nuctl could override all but two things: it cuts an annotation at its second "=", and it builds again, whatever
 # --run-image says, as long as the file has spec.build. Hence a file for each function.
 add_function() {
-    local template=$1 name=$2 title=$3 setting secret=()
+    local template=$1 name=$2 title=$3 cvat_of=file
     shift 3
     name=${name:-$(sed -n 's/^  name: *\([^ #]*\).*/\1/p' "$template")}
     title=${title:-$(sed -n 's/^    name: *\([^#]*[^ #]\).*/\1/p' "$template")}
     ((${#title} <= TITLE_MAX)) || die "'$title' has ${#title} characters, but CVAT shows $TITLE_MAX: shorten it"
     ! grep -qxF "$name" "$folder/names" 2>/dev/null || die "two entries named '$title' ($name): rename one"
-    for setting in ADVCAM_CVAT_URL ADVCAM_CVAT_TOKEN; do
-        # An entry with a T of its own is chosen for that T: the task's label must not replace it.
-        [[ -n ${!setting:-} && " $* " != *" ADVCAM_ITERATIONS="* ]] || continue
-        [[ ${!setting} != *[\"\\[:space:]]* ]] || die "$setting has a quote, a backslash or a space in it"
-        secret+=("$setting=${!setting}")
-    done
-    awk -v name="$name" -v title="$title" -v device="$device" -v secrets="${secret[*]}" '
-        /^  build:/ { skipping = 1; next }
-        /^  [a-z]/ || /^[^ ]/ { skipping = 0 }
+    [[ -z ${ADVCAM_CVAT_TOKEN:+set} ]] || cvat_of=environment
+    # An entry with a T of its own is chosen for that T: the task's label must not replace it. A click has no T.
+    [[ " $* " != *" ADVCAM_ITERATIONS="* && $template != */interactor.yaml ]] || cvat_of=nothing
+    # The token is read by awk alone: other users can see a program's arguments, and `bash -x` prints bash's values.
+    LC_ALL=C awk -v name="$name" -v title="$title" -v cvat_of="$cvat_of" '
+        BEGIN {
+            count = cvat_of == "environment" ? split("ADVCAM_CVAT_URL ADVCAM_CVAT_TOKEN", variables, " ") : 0
+            for (i = 1; i <= count; i++) {
+                value = ENVIRON[variables[i]]
+                gsub(/^[ \t\r\n]+|[ \t\r\n]+$/, "", value)
+                if (value !~ /^[!-~]+$/ || value ~ /["\047\\]/) {
+                    print "deploy.sh: " variables[i] " has a blank, a quote or a control character in it" >"/dev/stderr"
+                    exit 1
+                }
+                entries = entries "    - name: " variables[i] "\n      value: \"" value "\"\n"
+            }
+        }
+        /^(  )?[a-z]/ { block = $1; skipping = block == "build:" }
+        block == "env:" && /^    - / {
+            skipping = cvat_of != "file" && /name: *["\047]?ADVCAM_CVAT_(URL|TOKEN)(["\047 ,#]|$)/
+        }
         skipping { next }
         /^  name:/ { print "  name: " name; next }
-        /^    name:/ { print "    name: \"" title "\""; next }
-        /^    - name: ADVCAM_DEVICE/ {
-            print; getline; print "      value: " (device == "gpu" ? "cuda" : "cpu"); next
-        }
+        block == "annotations:" && /^    name:/ { print "    name: \"" title "\""; next }
         { print }
-        /^  env:/ {
-            count = split(secrets, lines, " ")
-            for (i = 1; i <= count; i++) {
-                at = index(lines[i], "=")
-                print "    - name: " substr(lines[i], 1, at - 1)
-                print "      value: \"" substr(lines[i], at + 1) "\""
-            }
-        }' "$template" >"$folder/functions/$name.yaml"
+        /^  env:/ { printf "%s", entries }' "$template" >"$folder/functions/$name.yaml" || exit 1
     (($# == 0)) || printf '%s\n' "$@" >"$folder/settings/$name"
     printf '%s\n' "$title" >"$folder/functions/$name.title"
     printf '%s\n' "$name" >>"$folder/names"
@@ -270,7 +281,7 @@ add_preset() {
         die "a preset's name is '$title', but may have letters, digits, spaces and =.,+- only"
     (($# > 0)) || die "preset '$title' sets nothing: NAME | key=value ..."
     for setting in "$@"; do
-        [[ ${setting%%=*} =~ ^(iterations|threshold|cam_threshold|snap|defects|shape|tolerance_px|hole_share)$ &&
+        [[ ${setting%%=*} =~ ^(iterations|threshold|cam_threshold|defects|shape|tolerance_px|hole_share)$ &&
             $setting == *=?* ]] ||
             die "preset '$title' has '$setting', but needs key=value with a key of README.md, \"Settings\""
         if [[ $setting == iterations=* ]] && ! grep -q "\"iterations\".*\"${setting#*=}\"" "$template"; then
@@ -284,6 +295,8 @@ add_preset() {
 }
 
 describe_release() { # the functions that cpu and gpu were asked for
+    [[ ${ADVCAM_CVAT_URL:+set} == "${ADVCAM_CVAT_TOKEN:+set}" ]] ||
+        die "only one of ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN is set: set both, or neither"
     local template=$ROOT/function.yaml line count
     [[ $device != gpu ]] || template=$ROOT/function-gpu.yaml
     add_function "$template" '' ''
@@ -309,20 +322,21 @@ describe_release() { # the functions that cpu and gpu were asked for
     [[ ! -f $ROOT/interactor.yaml ]] || add_function "$ROOT/interactor.yaml" '' ''
 }
 
-suppose_release() { # for a dry run where nothing is deployed yet: as if cpu had been run
+# suppose_release REASON: end a real run, since there is no release; a dry run goes on as if cpu had been run.
+suppose_release() {
+    lack "$1"
+    warn "the commands below are those after ./deploy.sh cpu"
+    [[ $platform == local ]] || registry=REGISTRY
     device=cpu
-    new_release
+    new_release RELEASE
     describe_release
-    name_image "$IMAGE" "$IMAGE:code-cpu-RELEASE"
-    rm -rf "$STATE/releases/RELEASE"
-    mv "$folder" "$STATE/releases/RELEASE"
-    current=RELEASE
+    name_image "${registry:+$registry/}$IMAGE"
+    current=RELEASE previous=RELEASE
 }
 
 build_image() {
-    local arguments=(--build-arg "NUCLIO_VERSION=$NUCLIO_VERSION" --build-arg "DEVICE=$device") repository=$IMAGE
-    [[ -z $registry ]] || repository=${registry%/}/$IMAGE
-    name_image "$repository" "$repository:code-$device-$release"
+    local arguments=(--build-arg "NUCLIO_VERSION=$nuclio_version" --build-arg "DEVICE=$device")
+    name_image "${registry:+${registry%/}/}$IMAGE"
     say "building $image"
     call docker build "${arguments[@]}" --target code --tag "$code" "$ROOT" >&2
     call docker build "${arguments[@]}" --tag "$image" "$ROOT" >&2
@@ -339,8 +353,8 @@ build_weights() {
     call docker build --tag "$image" --file "$folder/Dockerfile" "$folder/weights" >&2
 }
 
-name_image() { # name_image REPOSITORY CODE: written down before anything is built, so that it can be deleted later
-    image=$1:$device-$release code=$2
+name_image() { # name_image REPOSITORY [CODE]: written down before anything is built, so that it can be deleted later
+    image=$1:$device-$release code=${2:-$1:code-$device-$release}
     printf '%s\n' "$image" >"$folder/image"
     printf '%s\n' "$code" >"$folder/code"
     printf '%s\n' "$device" >"$folder/device"
@@ -377,6 +391,9 @@ def regions(answer):
         return {"mask": np.array(answer["mask"]) > 0}
     found = {}
     for shape in answer:
+        if shape["label"] == "notice":  # T of a task cannot be had, the weights are right all the same
+            print("note:", shape["attributes"][0]["value"], file=sys.stderr)
+            continue
         region = found.setdefault(shape["label"], Image.new("1", (4096, 4096)))
         if "mask" in shape:
             *bits, left, top, right, bottom = map(int, shape["mask"])
@@ -448,31 +465,27 @@ file_settings() {
         END { flush() }' "$1" | grep -vE "^ADVCAM_($others)=" || true
 }
 
-# settings_as_options RELEASE NAME: sets $options to --env KEY=VALUE ..., which docker and nuctl share.
-settings_as_options() {
+# env_options: sets $options to --env KEY=VALUE ..., which docker and nuctl share, for the lines KEY=VALUE on stdin.
+env_options() {
     local setting
     options=()
-    [[ ! -f $STATE/releases/$1/settings/$2 ]] || while IFS= read -r setting; do
+    while IFS= read -r setting; do
         options+=(--env "$setting")
-    done <"$STATE/releases/$1/settings/$2"
+    done
 }
 
 # What every function must answer, from the image itself. It proves weights and settings before anything is touched.
 work_out_answers() {
-    local name setting options own gpus=() advice=''
+    local name options gpus=() advice=''
     if [[ $device == gpu && $platform == local ]]; then
         gpus=(--gpus all --env ADVCAM_DEVICE=cuda) # without it a GPU that PyTorch cannot use would be passed over
         advice="; a GPU needs NVIDIA's driver $DRIVER or newer: nvidia-smi"
     fi
     for name in $(functions_of "$release"); do
         say "working out what $name must answer"
-        settings_as_options "$release" "$name"
-        own=()
-        while IFS= read -r setting; do
-            own+=(--env "$setting")
-        done < <(file_settings "$folder/functions/$name.yaml")
         # Of a variable given twice the last one counts: the file's, then the preset's.
-        run_program "$ANSWER_PROGRAM" ${gpus[@]+"${gpus[@]}"} ${own[@]+"${own[@]}"} ${options[@]+"${options[@]}"} \
+        env_options < <(file_settings "$folder/functions/$name.yaml" && cat "$folder/settings/$name" 2>/dev/null)
+        run_program "$ANSWER_PROGRAM" ${gpus[@]+"${gpus[@]}"} ${options[@]+"${options[@]}"} \
             "$image" <"$(request_for "$release" "$name")" >"$folder/answers/$name" ||
             die "$name cannot be deployed: its image, weights or settings do not work (see above)$advice"
         ! grep -q '"unprocessed"' <(tail -n 1 "$folder/answers/$name") ||
@@ -502,25 +515,21 @@ ask() { call curl --noproxy '*' --silent --fail "$@"; } # a function: on this ma
 # reach NAME: sets $url to where this machine reaches a deployed function.
 reach() {
     hang_up
-    url=http://localhost:PORT/
+    local asked=(docker port "nuclio-$namespace-$1" 8080) address
+    [[ $platform == local ]] || asked=(kubectl port-forward --namespace "$namespace" "service/nuclio-$1" :8080)
     if [[ -n $dry_run ]]; then
-        if [[ $platform == kube ]]; then
-            call kubectl port-forward --namespace "$namespace" "service/nuclio-$1" :8080
-        else
-            call docker port "nuclio-$namespace-$1" 8080
-        fi
+        call "${asked[@]}"
+        address=:PORT
     elif [[ $platform == kube ]]; then
         # Without the lock: if this script is killed, it goes on, and would keep every later run out.
-        coproc FORWARD { exec kubectl port-forward --namespace "$namespace" "service/nuclio-$1" :8080 2>&1 9>&-; }
-        local line
-        IFS= read -r -t 30 line <&"${FORWARD[0]}" && [[ $line =~ 127\.0\.0\.1:([0-9]+) ]] || return 1
-        url=http://localhost:${BASH_REMATCH[1]}/
+        coproc FORWARD { exec "${asked[@]}" 2>&1 9>&-; }
+        IFS= read -r -t 30 address <&"${FORWARD[0]}" && [[ $address =~ 127\.0\.0\.1(:[0-9]+) ]] || return 1
+        address=${BASH_REMATCH[1]}
     else
-        local address
-        address=$(docker port "nuclio-$namespace-$1" 8080 2>/dev/null) && [[ -n $address ]] || return 1
+        address=$("${asked[@]}" 2>/dev/null) && [[ -n $address ]] || return 1
         address=${address%%$'\n'*} # a second line would be the IPv6 one
-        url=http://localhost:${address##*:}/
     fi
+    url=http://localhost:${address##*:}/
 }
 
 hang_up() { # end the port forwarding of the last reach
@@ -537,14 +546,15 @@ address_of() { # address_of NAME: where CVAT reaches it
     fi
 }
 
-# is_new RELEASE NAME: on Kubernetes a copy of the last release may answer for a while; its device alone may differ.
+# is_new RELEASE NAME: on Kubernetes a copy of the last release may answer for a while. Its device may differ, and CVAT,
+# which the image is not told of before it is deployed.
 is_new() {
     [[ $platform == kube && -z $dry_run ]] || return 0
     local answers=$STATE/releases/$1/answers
-    [[ $(head -n 1 "$answers/$2" | no_device) == "$(no_device <"$answers/$2.deployed")" ]]
+    [[ $(head -n 1 "$answers/$2" | of_image) == "$(of_image <"$answers/$2.deployed")" ]]
 }
 
-no_device() { sed 's/"device": *"[a-z]*"//'; }
+of_image() { sed 's/"device": *"[a-z]*"//; s/, *"cvat": *.*/}/'; }
 
 # verify RELEASE NAME: wait until it answers, then compare its answer to the sample with the expected one.
 verify() {
@@ -571,7 +581,7 @@ activate() {
     local name options extra
     for name in $(functions_of "$1"); do
         say "deploying $name"
-        settings_as_options "$1" "$name"
+        env_options < <(cat "$STATE/releases/$1/settings/$name" 2>/dev/null)
         extra=()
         [[ ! -f $STATE/releases/$1/options ]] || mapfile -t extra <"$STATE/releases/$1/options"
         [[ $(<"$STATE/releases/$1/device") != gpu ]] ||
@@ -615,19 +625,18 @@ delete_functions() {
 
 # switch_to RELEASE: the one way by which a release becomes current. What ends it early, on_exit puts right.
 switch_to() {
-    if [[ -n $dry_run ]]; then
-        activate "$1"
-        delete_others "$1"
-        return
-    fi
     point pending "$1"
-    switching=$1
+    [[ -n $dry_run ]] || switching=$1
     activate "$1" || exit 1
     switching=''
-    [[ -z $current || $current == "$1" ]] || point previous "$current"
-    point current "$1"
+    if [[ -n $current && $current != "$1" ]]; then
+        previous=$current
+        point previous "$previous"
+    fi
+    current=$1
+    point current "$current"
     delete_others "$1" || die "release $1 is deployed and verified, but others are left: run this again"
-    rm -f "$STATE/pending"
+    settle
     say "release $1 is deployed and verified"
 }
 
@@ -643,63 +652,49 @@ on_exit() {
         if [[ -n $current && $current != "$switching" ]]; then
             say "going back to release $current; this cannot be interrupted"
             if activate "$current" && delete_others "$current"; then
-                rm -f "$STATE/pending"
+                settle
                 say "release $current is deployed again; $switching was given up"
             else
                 say "release $current is not back: put right what is said above, then ./deploy.sh rollback"
             fi
         else
             say "there is no release to go back to: deleting what was deployed"
-            delete_functions "$(functions_of "$switching")" && rm -f "$STATE/pending"
+            delete_functions "$(functions_of "$switching")" && settle
         fi
         code=1
     fi
     exit "$code"
 }
 
-# Folders and images of all releases but the current and the one before.
+# Images and folders of all releases but the current and the one before.
 forget_old_releases() {
-    local path kept tags tag
-    kept=" $current $previous "
-    tags=$(images_of_releases)
-    for path in "$STATE"/releases/*; do
-        [[ $kept == *" ${path##*/} "* ]] || rm -rf "$path"
+    local releases=$STATE/releases tag path
+    for tag in $(comm -23 <(images_of "$releases"/[0-9]*) <(images_of "$releases/$current" "$releases/$previous")); do
+        delete_image "$tag"
     done
-    for tag in $tags; do
-        images_of_releases | grep -qxF "$tag" || delete_image "$tag"
+    for path in "$releases"/*; do
+        [[ -n $dry_run || " $current $previous " == *" ${path##*/} "* ]] || rm -rf "$path"
     done
 }
 
-images_of_releases() { cat "$STATE"/releases/*/image "$STATE"/releases/*/code 2>/dev/null | sort -u; }
+# images_of RELEASE_FOLDER ...: what they are to be deployed from, built or not
+images_of() { cat "${@/%//image}" "${@/%//code}" 2>/dev/null | sort -u; }
 
 delete_image() {
-    [[ -n $dry_run ]] || docker image inspect "$1" >/dev/null 2>&1 || return 0
-    call docker rmi "$1" >/dev/null || say "note: image $1 is still in use and stays"
+    call docker image inspect "$1" >/dev/null 2>&1 || return 0
+    only_if='the image is there' call docker rmi "$1" >/dev/null || say "note: image $1 is still in use and stays"
 }
 
 # ---------------------------------------------------------------------------------------------- commands
-
-push_image() {
-    [[ $platform == local ]] || call docker push "$image" >&2
-}
 
 deploy() {
     new_release
     describe_release
     write_requests
-    local extra=()
-    [[ -z $min_replicas ]] || extra+=(--min-replicas "$min_replicas")
-    [[ -z $max_replicas ]] || extra+=(--max-replicas "$max_replicas")
+    local extra=(${min_replicas:+--min-replicas "$min_replicas"} ${max_replicas:+--max-replicas "$max_replicas"})
     ((${#extra[@]} == 0)) || printf '%s\n' "${extra[@]}" >"$folder/options"
     build_image
-    work_out_answers
-    put_iterations_first
-    push_image
-    local projects
-    projects=$(call nuctl get project cvat "${where[@]}" 2>/dev/null) || projects='' # there may be none
-    grep -qw cvat <<<"$projects" || call nuctl create project cvat "${where[@]}" >&2
-    switch_to "$release"
-    finish
+    deploy_release
 }
 
 deploy_weights() {
@@ -712,20 +707,21 @@ deploy_weights() {
     [[ ! -f $from/options ]] || cp "$from/options" "$folder"
     write_requests
     build_weights
-    work_out_answers
-    put_iterations_first
-    push_image
-    switch_to "$release"
-    finish
+    deploy_release
 }
 
-finish() {
-    [[ -z $dry_run ]] || return 0
-    read_links
+deploy_release() { # the new one, whose image is built
+    work_out_answers
+    put_iterations_first
+    [[ $platform == local ]] || call docker push "$image" >&2
+    local projects
+    projects=$(call nuctl get project cvat "${where[@]}" 2>/dev/null) || projects='' # there may be none
+    grep -qw cvat <<<"$projects" || only_if='it is not there' call nuctl create project cvat "${where[@]}" >&2
+    switch_to "$release"
     forget_old_releases
     status
-    printf '\nLabels for a CVAT task (tab Raw of its label editor; "From model" makes the same by clicks):\n'
-    labels
+    tell '\nLabels for a CVAT task (tab Raw of its label editor; "From model" makes the same by clicks):\n%s\n' \
+        "$(labels)"
 }
 
 # After an interruption to the current release, else to the one before: a second rollback undoes the first.
@@ -733,19 +729,15 @@ rollback() {
     if [[ -n $pending ]]; then
         { activate "$current" && delete_others "$current"; } ||
             die "release $current is not back: put right what is said above, then once more"
-        [[ -n $dry_run ]] || rm -f "$STATE/pending"
+        settle
     else
-        [[ -n $previous ]] || die "there is no earlier release to go back to"
         switch_to "$previous"
     fi
-    [[ -z $dry_run ]] || return 0
-    read_links
     status
 }
 
 status() {
     local name
-    [[ -n $current$pending ]] || die "nothing is deployed on $platform in namespace $namespace"
     [[ -z $current ]] || tell 'release %s\n' "$current"
     for name in $(functions_of "$current"); do
         tell '%-26s' "$(<"$STATE/releases/$current/functions/$name.title")"
@@ -757,13 +749,8 @@ status() {
         fi
     done
     [[ -z $previous ]] || tell 'rollback goes to release %s\n' "$previous"
-    [[ -z $pending ]] || tell 'deploying %s was interrupted: run it again, or ./deploy.sh rollback\n' "$pending"
-}
-
-# Like printf, but silent in a dry run, which prints commands alone.
-tell() {
-    # shellcheck disable=SC2059
-    [[ -n $dry_run ]] || printf "$@"
+    [[ -z $pending ]] || tell 'deploying %s was interrupted: run it again, or ./deploy.sh %s\n' "$pending" \
+        "$([[ -n $current ]] && echo rollback || echo remove)"
 }
 
 # CVAT's label editor wants `mutable` and a default as well.
@@ -775,8 +762,9 @@ labels() {
 
 remove() {
     local tag
+    [[ -n $(functions_of_all) ]] || warn "$nothing"
     delete_functions "$(functions_of_all)" || die "not all is deleted: put right what is said above, then once more"
-    for tag in $(images_of_releases); do
+    for tag in $(images_of "$STATE"/releases/[0-9]*); do
         delete_image "$tag"
     done
     [[ -n $dry_run ]] || rm -rf "$STATE"
@@ -791,14 +779,21 @@ STATE=$ROOT/out/deploy/$platform-$namespace
 mkdir -p "$STATE/releases"
 exec 9>"$ROOT/out/deploy/lock"
 [[ $command == status ]] || flock --nonblock 9 || die "another deploy.sh is at work in this folder"
-read_links
+current=$(release_of current) previous=$(release_of previous) pending=$(release_of pending)
+nothing="nothing is deployed on $platform in namespace $namespace"
 device=$command
-[[ -z $dry_run || -n $current || ! $command =~ ^(weights|status)$ ]] || suppose_release
-if [[ $command == weights || $command == rollback ]]; then
-    [[ -n $current ]] || die "nothing is deployed on $platform in namespace $namespace: ./deploy.sh cpu or gpu first"
-    device=$(<"$STATE/releases/$current/device")
-    current_code=$(<"$STATE/releases/$current/code")
-fi
+case $command in
+    status) [[ -n $current$pending ]] || suppose_release "$nothing" ;;
+    weights | rollback)
+        [[ -n $current ]] || suppose_release "$nothing: ./deploy.sh cpu or gpu first"
+        if [[ $command == rollback && -z $previous$pending ]]; then
+            lack "there is no earlier release to go back to"
+            previous=$current
+        fi
+        device=$(<"$STATE/releases/$current/device")
+        current_code=$(<"$STATE/releases/$current/code")
+        ;;
+esac
 trap on_exit EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM

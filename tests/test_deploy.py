@@ -1,4 +1,4 @@
-"""deploy.sh against recording stand-ins for docker, nuctl, kubectl and df; their HTTP ports answer for real.
+"""deploy.sh against recording stand-ins for docker, nuctl, kubectl and df; their HTTP ports answer for real, to curl.
 
 The stand-ins keep a small world in a folder: images, functions, a record of every call. What they are asked is checked
 against the option lists of the real tools.
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +30,9 @@ import yaml
 ROOT = Path(__file__).parents[1]
 NUCTL_OPTIONS = ROOT.parent / "shared" / "data" / "cli" / "nuctl-1.14.1.json"
 REAL_DOCKER = shutil.which("docker")
+DEPLOYMENT_TOOLS = ("docker", "nuctl", "kubectl", "curl")  # whose commands a dry run prints
+SECRET = "s3cr3t-t0ken"
+CVAT = {"ADVCAM_CVAT_URL": "http://cvat.example:8080", "ADVCAM_CVAT_TOKEN": SECRET}
 PORTS = 6
 
 # The function in every image of this world: what it says and proposes depends on its weights and settings.
@@ -43,14 +47,17 @@ def answer(body, environ):
         raise RuntimeError("crack.safetensors: its checksum is wrong")
     if not body:
         defaults = {"crack": {"iterations": iterations}}
-        return {"version": "1", "weights": weights, "defects": ["crack"], "device": "cpu", "defaults": defaults}
+        said = {"version": "1", "weights": weights, "defects": ["crack"], "device": "cpu", "defaults": defaults}
+        return said | {"cvat": {"last_problem": None} if "ADVCAM_CVAT_TOKEN" in environ else None}
     request = json.loads(body)
     if "pos_points" in request:
         return {"mask": [[0, 255], [255, 255]], "points": [[0, 0], [1, 0], [1, 1]]}
     assert len(request["image"]) > 100_000, "not the sample photo"
     right = 100 + 10 * int(iterations) + len(weights)
     points = [100, 100, right, 100, right, 200, 100, 200]
-    return [{"label": "crack", "type": "polygon", "points": points, "attributes": []}]
+    notice = {"label": "notice", "type": "tag", "attributes": [{"name": "reason", "value": "T=0 used: CVAT 401: ..."}]}
+    refused = environ.get("ADVCAM_CVAT_TOKEN") == "expired"
+    return [{"label": "crack", "type": "polygon", "points": points, "attributes": []}, *[notice] * refused]
 
 
 def init_context(context):
@@ -126,7 +133,8 @@ def docker_rmi():
 def docker_run():
     image = arguments[arguments.index("python") - 1]
     given = dict(arguments[i + 1].split("=", 1) for i, word in enumerate(arguments) if word == "--env")
-    environ = os.environ | given | {{"WEIGHTS": path_of("images", image).read_text()}}
+    inherited = {{name: value for name, value in os.environ.items() if not name.startswith("ADVCAM_")}}
+    environ = inherited | given | {{"WEIGHTS": path_of("images", image).read_text()}}
     program = [{python!r}, *arguments[arguments.index("python") + 1 :]]
     sys.exit(subprocess.run(program, env=environ, cwd=world).returncode)
 
@@ -195,6 +203,10 @@ def kubectl_port_forward():
     time.sleep(600)
 
 
+def curl_noproxy():
+    os.execv({curl!r}, ["curl", *arguments])
+
+
 def df_Pk():
     print("Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/sda1 900000000 1 90000000 1% /")
 
@@ -209,6 +221,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder, self.repository = folder / "world", folder / "repository"
         self.bin = folder / "bin"
+        self.path = f"{self.bin}:{os.environ['PATH']}"
         for path in (self.folder / "images", self.folder / "functions", self.bin):
             path.mkdir(parents=True)
         for name in ("deploy.sh", "Dockerfile", "function.yaml", "function-gpu.yaml", "docs/sample.jpg"):
@@ -218,8 +231,8 @@ class World:
         self.write_weights(self.repository / "weights", "old")
         (self.folder / "main.py").write_text(MAIN)
         self.faults({})
-        script = STAND_IN.format(python=sys.executable, world=str(self.folder))
-        for tool in ("docker", "nuctl", "kubectl", "df"):
+        script = STAND_IN.format(python=sys.executable, world=str(self.folder), curl=shutil.which("curl"))
+        for tool in (*DEPLOYMENT_TOOLS, "df"):
             (self.bin / tool).write_text(script)
             (self.bin / tool).chmod(0o755)
 
@@ -237,7 +250,7 @@ class World:
         (self.folder / "calls").write_text("")
         return subprocess.Popen(
             [self.repository / "deploy.sh", *map(str, arguments)],
-            env=os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "READY_SECONDS": "20"} | environ,
+            env=os.environ | {"PATH": self.path, "READY_SECONDS": "20"} | environ,
             stdout=stdout,
             stderr=stderr,
             stdin=subprocess.DEVNULL,
@@ -356,7 +369,11 @@ def test_help_names_every_command_and_option():
         ("gpu --iterations 51", "'51'"),
         ("gpu --iterations 2,2", "two entries named 'AdvCAM defects T=2'"),
         ("cpu --platform docker", "'docker'"),
-        ("cpu --max-replicas 2", "needs --platform kube"),
+        ("cpu --max-replicas 2", "need --platform kube"),
+        ("cpu --registry registry.example.org", "need --platform kube"),
+        ("status --platform kube --registry registry.example.org", "belong to cpu and gpu"),
+        ("cpu --platform kube --registry --dry-run", "--registry needs a value"),
+        ("cpu --platform kube --max-replicas two --registry registry.example.org", "'two'"),
         ("cpu --platform kube", "needs --registry"),
         ("cpu --presets nowhere.txt", "'nowhere.txt'"),
         ("weights", "needs a folder"),
@@ -376,10 +393,11 @@ def test_refuses_what_cannot_be_meant(world, arguments, reason):
         ("AdvCAM fine", "a line must be: NAME | key=value"),
         ("AdvCAM fine |", "sets nothing"),
         ("AdvCAM fine | theta=0.2", "'theta=0.2'"),
-        ("AdvCAM fine | snap", "'snap'"),
-        ("AdvCAM with a name that is too long | snap=false", "CVAT shows 24"),
-        ("AdvCAM defects | snap=false", "two entries named 'AdvCAM defects'"),
-        ('AdvCAM "fine" | snap=false', "letters, digits"),
+        ("AdvCAM fine | shape", "'shape'"),
+        ("AdvCAM fine | snap=false", "'snap=false'"),
+        ("AdvCAM with a name that is too long | shape=mask", "CVAT shows 24"),
+        ("AdvCAM defects | shape=mask", "two entries named 'AdvCAM defects'"),
+        ('AdvCAM "fine" | shape=mask', "letters, digits"),
     ],
 )
 def test_refuses_a_preset_that_cannot_work(world, line, reason):
@@ -405,13 +423,19 @@ def test_says_what_is_missing_before_anything_is_touched(world, call, answer, re
 
 
 def test_names_every_tool_that_is_not_installed(world):
-    for tool in ("docker", "nuctl"):
-        (world.bin / tool).unlink()
-    path = f"{world.bin}:/usr/bin:/bin"
-    if any(shutil.which(tool, path=path) for tool in ("docker", "nuctl")):
-        pytest.skip("the system itself has docker or nuctl")
-    error = world.refused("cpu", PATH=path)
-    assert "docker is not installed" in error and "nuctl is not installed" in error
+    bin = world.folder / "bin"
+    bin.mkdir()
+    for folder in ("/usr/bin", "/bin"):
+        for path in Path(folder).iterdir():
+            if path.name not in DEPLOYMENT_TOOLS and not (bin / path.name).is_symlink():
+                (bin / path.name).symlink_to(path)
+    kube = ("cpu", "--platform", "kube", "--registry", "registry.example.org")
+    missing = [f"{tool} is not installed, or not in PATH" for tool in ("docker", "nuctl", "curl", "kubectl")]
+    error = world.refused(*kube, PATH=str(bin))
+    assert [line.removeprefix("deploy.sh: ") for line in error.splitlines()] == missing
+    done = world.run(*kube, "--dry-run", PATH=str(bin))
+    assert done.returncode == 0 and all(reason in done.stderr for reason in missing)
+    assert {line.split()[0] for line in done.stdout.splitlines()} == set(DEPLOYMENT_TOOLS)
 
 
 def write_compose_file(world) -> Path:
@@ -434,7 +458,7 @@ def test_nuclio_version_is_that_of_cvats_compose_file(world):
 
 
 def test_presets_are_entries_of_cvats_model_list(world):
-    (world.folder / "presets").write_text("AdvCAM cracks | defects=crack cam_threshold=0.2 snap=false # fine ones\n")
+    (world.folder / "presets").write_text("AdvCAM cracks | defects=crack cam_threshold=0.2 shape=mask # fine ones\n")
     world.succeed("gpu", "--iterations", "0,2,8", "--presets", world.folder / "presets")
     assert world.titles == {
         "advcam-defects": "AdvCAM defects",
@@ -450,7 +474,7 @@ def test_presets_are_entries_of_cvats_model_list(world):
     assert environ["advcam-cracks"] == {
         "ADVCAM_DEFECTS": "crack",
         "ADVCAM_CAM_THRESHOLD": "0.2",
-        "ADVCAM_SNAP": "false",
+        "ADVCAM_SHAPE": "mask",
     }
     assert len({function["image"] for function in world.functions.values()}) == 1, "one image"
 
@@ -468,27 +492,19 @@ def test_deployed_is_the_function_file_but_for_name_and_build(world, device, nam
 
 def test_settings_in_the_function_file_are_expected_of_the_answers_too(world):
     file = world.repository / "function.yaml"
-    for line in re.findall(r"^    # (- \{name: ADVCAM_.*)$", file.read_text(), re.MULTILINE):  # as offered there
+    offered = re.findall(r'^    # (- \{name: (ADVCAM_\w+), value: "(.*)"\}.*)$', file.read_text(), re.MULTILINE)
+    for line, _, _ in offered:
         file.write_text(file.read_text().replace(f"# {line}", line))
     block = "\n    - name: ADVCAM_TOLERANCE_PX  # px\n      value: 2.5  # not in quotes\n  build:"
     file.write_text(file.read_text().replace("\n  build:", block, 1))
     world.succeed("cpu", "--iterations", "2")
     (default,) = [call for call in world.calls if call[:2] == ["docker", "run"] and "ADVCAM_ITERATIONS=2" in call]
     given = [default[place + 1] for place, word in enumerate(default) if word == "--env"]
-    assert given == [
-        "ADVCAM_DEVICE=cpu",
-        "ADVCAM_ITERATIONS=8",
-        "ADVCAM_THRESHOLD=0.5",
-        "ADVCAM_CAM_THRESHOLD=0.1",
-        "ADVCAM_SNAP=false",
-        "ADVCAM_DEFECTS=crack",
-        "ADVCAM_TIME_LIMIT=100",
-        "ADVCAM_SHAPE=mask",
-        "ADVCAM_MAX_MEGAPIXELS=64",
-        "ADVCAM_IDLE_SECONDS=300",
-        "ADVCAM_TOLERANCE_PX=2.5",
-        "ADVCAM_ITERATIONS=2",  # the preset's, which counts
-    ]
+    elsewhere = {"ADVCAM_LOG_DIR", *CVAT}  # what is not there before the function is deployed
+    own = [f"{name}={value}" for _, name, value in offered if name not in elsewhere]
+    assert len(own) > 5
+    preset = "ADVCAM_ITERATIONS=2"  # the last one counts
+    assert given == ["ADVCAM_DEVICE=cpu", *own, "ADVCAM_TOLERANCE_PX=2.5", preset]
 
 
 def test_expected_answers_for_a_local_gpu_are_a_gpus(world):
@@ -525,14 +541,129 @@ def test_interactor_is_deployed_from_the_same_image_and_asked_with_a_click(world
     assert request["pos_points"] and request["neg_points"] == [] and request["obj_bbox"] is None
 
 
-def test_address_and_token_of_cvat_reach_the_functions_but_no_command_line(world):
-    token = {"ADVCAM_CVAT_URL": "http://cvat.example:8080", "ADVCAM_CVAT_TOKEN": "s3cr3t"}
-    output = world.succeed("cpu", **token)
-    variables = {v["name"]: v["value"] for v in world.functions["advcam-defects"]["config"]["spec"]["env"]}
-    assert variables == {"ADVCAM_DEVICE": "cpu"} | token
-    assert "s3cr3t" not in output + (world.folder / "calls").read_text()
-    files = [path for path in world.repository.rglob("out/**/*.yaml")]
-    assert files and all(path.stat().st_mode & 0o077 == 0 for path in files)
+def variables_of(config: dict) -> dict[str, object]:
+    """The environment of a function's configuration; of what refers to a Secret the reference."""
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in config["spec"]["env"]}
+
+
+def written_by_dry_run(world, *arguments: str, **environ: str) -> dict[str, dict]:
+    """The function files of a dry run, parsed, by function."""
+    world.succeed(*arguments, "--dry-run", **environ)
+    files = world.repository.glob("out/deploy/*/releases/dry-run/functions/*.yaml")
+    return {path.stem: yaml.safe_load(path.read_text()) for path in files}
+
+
+def test_address_and_token_of_cvat_reach_the_functions_that_ask_a_task(world):
+    shutil.copy(ROOT / "interactor.yaml", world.repository)
+    (world.folder / "presets").write_text("AdvCAM cracks | defects=crack\nAdvCAM cracks T | defects=crack iterations=4\n")
+    world.succeed("cpu", "--iterations", "8", "--presets", world.folder / "presets", **CVAT)
+    variables = {name: variables_of(function["config"]) for name, function in world.functions.items()}
+    own = variables_of(yaml.safe_load((ROOT / "function.yaml").read_text()))
+    assert variables["advcam-defects"] == variables["advcam-cracks"] == own | CVAT
+    assert variables["advcam-defects-t-8"] == variables["advcam-cracks-t"] == own, "they have a T of their own"
+    assert not variables["advcam-click"].keys() & CVAT.keys(), "a click has no T"
+
+
+@pytest.mark.parametrize("around", [f"{SECRET}\r", f"{SECRET}\n", f" {SECRET}\t", f"\r\n{SECRET} \r\n"])
+def test_blanks_around_a_token_are_stripped(world, around):
+    config = written_by_dry_run(world, "cpu", **CVAT | {"ADVCAM_CVAT_TOKEN": around})["advcam-defects"]
+    assert variables_of(config)["ADVCAM_CVAT_TOKEN"] == SECRET
+
+
+@pytest.mark.parametrize("sign", [" ", "\r", "\n", "\x1b", "\x7f", '"', "'", "\\", "é"])
+def test_a_token_that_cannot_be_one_is_refused_without_showing_it(world, sign):
+    error = world.refused("cpu", **CVAT | {"ADVCAM_CVAT_TOKEN": f"s3cr{sign}3t"})
+    assert "ADVCAM_CVAT_TOKEN has" in error and "s3cr" not in error
+    assert not [call for call in world.calls if call[:2] == ["docker", "build"]]
+
+
+@pytest.mark.parametrize("variable", CVAT)
+def test_address_and_token_of_cvat_are_set_both_or_neither(world, variable):
+    assert "set both, or neither" in world.refused("cpu", **{variable: CVAT[variable]})
+
+
+def test_entries_of_env_that_deploy_does_not_know_are_kept(world):
+    file = world.repository / "function.yaml"
+    entries = """
+    - name: OMP_WAIT_POLICY  # threads that wait sleep
+      value: passive
+    - {name: TZ, value: "Europe/Zurich"}
+    # a comment
+    - {name: ADVCAM_CVAT_URL, value: "http://from-the-file"}
+    - name: ADVCAM_CVAT_TOKEN
+      valueFrom:
+        secretKeyRef: {name: advcam-cvat, key: token}
+    - name: ADVCAM_CVAT_TOKENS
+      value: other
+  build:"""
+    file.write_text(file.read_text().replace("\n  build:", entries, 1))
+    own = variables_of(yaml.safe_load(file.read_text()))
+    assert len(own) >= 6
+    configs = written_by_dry_run(world, "cpu", "--iterations", "2")
+    assert variables_of(configs["advcam-defects"]) == own
+    kept = {name: value for name, value in own.items() if name not in CVAT}
+    assert variables_of(configs["advcam-defects-t-2"]) == kept, "it has a T of its own"
+    configs = written_by_dry_run(world, "cpu", **CVAT)
+    assert configs["advcam-defects"]["spec"]["env"].count({"name": "ADVCAM_CVAT_TOKEN", "value": SECRET}) == 1
+    assert variables_of(configs["advcam-defects"]) == kept | CVAT
+
+
+def test_the_token_is_in_no_output_no_argument_and_no_file_but_the_owners(world, tmp_path):
+    arguments = record_all_arguments(world, tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    new = world.write_weights(world.folder / "new", "newer")
+    answers_wrongly = {"ADVCAM_ITERATIONS": "9"}
+    for faults, exit_code, command in (
+        ({"docker info": "fail"}, 1, ["cpu"]),
+        ({"docker run": "fail"}, 1, ["cpu"]),
+        ({"nuctl deploy": "fail"}, 1, ["cpu"]),
+        ({}, 0, ["cpu", "--iterations", "2"]),
+        ({}, 0, ["cpu", "--dry-run"]),
+        ({"answer newer": answers_wrongly}, 1, ["weights", new]),
+        ({}, 0, ["weights", new]),
+        ({}, 0, ["rollback"]),
+        ({"nuctl delete": "fail"}, 1, ["remove"]),
+        ({}, 0, ["status"]),
+        ({}, 0, ["remove"]),
+    ):
+        world.faults(faults)
+        traced = {"SHELLOPTS": "xtrace", "TMPDIR": str(temporary)}  # as with `bash -x`
+        done = world.run(*command, **CVAT, **traced)
+        assert done.returncode == exit_code, done.stderr
+        assert "+ case" in done.stderr, "bash has traced"
+        assert SECRET not in done.stdout + done.stderr
+        assert SECRET not in arguments.read_text()
+        assert not list(temporary.iterdir())
+        holders = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+        for path in set(holders) - set((world.folder / "functions").iterdir()):  # these are Nuclio's
+            assert path.match("out/deploy/local-nuclio/releases/*/functions/*.yaml")
+            assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
+        assert holders or command in (["remove"], ["cpu"])
+    assert not holders
+    assert all(f"/{tool} " in arguments.read_text() for tool in ("awk", "sed", "curl", "docker", "nuctl"))
+
+
+def record_all_arguments(world, tmp_path: Path) -> Path:
+    """Put every program that deploy.sh may call behind one that records its arguments; return the record."""
+    record, folder = tmp_path / "arguments", tmp_path / "recorders"
+    folder.mkdir()
+    path = f"{world.bin}:{os.environ['PATH']}"
+    for word in set(re.findall(r"[a-z0-9]+", (ROOT / "deploy.sh").read_text())):
+        if real := shutil.which(word, path=path):
+            recorder = folder / word
+            recorder.write_text(f'#!/bin/sh\nprintf "%s\\n" "$0 $*" >>{record}\nexec {real} "$@"\n')
+            recorder.chmod(0o755)
+    world.path = f"{folder}:{path}"
+    return record
+
+
+@pytest.mark.parametrize("platform", [(), ("--platform", "kube", "--registry", "registry.example.org/bridges")])
+def test_a_token_that_cvat_refuses_is_told_and_ends_no_deployment(world, platform):
+    token = {"ADVCAM_CVAT_URL": "http://cvat.example:8080", "ADVCAM_CVAT_TOKEN": "expired"}
+    done = world.run("cpu", *platform, **token)
+    assert done.returncode == 0, done.stderr
+    assert "note: T=0 used: CVAT 401" in done.stderr
 
 
 def test_a_proxy_of_the_network_is_not_asked_for_what_runs_here(world):
@@ -547,14 +678,6 @@ def test_the_project_is_made_once(world):
         world.succeed("cpu")
         made.append([call for call in world.calls if call[:2] == ["nuctl", "create"]])
     assert len(made[0]) == 1 and made[1] == []
-
-
-def test_an_entry_with_a_t_of_its_own_does_not_ask_the_task_for_it(world):
-    (world.folder / "presets").write_text("AdvCAM cracks | defects=crack\nAdvCAM cracks T | defects=crack iterations=4\n")
-    token = {"ADVCAM_CVAT_URL": "http://cvat.example:8080", "ADVCAM_CVAT_TOKEN": "s3cr3t"}
-    world.succeed("cpu", "--iterations", "8", "--presets", world.folder / "presets", **token)
-    asking = {name for name, function in world.functions.items() if "s3cr3t" in json.dumps(function["config"])}
-    assert asking == {"advcam-defects", "advcam-cracks"}
 
 
 @pytest.mark.parametrize("steps, values", [("4", "4 0 1 2 8 auto"), ("0", "0 1 2 4 8 auto"), ("16", "16 0 1 2 4 8 auto")])
@@ -811,44 +934,164 @@ def test_copies_of_the_last_release_may_answer_for_a_while_on_kubernetes(world):
     assert world.weights == {"newer"}
 
 
-@pytest.mark.parametrize("command", ["gpu --iterations 0,2,8", "weights new", "rollback", "status", "remove"])
-def test_dry_run_prints_every_command_and_runs_none(world, command):
+@pytest.mark.parametrize("platform", ["local", "kube"])
+def test_a_run_does_what_its_dry_run_prints(world, platform):
     new = world.write_weights(world.folder / "new", "newer")
-    write_compose_file(world)
-    arguments = [str(new) if word == "new" else word for word in command.split()]
-    arguments += ["--cvat", str(world.folder / "cvat")]
-    if arguments[0] != "gpu":
-        world.succeed("cpu", "--iterations", "2")
-        world.succeed("cpu")
+    registry = ["--registry", "registry.example.org/bridges"] if platform == "kube" else []
+    interrupted = [
+        ({"nuctl deploy advcam-defects-t-4": "SIGKILL"}, ["gpu", "--iterations", "4"]),
+        ({}, ["status"]),
+        ({}, ["rollback"]),
+        ({"docker build": "SIGKILL"}, ["cpu"]),  # names images that are never built
+        ({}, ["cpu"]),
+    ]
+    for faults, command in [
+        ({}, ["cpu", *registry]),
+        ({}, ["status"]),
+        ({}, ["gpu", "--iterations", "2", *registry]),
+        ({}, ["weights", new]),
+        ({}, ["rollback"]),
+        *(interrupted if platform == "local" else []),
+        ({}, ["remove"]),
+    ]:
+        command += ["--platform", platform]
+        world.faults(faults)
+        if faults:
+            assert world.run(*command).returncode == -signal.SIGKILL
+            continue
+        before = everything(world)
+        lines = world.succeed(*command, "--dry-run").splitlines()
+        assert world.calls == [] and everything(world) == before
+        world.succeed(*command)
+        calls = [call for call in world.calls if call[0] in DEPLOYMENT_TOOLS]
+        calls = [[re.sub(r"^http://localhost:\d+/$", "http://localhost:PORT/", word) for word in call] for call in calls]
+        (release,) = {name for name in releases(world) if name not in before} or {""}
+        for line in lines:
+            line = line.replace("dry-run", release).replace("VERSION=VERSION", "VERSION=1.14.1")
+            if calls and calls[0] == shlex.split(line, comments=True):
+                calls.pop(0)
+            else:
+                assert " # only if " in line, (line, calls[:1])
+        assert calls == []
 
-    def state():
-        links = world.repository.glob("out/deploy/*/*")
-        return world.functions, {path: os.readlink(path) for path in links if path.is_symlink()}
 
-    before = state()
-    printed = [shlex.split(line) for line in world.succeed(*arguments, "--dry-run").splitlines()]
-    assert world.calls == [] and state() == before
-    assert printed and {words[0] for words in printed} <= {"docker", "nuctl", "curl", "kubectl"}
-    # What it says is what it does.
-    world.succeed(*arguments)
-    for kind in ("docker build", "docker run", "nuctl deploy", "nuctl delete"):
-        said, done = (
-            [re.sub(r"\d{8}-\d{6}|dry-run", "RELEASE", text) for text in map(" ".join, calls) if text.startswith(kind)]
-            for calls in (printed, world.calls)
-        )
-        assert said == done
+def releases(world) -> set[str]:
+    return {path.name for path in world.repository.glob("out/deploy/*/releases/[0-9]*")}
 
 
-@pytest.mark.parametrize("command", [["weights"], ["status"]])
-def test_dry_run_needs_nothing_deployed(world, command):
-    write_compose_file(world)
-    new = [world.write_weights(world.folder / "new", "newer")] if command == ["weights"] else []
-    printed = world.succeed(*command, *new, "--cvat", world.folder / "cvat", "--dry-run")
-    assert world.calls == [] and {line.split()[0] for line in printed.splitlines()} <= {"docker", "nuctl", "curl"}
-    assert "curl --noproxy" in printed and ("nuctl deploy advcam-defects" in printed) == bool(new)
-    assert "nothing is deployed" in world.refused(*command, *new)
+def everything(world) -> dict[str, object]:
+    """What a dry run must leave as it is: functions, images, releases and their links."""
+    state = world.repository / "out" / "deploy"
+    paths = [path for path in state.rglob("*") if not {"dry-run", "RELEASE"} & set(path.parts)]
+    found: dict = {path.relative_to(state): path.read_bytes() for path in paths if path.is_file() and path.name != "lock"}
+    found |= {path.relative_to(state): os.readlink(path) for path in paths if path.is_symlink()}
+    return found | dict.fromkeys(releases(world)) | world.functions | {"images": sorted((world.folder / "images").iterdir())}
+
+
+@pytest.mark.parametrize("platform, image", [("local", "advcam-defects:"), ("kube", "REGISTRY/advcam-defects:")])
+@pytest.mark.parametrize("command", ["weights", "rollback", "status", "remove"])
+def test_dry_run_without_a_release_says_so_and_goes_on(world, command, platform, image):
+    new = [world.write_weights(world.folder / "new", "newer")] if command == "weights" else []
+    done = world.run(command, *new, "--platform", platform, "--dry-run")
+    assert done.returncode == 0 and world.calls == []
+    assert f"nothing is deployed on {platform} in namespace nuclio" in done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert {words[0] for words in lines} <= set(DEPLOYMENT_TOOLS)
+    images = [word for words in lines for word in words if "advcam-defects:" in word]
+    assert all(word.startswith(image) for word in images)
+    assert bool(images) == (command in ("weights", "rollback"))
+    assert (["nuctl", "deploy", "advcam-defects"] in [words[:3] for words in lines]) == bool(images)
+    # A real run in the same state.
+    done = world.run(command, *new, "--platform", platform)
+    assert done.returncode == (command != "remove") and "nothing is deployed" in done.stderr
+    assert not [call for call in world.calls if call[:2] != ["docker", "info"]]
+
+
+def test_dry_run_of_a_rollback_needs_no_earlier_release(world):
     world.succeed("cpu")
-    assert "status" not in command or "weights old" in world.succeed("status")
+    done = world.run("rollback", "--dry-run")
+    assert done.returncode == 0 and "no earlier release" in done.stderr and "nuctl deploy advcam-defects" in done.stdout
+    assert "no earlier release" in world.refused("rollback")
+
+
+def test_dry_runs_leave_nothing_to_remove(world):
+    world.succeed("cpu", "--dry-run")
+    world.succeed("weights", world.write_weights(world.folder / "new", "newer"), "--dry-run")
+    assert "rmi" not in world.succeed("remove", "--dry-run")
+
+
+def test_after_a_first_deployment_that_was_killed_status_names_a_command_that_works(world):
+    world.faults({"nuctl deploy": "SIGKILL"})
+    assert world.run("cpu").returncode == -signal.SIGKILL
+    assert "run it again, or ./deploy.sh remove" in world.succeed("status")
+    world.succeed("remove")
+    assert world.functions == {}
+
+
+# With nuctl alone
+
+
+NUCTL_RECORDER = """#!/bin/sh
+printf '%s\\n' "nuctl $*" >>"$RECORD"
+[ "$1" != deploy ] || find -P "$(printf '%s\\n' "$*" | sed 's/.*--path \\([^ ]*\\).*/\\1/')" -mindepth 1 -printf '%y %P\\n' >"$RECORD.copy"
+"""
+
+
+@pytest.mark.parametrize("name", ["function.yaml", "function-gpu.yaml", "interactor.yaml"])
+def test_commands_in_a_function_file_work_in_a_used_checkout(tmp_path, name):
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv", "out", "docs", "tests", "*.safetensors"))
+    for path in (".venv/bin", "out/deploy/local-nuclio/releases/1", "out/nuctl", "defectcam/__pycache__"):
+        (checkout / path).mkdir(parents=True, exist_ok=True)
+    (checkout / ".venv/bin/python").symlink_to(sys.executable)
+    (checkout / "out/deploy/local-nuclio/current").symlink_to("releases/1")
+    (checkout / "out/nuctl/left.py").write_text("of an earlier version")
+    (checkout / "defectcam/__pycache__/tiling.cpython-311.pyc").write_bytes(b"")
+    (tmp_path / "crack.safetensors").write_bytes(b"tensors")
+    (checkout / "weights/crack.safetensors").symlink_to(tmp_path / "crack.safetensors")
+    (tmp_path / "nuctl").write_text(NUCTL_RECORDER)
+    (tmp_path / "nuctl").chmod(0o755)
+
+    def commands(file: str) -> list[str]:
+        return re.findall(r"^#   (.*)$", (ROOT / file).read_text(), re.MULTILINE)
+
+    lines = commands("function.yaml") if name == "function.yaml" else commands("function.yaml")[:-1] + commands(name)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(tmp_path / "record")}
+    done = subprocess.run(["bash", "-euc", "\n".join(lines)], cwd=checkout, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    create, deploy = [line.split() for line in (tmp_path / "record").read_text().splitlines()]
+    assert create[:4] == ["nuctl", "create", "project", "cvat"] and deploy[:2] == ["nuctl", "deploy"]
+    assert deploy[deploy.index("--file") + 1] == name
+    assert deploy[deploy.index("--project-name") + 1] == "cvat"
+    if NUCTL_OPTIONS.exists():
+        check_options(create)
+        check_options(deploy)
+    copied = (tmp_path / "record.copy").read_text().splitlines()
+    assert {line[0] for line in copied} == {"f", "d"}, "nuctl fails on links"
+    assert {line[2:] for line in copied if line[0] == "f"} == docker_context(checkout)
+    build = yaml.safe_load((checkout / name).read_text())["spec"]["build"]["directives"]["postCopy"][0]["value"]
+    wanted = subprocess.run(
+        ["bash", "-c", re.search(r"\$\((python .*)\)$", build).group(1)],
+        cwd=checkout / "out/nuctl",
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    runtime = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["runtime"]
+    assert wanted.stdout.split() == runtime
+
+
+def docker_context(checkout: Path) -> set[str]:
+    """Files that `docker build` sends to the daemon: all but those that .dockerignore names, of which all are links."""
+    first, *admitted = [line for line in (checkout / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert first == "*" and all(pattern.startswith("!") for pattern in admitted)
+    found = {path for pattern in admitted for path in checkout.glob(pattern[1:])}
+    found |= {inside for path in found if path.is_dir() for inside in path.rglob("*")}
+    return {str(path.relative_to(checkout)) for path in found if path.is_file()}
+
+
+# The options of the real tools
 
 
 def test_real_tools_know_every_option_that_is_used(world):
@@ -897,7 +1140,8 @@ def check_options(words: list[str]) -> None:
             assert given, f"{name} needs a value"
             given.pop(0)
     if tool == "nuctl" and words[1] in ("deploy", "delete", "create"):
-        assert len(positional) == 1, positional
+        named_by_file = words[1] == "deploy" and "--file" in words
+        assert len(positional) == 1 or named_by_file and not positional, positional
 
 
 @cache

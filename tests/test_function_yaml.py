@@ -1,4 +1,4 @@
-"""function.yaml and function-gpu.yaml: as CVAT and Nuclio demand, in step with each other and the code."""
+"""function.yaml, function-gpu.yaml and interactor.yaml: as CVAT and Nuclio demand, in step with each other and the code."""
 
 import ast
 import copy
@@ -11,44 +11,65 @@ import pytest
 import yaml
 
 from defectcam import serve
-from defectcam.request import Settings
+from defectcam.request import MAX_BODY_BYTES, MAX_REST_BYTES, Settings
 
 ROOT = Path(__file__).parents[1]
-CPU, GPU = (yaml.safe_load((ROOT / name).read_text()) for name in ("function.yaml", "function-gpu.yaml"))
+FILES = ("function.yaml", "function-gpu.yaml", "interactor.yaml")
+CPU, GPU, CLICK = CONFIGS = [yaml.safe_load((ROOT / name).read_text()) for name in FILES]
+# Not imported: that would load PyTorch.
+MAX_MEGAPIXELS = int(re.search(r"^MAX_MEGAPIXELS = (\d+)", (ROOT / "model_handler.py").read_text(), re.MULTILINE)[1])
 LABELS = json.loads(CPU["metadata"]["annotations"]["spec"])
 ATTRIBUTES = [attribute for label in LABELS for attribute in label["attributes"]]
 TRIGGER = CPU["spec"]["triggers"]["myHttpTrigger"]
 CVAT_TIMEOUT_S = 120  # of one call, CVAT_NUCLIO_DEFAULT_TIMEOUT
 
 
-def test_names_are_what_cvat_takes():
-    metadata = CPU["metadata"]
-    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", metadata["name"])
-    assert metadata["namespace"] == "cvat"
-    assert metadata["annotations"]["type"] == "detector"
-    assert len(metadata["annotations"]["name"]) <= 24, "CVAT cuts longer names"
-    assert all(isinstance(value, str) for value in metadata["annotations"].values())
-    assert CPU["spec"]["description"], "CVAT's list of functions fails without one"
+@pytest.mark.parametrize("config", CONFIGS, ids=FILES)
+def test_the_file_is_what_cvat_2_15_and_2_73_ask_of_a_function(config):
+    """2.15 shows nobody any function as soon as one cannot be read; 2.73 leaves that one out."""
+    name, annotations = config["metadata"]["name"], config["metadata"]["annotations"]
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", name), "Kubernetes' names; CVAT calls [a-zA-Z0-9_.-]+"
+    assert config["metadata"]["namespace"] == "cvat"
+    assert isinstance(config["spec"]["description"], str) and config["spec"]["description"]
+    assert all(isinstance(value, str) for value in annotations.values()), "nuctl hands on texts"
+    assert 0 < len(annotations["name"]) <= 24, "CVAT cuts longer names"
+    assert annotations["type"] in ("detector", "interactor")
+    int(annotations.get("version", "1"))
+    labels = json.loads(annotations["spec"] or "[]")
+    assert isinstance(labels, list)
+    assert len({label["name"] for label in labels}) == len(labels)
+    for label in labels:
+        assert set(label) == {"name", "type", "attributes"}
+        assert label["type"] in ("polygon", "tag"), "neither version checks types"
+        assert len({attribute["name"] for attribute in label["attributes"]}) == len(label["attributes"])
+        for attribute in label["attributes"]:
+            assert set(attribute) == {"name", "input_type", "values"}
+            assert attribute["values"] and all(isinstance(value, str) for value in attribute["values"])
+            assert attribute["name"] != "score", "CVAT's COCO export treats this name specially"
+    if annotations["type"] == "detector":
+        assert labels
+        return
+    assert not labels, "the annotator chooses the label"
+    assert int(annotations["version"]) >= 2, "2.73 keeps the button Interact grey below it"
+    assert (int(annotations["min_pos_points"]), int(annotations["min_neg_points"])) == (1, 0)
+    assert isinstance(annotations["help_message"], str) and annotations["help_message"]
+    # Any text means yes. The first: 2.15 wants a box every time. The second: in 2.73 the tool opens with the switch on.
+    assert not {"startswith_box", "startswith_box_optional"} & set(annotations)
 
 
-def test_labels_are_the_defects_and_unprocessed():
-    assert [label["name"] for label in LABELS] == ["crack", "spalling", "rust", "unprocessed"]
-    assert [label["type"] for label in LABELS] == ["polygon", "polygon", "polygon", "tag"]
+def test_no_two_functions_have_a_name_in_common():
+    for key in (lambda metadata: metadata["name"], lambda metadata: metadata["annotations"]["name"]):
+        assert key(CPU["metadata"]) == key(GPU["metadata"]) != key(CLICK["metadata"])
+
+
+def test_labels_are_the_defects_and_the_tags():
+    assert [label["name"] for label in LABELS] == ["crack", "spalling", "rust", "unprocessed", "notice"]
+    assert [label["type"] for label in LABELS] == ["polygon", "polygon", "polygon", "tag", "tag"]
     for label in LABELS[:3]:
         names = [attribute["name"] for attribute in label["attributes"]]
         assert names == ["confidence", "iterations", "proposal"]
-    assert [attribute["name"] for attribute in LABELS[3]["attributes"]] == ["reason"]
-
-
-def test_spec_has_nothing_that_would_break_cvats_list_of_functions():
-    for label in LABELS:
-        assert set(label) == {"name", "type", "attributes"}
-        names = [attribute["name"] for attribute in label["attributes"]]
-        assert len(set(names)) == len(names)
-    for attribute in ATTRIBUTES:
-        assert set(attribute) == {"name", "input_type", "values"}
-        assert attribute["values"] and all(isinstance(value, str) for value in attribute["values"])
-        assert attribute["name"] != "score", "CVAT's COCO export treats this name specially"
+    for label in LABELS[3:]:
+        assert [attribute["name"] for attribute in label["attributes"]] == ["reason"]
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES, ids=lambda attribute: attribute["name"])
@@ -83,15 +104,14 @@ def test_time_limits_leave_room_for_each_other():
     assert CPU["spec"]["readinessTimeoutSeconds"] >= 120, "not below Nuclio's default"
 
 
-def test_body_limit_holds_the_largest_photo():
-    rgba_16_bit = 5000 * 5000 * 4 * 2
-    in_its_envelope = rgba_16_bit * 4 / 3 + 1000  # base64, and the keys
-    assert TRIGGER["attributes"]["maxRequestBodySize"] > in_its_envelope
+def test_body_limit_is_what_the_largest_photo_needs():
+    uncompressed_rgb = MAX_MEGAPIXELS * 1_000_000 * 3
+    in_its_envelope = uncompressed_rgb * 4 / 3 + MAX_REST_BYTES  # base64, and what is beside it
+    assert in_its_envelope < TRIGGER["attributes"]["maxRequestBodySize"] == MAX_BODY_BYTES < 1.1 * in_its_envelope
 
 
 def test_serve_has_the_same_limits():
     assert TRIGGER["numWorkers"] == 1
-    assert serve.MAX_BODY_BYTES == TRIGGER["attributes"]["maxRequestBodySize"]
     assert serve.QUEUE_SECONDS * 1000 == TRIGGER["workerAvailabilityTimeoutMilliseconds"]
 
 
