@@ -1,253 +1,167 @@
 """Climbing steps T set on the CVAT task itself: the default of the attribute `iterations` of the task's labels.
 
-Stock CVAT sends a function no task and no setting. But it lists the runs under way (`GET /api/lambda/requests`:
-function, task, progress) and shows a task's labels with their attributes' defaults (`GET /api/labels?task_id=`).
-So a function that knows its own name and has a token can look up what the task that it is called for asks for.
-
 Never a wrong task's setting: a call need not belong to the run that is listed (several runs may be started, and
 single frames from CVAT's "AI tools" are listed nowhere). A run's setting counts only if the photo in hand is the
 frame the run has come to, pixel by pixel; that is looked at only where the setting would change anything.
+
+Never another T without a word: where CVAT cannot be asked, a run that was under way keeps its T. Otherwise the
+deployment's T is used, and a notice tells the annotator, once per run.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import threading
+import math
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 
 import numpy as np
 
-from defectcam import __version__
-from defectcam.request import ITERATIONS_MAX, ImageError, RequestError, decode_image
+from defectcam.credentials import address_from
+from defectcam.cvat_runs import CvatRuns, LookUpError, Run, Steps, listed
+from defectcam.request import RequestError
 
-ATTRIBUTE = "iterations"
-LIMIT_S = 2.0  # of one look-up, whatever CVAT does: then the deployment's own setting is used
-
-
-class LookUpError(RuntimeError):
-    """CVAT did not say what was asked; the message is the reason, for the log."""
+PATIENCE_S = 6.0  # for which a CVAT that does not answer is asked again: it may be restarting
+PAUSE_S = 5.0  # after an answer CVAT sends the run's next photo sooner: a later one may be of another run
 
 
 @dataclass
-class _Run:
-    """A started run: what its task's labels ask for, and what is needed to tell which frame it has come to."""
+class _Outage:
+    """Calls in turn whose task is not known: of one run, as far as that can be told."""
 
-    iterations: dict[str, int | str]  # label -> T
-    size: int  # frames of the task
-    deleted: frozenset[int]  # frames that CVAT skips
-    first: int  # frame the run begins with
-    last_seen: int = -1  # frame of the last call known to be of this run
+    photos: set[int] = field(default_factory=set)  # hashes of their files
+    told: bool = False
+
+
+@dataclass(frozen=True)
+class TaskSetting:
+    """What the task that a photo is annotated for asks for.
+
+    Attributes:
+        iterations: T per defect where it is another one than the deployment's.
+        notice: what an annotator must be told on this photo, the most important words first; "" for nothing.
+    """
+
+    iterations: dict[str, int | str]
+    notice: str = ""
+    about: Run | _Outage | None = None  # what the notice is about
 
 
 class CvatTask:
     """Looks up the task that a call is for, and the T set on its labels.
 
     Args:
-        url: where CVAT answers this function, http or https, e.g. http://cvat-server:8080.
-        token: of a user who sees the runs: an administrator, or the tasks' owner or assignee. A key of 40
-            hexadecimal digits (`POST /api/auth/login`) or a personal access token of newer versions.
-        function: the name under which CVAT lists this function.
+        url, token, function: as in `CvatRuns`.
         logger: with `info` and `warn`.
     """
 
     def __init__(self, url: str, token: str, function: str, logger) -> None:
-        self.url = url.rstrip("/")
-        scheme = "Token" if re.fullmatch("[0-9a-f]{40}", token) else "Bearer"
-        self.headers = {"Authorization": f"{scheme} {token}", "User-Agent": f"defectcam/{__version__}"}
-        self.function = function
+        self.cvat = CvatRuns(url, token, function)
         self.logger = logger
-        self.runs: dict[str, _Run] = {}  # started ones only, by their ids
+        self.runs: dict[tuple, Run] = {}  # started ones only
+        self.current: Run | None = None  # of the last call, if no other run was started
+        self.outage: _Outage | None = None  # that the last call belongs to
+        self.answered_s = -math.inf  # end of the last answer, on the clock of time.monotonic
+        self.problem: dict | None = None  # the last one, for `describe`
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], logger) -> CvatTask | None:
         """From ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN, None without them; RequestError names variable and remedy."""
-        url, token = (environ.get(f"ADVCAM_CVAT_{name}", "").strip() for name in ("URL", "TOKEN"))
+        url, token = address_from(environ)
         function = environ.get("NUCLIO_FUNCTION_NAME", "").strip()
         if not url and not token:
             return None
         for variable, value in [("ADVCAM_CVAT_URL", url), ("ADVCAM_CVAT_TOKEN", token)]:
             if not value:
                 raise RequestError(f"{variable} is not set; set ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN, or neither")
-        if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
-            raise RequestError(f"ADVCAM_CVAT_URL is {url!r}, but must be like http://cvat-server:8080")
-        if not re.fullmatch("[!-~]+", token):  # its value is nobody's business in a log
-            raise RequestError("ADVCAM_CVAT_TOKEN must be letters, digits and signs without blanks in between")
         if not function:
             raise RequestError("NUCLIO_FUNCTION_NAME is not set, the name CVAT lists; outside Nuclio set it yourself")
         return cls(url, token, function, logger)
 
-    def iterations(
-        self, image: object, image_rgb: np.ndarray, default: Mapping[str, int | str]
-    ) -> dict[str, int | str]:
-        """T per defect where the task that this photo is annotated for asks for another one than `default`.
+    def describe(self) -> dict:
+        """Which CVAT is asked, and the last problem: reason, since when and until when (UTC), whether it is over."""
+        return {"url": self.cvat.url, "last_problem": self.problem}
 
-        Takes 2 s at the most and raises nothing: where CVAT does not answer, nothing is asked for, and the log
-        says so.
+    def setting(
+        self, file: bytes, image_rgb: np.ndarray, default: Steps, arrived_s: float, deadline: float
+    ) -> TaskSetting:
+        """What the task that this photo is annotated for asks for. Raises nothing.
+
+        Takes 2 s at the most. Where CVAT does not answer, it is asked again for 6 s, but not for more than a quarter
+        of the time left, and not at every photo of a run.
 
         Args:
-            image: the photo's file as it was received, bytes.
+            file: the photo as it was received.
             image_rgb: the same photo, (H, W, 3) uint8.
-            default: T per defect where no task asks for anything.
+            default: T per defect where the task asks for nothing.
+            arrived_s: when the request came, on the clock of time.monotonic.
+            deadline: for the whole answer, on the same clock.
         """
-        # In a thread of its own, since no timeout of the standard library bounds a whole call: not the look-up of
-        # a host's name, not an answer that comes byte by byte. Only this side logs: Nuclio's logger is not made
-        # for two threads.
-        answer: Future = Future()
-        arguments = (answer, image, image_rgb, default, time.monotonic() + LIMIT_S)
-        threading.Thread(target=self._answer, args=arguments, name="cvat-task", daemon=True).start()
+        photo = hash(file)
+        if arrived_s - self.answered_s > PAUSE_S or self.outage and photo in self.outage.photos:
+            self.current = self.outage = None  # another run, perhaps: none shows a photo twice
+        patience_s = 0 if self.outage else min(PATIENCE_S, (deadline - time.monotonic()) / 4)
         try:
-            found, remarks = answer.result(timeout=LIMIT_S)
-        except TimeoutError:
-            found, remarks = {}, [f"no answer within {LIMIT_S:g} s"]
-        except Exception as error:  # whatever CVAT, or what stands in its place, answers: never the photo's answer
-            found, remarks = {}, [str(error) if isinstance(error, LookUpError) else repr(error)]
-        for remark in remarks:
-            self.logger.warn(f"iterations set on the task in CVAT ({self.url}): {remark}; the deployment's are used")
-        if found:
-            self.logger.info(f"iterations set on the task in CVAT: {found}")
-        return found
-
-    def _answer(self, answer: Future, *arguments) -> None:
-        try:
-            answer.set_result(self._look_up(*arguments))
-        except Exception as error:
-            answer.set_exception(error)
-
-    def _look_up(
-        self, image: object, image_rgb: np.ndarray, default: Mapping[str, int | str], deadline: float
-    ) -> tuple[dict[str, int | str], list[str]]:
-        """What is asked for, and remarks for the log."""
-        started, remarks = {}, []
-        for run in self._get_json("/api/lambda/requests", deadline):
-            if run["status"] == "started" and run["function"]["id"] == self.function:
-                started[run["id"]] = run
-        known = {}
-        for run_id, run in started.items():
-            known[run_id] = self.runs.get(run_id) or self._read_run(run["function"], default, remarks, deadline)
-        self.runs = known  # those that have ended are forgotten
-
-        def differing(run: _Run) -> dict[str, int | str]:
-            return {defect: steps for defect, steps in run.iterations.items() if steps != default[defect]}
-
-        if not any(differing(run) for run in known.values()):
-            return {}, remarks
-        asked = []
-        for run_id, run in known.items():
-            frame = self._frame_in_hand(started[run_id], run, image, image_rgb, deadline)
+            found = self.cvat.ask(file, image_rgb, default, self.runs, patience_s)
+        except LookUpError as error:
+            return self._without_cvat(error, photo, default)
+        self.runs, called = found.runs, []
+        for key, frame in found.frames.items():
             if frame is not None:
-                run.last_seen = frame
-                asked.append(differing(run))
-        if not asked:
-            remarks.append("the photo is not the frame that a started run has come to (a single frame by AI tools?)")
-        elif any(other != asked[0] for other in asked):
-            remarks.append("several runs have come to this very photo and ask for different iterations")
-        else:
-            return asked[0], remarks
-        return {}, remarks
+                self.runs[key].last = frame
+                called.append(self.runs[key])
+        self.current = called[0] if called and len(self.runs) == 1 else None
+        if found.compared and not called:
+            tasks = " or ".join(str(run.task) for run in self.runs.values())
+            reason = f"unknown photo: it is not the frame that the run of task {tasks} has come to; T of a task holds"
+            return self._unknown(f"{reason} for runs over whole photos, not for single frames", photo, default)
+        if found.compared and any(run.wanted(default) != called[0].wanted(default) for run in called):
+            reason = "several runs have come to this very photo and ask for different T; start them one after another"
+            return self._unknown(reason, photo, default)
+        self.outage = None
+        wanted = called[0].wanted(default) if found.compared else {}
+        if wanted:
+            self.logger.info(f"iterations set on the task in CVAT: {wanted}")
+        wrong = next((run for run in called if run.wrong(default)), None)
+        self._note(wrong and wrong.wrong(default))
+        return TaskSetting(wanted, wrong.wrong(default) if wrong and not wrong.told else "", wrong)
 
-    def _read_run(
-        self, function: dict, default: Mapping[str, int | str], remarks: list[str], deadline: float
-    ) -> _Run:
-        """Ask for the labels and the frames of a run's task."""
-        task, iterations = int(function["task"]), {}
-        for label in self._labels(task, deadline):
-            asked = [entry["default_value"] for entry in label["attributes"] if entry["name"] == ATTRIBUTE]
-            if label["name"] in default and asked:
-                steps = _steps(asked[0])  # of any text: CVAT's raw editor of labels checks nothing
-                if steps is None:
-                    what = f"{ATTRIBUTE} of label {label['name']} of task {task} is {asked[0]!r:.80}"
-                    remarks.append(f'{what}, but must be 0 to {ITERATIONS_MAX} or "auto"')
-                else:
-                    iterations[label["name"]] = steps
-        meta = self._get_json(f"/api/tasks/{task}/data/meta", deadline)
-        first = 0
-        if function.get("job") is not None:
-            first = int(self._get_json(f"/api/jobs/{int(function['job'])}", deadline)["start_frame"])
-        return _Run(iterations, int(meta["size"]), frozenset(meta["deleted_frames"]), first)
+    def answered(self, setting: TaskSetting | None = None) -> None:
+        """To be called after each answer, with its setting if it shows the annotator the notice."""
+        self.answered_s = time.monotonic()
+        if setting and setting.about:
+            setting.about.told = True
 
-    def _labels(self, task: int, deadline: float) -> Iterator[dict]:
-        """All labels of a task, page by page."""
-        path, page = f"/api/labels?task_id={task}", 1
-        while True:
-            answer = self._get_json(path if page == 1 else f"{path}&page={page}", deadline)
-            yield from answer["results"]
-            if not answer["next"]:  # its address may be the one that browsers use: not followed
-                return
-            page += 1
+    def _without_cvat(self, error: LookUpError, photo: int, default: Steps) -> TaskSetting:
+        """CVAT cannot be asked: T of the run that was under way, if it goes on."""
+        run = self.current
+        frame = run and run.next_frame()
+        if frame is None:
+            self.current = None
+            reason = f"{error}; run again when CVAT works" if error.passes else str(error)
+            return self._unknown(reason, photo, default)
+        run.last = frame
+        self.outage = self.outage or _Outage()
+        self.outage.photos.add(photo)
+        self._note(f"T of the run so far used: {error}")
+        return TaskSetting(run.wanted(default))
 
-    def _frame_in_hand(
-        self, run: dict, known: _Run, image: object, image_rgb: np.ndarray, deadline: float
-    ) -> int | None:
-        """The frame of a run's task that this photo is, among those the run may have come to; None if none."""
-        task, progress = int(run["function"]["task"]), int(run["progress"])
-        for frame in _frames_at(progress, known):
-            path = f"/api/tasks/{task}/data?type=frame&quality=original&number={frame}"
-            file = self._get(path, deadline)
-            try:
-                if file == image or np.array_equal(decode_image(file, image_rgb[..., 0].size), image_rgb):
-                    return frame
-            except ImageError:  # not this one: larger, or no picture
-                continue
-        return None
+    def _unknown(self, reason: str, photo: int, default: Steps) -> TaskSetting:
+        """The deployment's T for want of the task, and the notice that says so, once."""
+        self.outage = self.outage or _Outage()
+        self.outage.photos.add(photo)
+        notice = f"T={listed(default.values())} used: {reason}"
+        self._note(notice)
+        return TaskSetting({}, "" if self.outage.told else notice, self.outage)
 
-    def _get_json(self, path: str, deadline: float) -> object:
-        return json.loads(self._get(path, deadline))
+    def _note(self, reason: str | None) -> None:
+        """Log a problem and keep it for `describe`; None for a call without one."""
+        if reason is None:
+            self.problem = self.problem and self.problem | {"over": True}
+            return
+        self.logger.warn(f"iterations set on the task in CVAT ({self.cvat.url}): {reason}")
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        since = now if self.problem is None or self.problem["over"] else self.problem["since"]
+        self.problem = {"reason": reason, "since": since, "until": now, "over": False}
 
-    def _get(self, path: str, deadline: float) -> bytes:
-        """The body of CVAT's answer."""
-        where = urlsplit(path).path
-        request = urllib.request.Request(self.url + path, headers=self.headers)
-        try:
-            with _OPENER.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
-                body = bytearray()
-                while chunk := response.read1(1 << 16):
-                    body += chunk
-                    if time.monotonic() > deadline:
-                        raise LookUpError(f"no whole answer to {where} within {LIMIT_S:g} s")
-                return bytes(body)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise LookUpError(f"{where} was answered with {error.code} {error.reason}") from None
-        except OSError as error:
-            raise LookUpError(f"{where} cannot be reached ({error})") from None
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirection would carry the token to wherever it points: it counts as an error instead."""
-
-    def redirect_request(self, *_) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
-def _steps(text: object) -> int | str | None:
-    """T as the labels' select says it: digits or "auto"; None for anything else."""
-    if text == "auto":
-        return text
-    in_range = isinstance(text, str) and re.fullmatch("[0-9]{1,2}", text) and int(text) <= ITERATIONS_MAX
-    return int(text) if in_range else None
-
-
-def _frames_at(progress: int, run: _Run) -> list[int]:
-    """Frames that a run at so many percent may send now, the likeliest first.
-
-    CVAT counts: after frame f of n the progress is int((f + 1) / n * 100), so of a large task several frames share
-    a percentage, and frames that were deleted are passed over without counting.
-    """
-    counted = [frame for frame in range(run.size) if int(frame / run.size * 100) == progress]
-    frames = []
-    for frame in [run.first] * (progress == 0) + counted:
-        while frame in run.deleted:
-            frame += 1
-        if frame < run.size and frame not in frames:
-            frames.append(frame)
-    return sorted(frames, key=lambda frame: frame <= run.last_seen)  # stable: those to come, then the others

@@ -1,0 +1,279 @@
+"""The runs that CVAT has under way, the photos they have come to, and T on the labels of their tasks.
+
+Stock CVAT sends a function no task and no setting. But it lists the runs under way (`GET /api/lambda/requests`:
+function, task, progress) and shows a task's labels with their attributes' defaults (`GET /api/labels?task_id=`).
+So a function that knows its own name and has a token can look up which task it is called for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from defectcam import __version__
+from defectcam.request import ITERATIONS_MAX, ImageError, decode_image
+
+ATTRIBUTE = "iterations"
+LIMIT_S = 2.0  # of one look-up, whatever CVAT does
+ASK_AGAIN_S = 1.0
+REMEDIES = {  # of answers that stay the same however often CVAT is asked
+    401: "the function's token is not valid any more: have it deployed with a new ADVCAM_CVAT_TOKEN",
+    403: "the function's token may not see this task: make its user the task's assignee, or an administrator",
+}
+
+Steps = Mapping[str, int | str]  # T per defect
+
+
+class LookUpError(RuntimeError):
+    """CVAT did not say what was asked; the message is the reason, its most important words first.
+
+    Attributes:
+        passes: whether CVAT may answer if it is asked again.
+    """
+
+    def __init__(self, reason: str, passes: bool = True) -> None:
+        super().__init__(reason)
+        self.passes = passes
+
+
+@dataclass
+class Run:
+    """A started run: what its task's labels ask for, and what is needed to tell which frame it has come to."""
+
+    task: int
+    labels: dict[str, tuple[object, str]]  # label -> default of its `iterations`, any text, and the values it may have
+    size: int  # frames of the task
+    deleted: frozenset[int]  # frames that CVAT skips
+    frames: range  # of the task or the job
+    last: int = -1  # frame of the last call known to be of this run
+    told: bool = False  # whether an annotator knows what is wrong with the labels
+
+    def wanted(self, default: Steps) -> dict[str, int | str]:
+        """T per defect where the labels ask for another one than `default`."""
+        asked = {defect: _steps(self.labels[defect][0]) for defect in default if defect in self.labels}
+        return {defect: steps for defect, steps in asked.items() if steps not in (None, default[defect])}
+
+    def wrong(self, default: Steps) -> str:
+        """The notice about defaults that are no T, of any text: CVAT's raw editor of labels checks nothing."""
+        labels = [name for name in default if name in self.labels and _steps(self.labels[name][0]) is None]
+        if not labels:
+            return ""
+        what = [f"{self.labels[name][0]!r:.40} on label {name}" for name in labels]
+        hidden = [name for name in labels if str(default[name]) not in self.labels[name][1]]
+        shown = f"; the shapes of {', '.join(hidden)} show that default instead of T" if hidden else ""
+        return (
+            f"T={listed(default[name] for name in labels)} used: bad T {', '.join(what)} of task {self.task}, must be "
+            f'0 to {ITERATIONS_MAX} or "auto"{shown}; choose another default of {ATTRIBUTE} and run again'
+        )
+
+    def next_frame(self) -> int | None:
+        """The frame that follows the last one; None after the run's end."""
+        return next((frame for frame in self.frames if frame > self.last and frame not in self.deleted), None)
+
+
+@dataclass(frozen=True)
+class LookUp:
+    """What CVAT says at a call.
+
+    Attributes:
+        runs: those that are started, by id and time: newer versions use an id again.
+        frames: the frame of each run that the photo in hand is, None if it is none that the run may have come to.
+        compared: whether photos were compared for that. They are not where no run asks for anything; then the frames
+            are what the runs have most likely come to.
+    """
+
+    runs: dict[tuple, Run]
+    frames: dict[tuple, int | None]
+    compared: bool
+
+
+class CvatRuns:
+    """Asks a CVAT for the started runs of one function.
+
+    Args:
+        url: where CVAT answers this function, http or https, e.g. http://cvat-server:8080.
+        token: of a user who sees the runs: an administrator, or the tasks' owner or assignee. A personal access token
+            of newer versions, or a key of 40 hexadecimal digits (`POST /api/auth/login`).
+        function: the name under which CVAT lists this function.
+    """
+
+    def __init__(self, url: str, token: str, function: str) -> None:
+        self.url = url.rstrip("/")
+        scheme = "Token" if re.fullmatch("[0-9a-f]{40}", token) else "Bearer"
+        self.headers = {"Authorization": f"{scheme} {token}", "User-Agent": f"defectcam/{__version__}"}
+        self.function = function
+
+    def ask(
+        self, file: bytes, image_rgb: np.ndarray, default: Steps, known: Mapping[tuple, Run], patience_s: float
+    ) -> LookUp:
+        """Which runs are started and which of their frames a photo is. Takes 2 s and the patience at the most.
+
+        Args:
+            file: the photo as it was received.
+            image_rgb: the same photo, (H, W, 3) uint8.
+            default: T per defect where the task asks for nothing.
+            known: runs of earlier answers; only what is new is asked for.
+            patience_s: how long a CVAT that does not answer is asked again.
+
+        Raises:
+            LookUpError: it does not answer as it must.
+        """
+        until = time.monotonic() + patience_s
+        while True:
+            # In a thread, since no timeout of the standard library bounds a whole call: not the look-up of a host's
+            # name, not an answer that comes byte by byte. A thread that is late changes nothing.
+            answer: Future = Future()
+            arguments = (answer, file, image_rgb, default, known, time.monotonic() + LIMIT_S)
+            threading.Thread(target=self._answer, args=arguments, name="cvat-task", daemon=True).start()
+            try:
+                return answer.result(timeout=LIMIT_S)
+            except TimeoutError:
+                error = LookUpError(f"CVAT slow: no answer within {LIMIT_S:g} s")
+            except LookUpError as told:
+                error = told
+            except Exception as odd:  # whatever CVAT, or what stands in its place, answers: never the photo's answer
+                error = LookUpError(f"CVAT answers what is not understood: {odd!r:.200}")
+            if not error.passes or time.monotonic() + ASK_AGAIN_S > until:
+                raise error
+            time.sleep(ASK_AGAIN_S)
+
+    def _answer(self, answer: Future, *arguments) -> None:
+        try:
+            answer.set_result(self._look_up(*arguments))
+        except Exception as error:
+            answer.set_exception(error)
+
+    def _look_up(
+        self, file: bytes, image_rgb: np.ndarray, default: Steps, known: Mapping[tuple, Run], deadline: float
+    ) -> LookUp:
+        started = {}
+        for run in self._get_json("/api/lambda/requests", list, deadline):
+            if run["status"] == "started" and run["function"]["id"] == self.function:
+                started[run["id"], run.get("enqueued")] = run
+        runs = {key: known.get(key) or self._read_run(run["function"], deadline) for key, run in started.items()}
+        compared = any(run.wanted(default) or run.wrong(default) and not run.told for run in runs.values())
+        frames = {}
+        for key, run in runs.items():
+            candidates = frames_at(started[key].get("progress"), run)
+            if compared:
+                candidates = (n for n in candidates if self._is_frame(run.task, n, file, image_rgb, deadline))
+            frames[key] = next(iter(candidates), None)
+        return LookUp(runs, frames, compared)
+
+    def _read_run(self, function: dict, deadline: float) -> Run:
+        """Ask for the labels and the frames of a run's task."""
+        task, labels = int(function["task"]), {}
+        for label in self._labels(task, deadline):
+            for entry in label["attributes"]:
+                if entry["name"] == ATTRIBUTE:
+                    labels[label["name"]] = entry["default_value"], "\n".join(entry["values"])
+        meta = self._get_json(f"/api/tasks/{task}/data/meta", dict, deadline)
+        frames = range(int(meta["size"]))
+        if function.get("job") is not None:
+            job = self._get_json(f"/api/jobs/{int(function['job'])}", dict, deadline)
+            frames = range(int(job["start_frame"]), int(job["stop_frame"]) + 1)
+        return Run(task, labels, int(meta["size"]), frozenset(meta["deleted_frames"]), frames)
+
+    def _labels(self, task: int, deadline: float) -> Iterator[dict]:
+        """All labels of a task, page by page."""
+        path, page = f"/api/labels?task_id={task}", 1
+        while True:
+            answer = self._get_json(path if page == 1 else f"{path}&page={page}", dict, deadline)
+            yield from answer["results"]
+            if not answer["next"]:  # its address may be the one that browsers use: not followed
+                return
+            page += 1
+
+    def _is_frame(self, task: int, frame: int, file: bytes, image_rgb: np.ndarray, deadline: float) -> bool:
+        """Whether a photo is this frame of a task."""
+        theirs = self._get(f"/api/tasks/{task}/data?type=frame&quality=original&number={frame}", deadline)
+        try:
+            return theirs == file or np.array_equal(decode_image(theirs, image_rgb[..., 0].size), image_rgb)
+        except ImageError:  # larger, or no picture
+            return False
+
+    def _get_json(self, path: str, kind: type, deadline: float) -> list | dict:
+        """CVAT's answer, which must be a JSON list or object."""
+        try:
+            answer = json.loads(self._get(path, deadline))
+        except ValueError:
+            raise LookUpError(f"CVAT sends no JSON as {urlsplit(path).path}") from None
+        if not isinstance(answer, kind):
+            raise LookUpError(f"CVAT sends {answer!r:.40} as {urlsplit(path).path}")
+        return answer
+
+    def _get(self, path: str, deadline: float) -> bytes:
+        """The body of CVAT's answer."""
+        where = urlsplit(path).path
+        request = urllib.request.Request(self.url + path, headers=self.headers)
+        try:
+            with _OPENER.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+                body = bytearray()
+                while chunk := response.read1(1 << 16):
+                    body += chunk
+                    if time.monotonic() > deadline:
+                        raise LookUpError(f"CVAT slow: no whole answer to {where} within {LIMIT_S:g} s")
+                return bytes(body)
+        except urllib.error.HTTPError as error:
+            with error:
+                what = REMEDIES.get(error.code, "no answer")
+                raise LookUpError(f"CVAT {error.code}: {what} ({where})", error.code not in REMEDIES) from None
+        except OSError as error:
+            why = getattr(error, "reason", error)
+            if isinstance(why, TimeoutError):
+                raise LookUpError(f"CVAT slow: no answer to {where} within {LIMIT_S:g} s") from None
+            raise LookUpError(f"CVAT unreachable: {why}") from None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirection would carry the token to wherever it points: it counts as an error instead."""
+
+    def redirect_request(self, *_) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _steps(text: object) -> int | str | None:
+    """T as the labels' select says it: digits or "auto"; None for anything else."""
+    if text == "auto":
+        return text
+    in_range = isinstance(text, str) and re.fullmatch("[0-9]{1,2}", text) and int(text) <= ITERATIONS_MAX
+    return int(text) if in_range else None
+
+
+def listed(steps: Iterable[int | str]) -> str:
+    """Each T once: "0", "0/2"."""
+    return "/".join(dict.fromkeys(map(str, steps)))
+
+
+def frames_at(progress: object, run: Run) -> list[int]:
+    """Frames that a run may send now, the likeliest first.
+
+    CVAT counts: after frame f of n the progress is int((f + 1) / n * 100), so of a large task several frames share
+    a percentage, and frames that were deleted are passed over without counting. Before the first frame is done it is
+    0, and None in newer versions.
+
+    Raises:
+        ValueError, OverflowError, TypeError: the progress is no number.
+    """
+    percent = 0 if progress is None else int(float(progress))
+    counted = [frame for frame in run.frames if int(frame / run.size * 100) == percent and progress is not None]
+    frames = []
+    for frame in [*run.frames[: percent == 0], *counted]:
+        while frame in run.deleted:
+            frame += 1
+        if frame in run.frames and frame not in frames:
+            frames.append(frame)
+    return sorted(frames, key=lambda frame: frame <= run.last)  # stable: those to come, then the others
