@@ -16,6 +16,7 @@ import nuclio_sdk
 import nuclio_sdk.logger
 
 from defectcam.overlay import draw_shapes
+from defectcam.paths import file_name, write_image
 from defectcam.request import ImageError, decode_image
 from defectcam.serve import load_main
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if status != 200:
         sys.exit(f"the function refused: {answer['error']}")
     args.out.mkdir(parents=True, exist_ok=True)
-    shapes_path = args.out / f"{args.image.stem}.json"
+    shapes_path = args.out / file_name(args.image.stem, ".json")
     shapes_path.write_text(json.dumps(answer, indent=1) + "\n")
     count = sum(shape["type"] != "tag" for shape in answer)
     print(f"{count} proposals for {args.image}")
@@ -65,6 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_rgb = decode_image(image_bytes, max_pixels=10**9)
     except ImageError as error:
         sys.exit(f"no overlay: {error}")
-    overlay_path = args.out / f"{args.image.stem}.png"
-    cv2.imwrite(str(overlay_path), cv2.cvtColor(draw_shapes(image_rgb, answer), cv2.COLOR_RGB2BGR))
+    overlay_path = args.out / file_name(args.image.stem, ".png")
+    write_image(overlay_path, cv2.cvtColor(draw_shapes(image_rgb, answer), cv2.COLOR_RGB2BGR))
     print(f"overlay:   {overlay_path.resolve()}")

@@ -152,6 +152,26 @@ def test_labels_of_an_export_are_brought_to_the_size_of_the_photo_on_disk(tmp_pa
         list(audit.photos_of_export(CvatExport(tmp_path / "annotations.xml", None), PhotoFolder(tmp_path), "crack"))
 
 
+def test_shapes_that_carry_the_labels_defaults_are_labels_like_all_others(tmp_path):
+    """What was drawn by hand has a default of `iterations`, a confidence of 0 and no proposal: it is audited."""
+    cv2.imwrite(str(tmp_path / "one.png"), np.zeros((150, 200, 3), np.uint8))
+    attributes = '<attribute name="iterations">8</attribute><attribute name="confidence">0</attribute><attribute name="proposal"/>'
+    shapes = "".join(
+        f'<polygon label="crack" source="{source}" points="{x},20;{x + 40},20;{x + 40},60;{x},60">{own}</polygon>'
+        for x, source, own in ((10, "manual", attributes), (60, "file", attributes), (110, "semi-auto", attributes), (160, "manual", ""))
+    )
+    (tmp_path / "annotations.xml").write_text(
+        "<annotations><meta><task><id>1</id><labels><label><name>crack</name><type>polygon</type></label></labels>"
+        "<segments><segment><id>1</id><start>0</start><stop>0</stop><url>http://c/api/jobs/1</url></segment></segments>"
+        f'</task></meta><image id="0" name="one.png" width="200" height="150">{shapes}</image></annotations>'
+    )
+    out = tmp_path / "out"
+    arguments = ["--export", tmp_path / "annotations.xml", "--photos", tmp_path, "--defects", "crack", "--out", out]
+    audit.main([str(argument) for argument in [*arguments, "--weights", ROOT / "weights"]])
+    rows = [row for row in csv.DictReader(open(out / "audit.csv")) if row["kind"] != "missing"]
+    assert sorted(int(row["x"]) for row in rows) == [10, 60, 110, 160]
+
+
 def test_errors(campaign, tmp_path, capsys):
     folder, _ = campaign
 

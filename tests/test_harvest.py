@@ -13,6 +13,7 @@ import threading
 import zipfile
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 from xml.sax.saxutils import quoteattr
@@ -25,11 +26,11 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
 from defectcam.feedback import cvat as cvat_module
-from defectcam.feedback import harvest
+from defectcam.feedback import harvest, report
 from defectcam.feedback.cvat import CvatServer
 from defectcam.feedback.regions import edited_share, region_of, run_lengths
 from defectcam.feedback.store import Table
-from defectcam.proposal_log import ProposalLog, image_hash
+from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
 from defectcam.proposals import Component, cvat_shape
 from tests.conftest import DATA, ROOT
 
@@ -203,9 +204,15 @@ class Workplace:
         settings = {"crack": {"iterations": iterations}, "rust": {"iterations": 4}}
         self.log.append(image_hash(image), image.shape[1], image.shape[0], weights, settings, shapes)
 
-    def harvest(self, *options, log=True):
-        arguments = ["--url", self.url, "--token", TOKEN, "--tasks", "3", "--db", str(self.db), *options]
-        harvest.main([*arguments, "--log", str(self.log_dir)] if log else arguments)
+    def harvest(self, *options, log=True, status=0, task=3):
+        arguments = ["--url", self.url, "--tasks", str(task), "--db", str(self.db), *options]
+        arguments += ["--log", str(self.log_dir)] if log else []
+        if status:
+            with pytest.raises(SystemExit) as stopped:
+                harvest.main(arguments)
+            assert stopped.value.code == status
+        else:
+            harvest.main(arguments)
         return self.rows()
 
     def rows(self, table="interactions", key="id"):
@@ -234,7 +241,8 @@ A, B, C, D = "aaaa0001", "bbbb0002", "cccc0003", "dddd0004"
 
 
 @pytest.fixture
-def workplace(tmp_path):
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVCAM_CVAT_TOKEN", TOKEN)
     rng = np.random.default_rng(1)
     photos = [(f"bridge/{name}.png", rng.integers(0, 255, (150, 200, 3), np.uint8)) for name in ("one", "two", "three")]
     cvat = Cvat(photos)
@@ -276,7 +284,8 @@ class Recorded:
 
 
 @pytest.fixture
-def recorded(tmp_path):
+def recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVCAM_CVAT_TOKEN", TOKEN)
     made = []
 
     def make(**names):
@@ -284,17 +293,12 @@ def recorded(tmp_path):
         context = serving(server)
         made.append(context)
         workplace = Workplace(tmp_path, server, context.__enter__())
-        workplace.harvest = lambda *options: harvest_recorded(workplace, *options)
+        workplace.harvest = partial(workplace.harvest, log=False, task=7)
         return workplace
 
     yield make
     for context in made:
         context.__exit__(None, None, None)
-
-
-def harvest_recorded(workplace, *options):
-    harvest.main(["--url", workplace.url, "--token", TOKEN, "--tasks", "7", "--db", str(workplace.db), *options])
-    return workplace.rows()
 
 
 def outcomes(rows):
@@ -305,9 +309,21 @@ RECORDED_OUTCOMES = ["accepted"] * 10 + ["miss", "modified", "rejected"]
 
 
 @recorded_only
-def test_recorded_server_with_a_snapshot_by_overlap(recorded):
-    """The recorded task calls its attribute otherwise, so there is no `proposal` to go by."""
+def test_recorded_server_whose_shapes_have_no_proposal(recorded, capsys):
+    """The recorded task calls its attribute otherwise: what its model made are no proposals, nor drawn by hand."""
     place = recorded()
+    place.harvest("--snapshot")
+    printed = capsys.readouterr()
+    assert "1 new snapshots with 0 proposals" in printed.out
+    assert "job 7: 12 automatic shapes are not kept" in printed.err and "`proposal` is empty or missing" in printed.err
+    place.cvat.edited = True
+    assert {(row["outcome"], row["change"]) for row in place.harvest()} == {("miss", "drawn")}
+    assert "job 7: 10 automatic shapes are of a run that neither log nor snapshot knows, or of another" in capsys.readouterr().err
+
+
+@recorded_only
+def test_recorded_server_with_a_snapshot(recorded):
+    place = recorded(proposal_id="proposal")
     place.harvest("--snapshot")
     place.cvat.edited = True
     rows = place.harvest()
@@ -355,16 +371,19 @@ def test_recorded_server_with_the_functions_log(recorded):
 
 
 @recorded_only
-def test_recorded_job_that_is_not_completed_is_left_alone(recorded):
+def test_recorded_job_that_is_not_completed_is_named_and_left_alone(recorded, capsys):
     place = recorded()
-    assert place.harvest() == [] and place.rows("jobs", "job") == []
+    assert place.harvest(status=3) == [] and place.rows("jobs", "job") == []
+    printed = capsys.readouterr()
+    assert "job 7 is not completed (state: new)" in printed.err and "set its state to completed in CVAT" in printed.err
+    assert "from 0 of 1 jobs" in printed.out and "nothing was harvested" in printed.err
 
 
 @recorded_only
 def test_recorded_job_of_which_no_proposal_is_known(recorded, capsys):
     place = recorded()
     place.cvat.edited = True
-    assert place.harvest() == []
+    assert place.harvest(status=3) == []
     assert "job 7 is left out" in capsys.readouterr().err
 
 
@@ -453,9 +472,9 @@ def test_harvested_logs_may_be_deleted(workplace):
     cvat.events = events_csv([{"scope": "send:working_time", "user_name": "cleo", "payload": {"working_time": 40_000}}])
     first = place.harvest()
     assert outcomes(first) == ["accepted", "accepted", "miss", "rejected"]
-    for path in sorted(place.log_dir.glob("*.jsonl")):
+    for path, status in zip(sorted(place.log_dir.glob("*.jsonl")), (0, 3)):
         path.unlink()
-        assert place.harvest() == first
+        assert place.harvest(status=status) == first
 
 
 def test_equal_rows_are_not_written_again(workplace):
@@ -489,7 +508,7 @@ def test_a_job_that_is_reopened_while_it_is_read_is_left_alone(workplace, capsys
         return result
 
     with serving(answer) as place.url:
-        assert place.harvest() == []
+        assert place.harvest(status=3) == []
     assert "job 7 is left out: somebody changed it" in capsys.readouterr().err
 
 
@@ -510,7 +529,7 @@ def test_what_changes_in_cvat_changes_in_the_database_under_the_same_ids(workpla
     first = {row["id"]: row["outcome"] for row in place.harvest()}
     cvat.state = "in progress"
     cvat.shapes.remove(drawn)
-    assert {row["id"]: row["outcome"] for row in place.harvest()} == first, "reopened jobs are left alone"
+    assert {row["id"]: row["outcome"] for row in place.harvest(status=3)} == first, "reopened jobs are left alone"
     cvat.shapes.remove(cvat.of(B))
     cvat.state = "completed"
     second = {row["id"]: row["outcome"] for row in place.harvest()}
@@ -905,16 +924,6 @@ def test_snapshots_are_not_taken_of_completed_jobs_and_the_newest_counts(workpla
     assert {name: row["outcome"] for name, row in place.by_proposal(log=False).items()} == {B: "accepted"}
 
 
-def test_a_proposal_without_a_name_and_a_miss_have_ids_of_their_own(workplace):
-    """The first shape was moved away: proposal and miss are known by the same shape of CVAT."""
-    place, cvat = workplace, workplace.cvat
-    place.answer(0, [proposal("", square(10, 10)), proposal("", square(60, 10))], logged=False)
-    place.harvest("--snapshot", log=False)
-    moved(cvat.shapes[0], 100)["source"] = "semi-auto"
-    cvat.state = "completed"
-    assert outcomes(place.harvest(log=False)) == ["accepted", "miss", "rejected"]
-
-
 def test_a_snapshot_of_a_job_that_was_reopened_replaces_nothing(workplace):
     place, cvat = workplace, workplace.cvat
     place.answer(0, [proposal(name, square(left, 10)) for name, left in ((A, 10), (B, 60), (C, 110))], logged=False)
@@ -943,6 +952,179 @@ def test_a_snapshot_of_what_cleanup_replaced_is_not_held_against_the_annotator(w
     cvat.state = "completed"
     rows = place.by_proposal()
     assert {name: row["outcome"] for name, row in rows.items()} == {C: "accepted", D: "rejected"}
+
+
+# ---------------------------------------------------------------- what is a proposal
+
+
+def drawn_with_the_labels_defaults(cvat, frame, left, source="manual", **attributes):
+    """As CVAT stores what is not of the function: the label's default of `iterations`, and a confidence of 0."""
+    return cvat.add(frame, "crack", square(left, 100), source=source, confidence="0", iterations="8", **attributes)
+
+
+NO_PROPOSALS = {
+    "drawn by hand": {},
+    "click tool": {"source": "semi-auto"},
+    "drawn by hand, imported from a file": {"source": "file"},
+    "blank": {"proposal": " \t"},
+}
+
+
+@pytest.mark.parametrize("known_from", ["log", "snapshot"])
+@pytest.mark.parametrize("what", NO_PROPOSALS)
+def test_shapes_without_a_name_are_no_proposals_whatever_else_they_carry(workplace, tmp_path, what, known_from):
+    place, cvat, with_log = workplace, workplace.cvat, known_from == "log"
+    place.answer(0, [proposal(A, square(10, 10))], logged=with_log)
+    drawn_with_the_labels_defaults(cvat, 0, 60, **NO_PROPOSALS[what])
+    deleted = drawn_with_the_labels_defaults(cvat, 0, 120, **NO_PROPOSALS[what])
+    place.harvest("--snapshot", log=with_log)
+    (snapshot,) = place.rows("snapshots", "taken")
+    assert [shape["attributes"]["proposal"] for shape in json.loads(snapshot["frames"])["0"]] == [A]
+    cvat.shapes.remove(deleted)
+    cvat.state = "completed"
+    rows = place.harvest(log=with_log)
+    found = {row["outcome"]: row for row in rows}
+    assert sorted(row["outcome"] for row in rows) == ["accepted", "miss"], "what was deleted is no rejected proposal"
+    assert (found["miss"]["change"], found["miss"]["proposal"], found["miss"]["iterations"]) == ("drawn", "", "")
+    report.main(["--db", str(place.db), "--out", str(tmp_path / "report.html")])
+    text = " ".join((tmp_path / "report.html").read_text().split())
+    assert "1 proposals: 100 % accepted" in text and "1 shapes were missed" in text
+
+
+def test_shapes_of_another_model_are_neither_proposals_nor_drawn(workplace, capsys):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))], logged=False)
+    drawn_with_the_labels_defaults(cvat, 0, 60, source="auto")
+    place.harvest("--snapshot", log=False)
+    printed = capsys.readouterr()
+    assert "1 new snapshots with 1 proposals" in printed.out and "job 7: 1 automatic shapes are not kept" in printed.err
+    cvat.state = "completed"
+    assert outcomes_of(place.harvest(log=False)) == {A: "accepted"}
+    assert "job 7: 1 automatic shapes are of a run that neither log nor snapshot knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("known_from", ["log", "snapshot"])
+def test_proposals_imported_from_a_file(workplace, known_from):
+    """CVAT 2.73 calls their source "file", and "manual" once they are edited."""
+    place, cvat, with_log = workplace, workplace.cvat, known_from == "log"
+    answer = [proposal(name, square(left, 10)) for name, left in ((A, 10), (B, 60), (C, 110))]
+    place.answer(0, answer, logged=with_log)
+    for shape in cvat.shapes:
+        shape["source"] = "file"
+    if not with_log:
+        place.harvest("--snapshot", log=False)
+        place.harvest("--snapshot", log=False)  # the second one finds nothing new
+        assert len(place.rows("snapshots", "taken")) == 1
+    cvat.of(B)["points"][4:6] = [90.0, 40.0]
+    cvat.of(B)["source"] = "manual"
+    cvat.shapes.remove(cvat.of(C))
+    cvat.state = "completed"
+    rows = place.by_proposal(log=with_log)
+    assert {name: (row["outcome"], row["change"]) for name, row in rows.items()} == {
+        A: ("accepted", ""), B: ("modified", "edited"), C: ("rejected", ""),
+    }  # fmt: skip
+
+
+def test_an_imported_proposal_on_a_photo_of_other_proportions_is_untouched_as_an_automatic_one(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 10))], image=np.zeros((90, 190, 3), np.uint8))
+    for shape in cvat.shapes:
+        shape["points"] = [value * (0.5 if i % 2 else 0.7) for i, value in enumerate(shape["points"])]
+    cvat.of(A)["source"], cvat.of(B)["source"] = "file", "manual"
+    cvat.state = "completed"
+    assert outcomes_of(place.harvest()) == {A: "accepted", B: "modified"}
+
+
+def test_imported_shapes_tell_what_a_label_means(workplace, labels_in_german):
+    place = workplace
+    answer_mapped(place, [proposal(A, square(10, 10)), proposal(B, square(60, 10))], crack="Riss")
+    for shape in place.cvat.shapes:
+        shape["source"] = "file"
+    place.cvat.state = "completed"
+    assert {(row["outcome"], row["defect"]) for row in place.harvest()} == {("accepted", "crack")}
+
+
+def test_an_imported_file_of_the_function_is_harvested_from_an_export(workplace):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 10))])
+    for shape in cvat.shapes:
+        shape["source"] = "file"
+    cvat.shapes.remove(cvat.of(B))
+    drawn_with_the_labels_defaults(cvat, 0, 120, source="file")
+    found = harvest_export(place, write_export(place, True), "all")
+    assert {name: row["outcome"] for name, row in found.items()} == {A: "accepted", B: "rejected", "": "miss"}
+
+
+def test_a_notice_beside_proposals_is_no_proposal(workplace):
+    place = workplace
+    notice = {"label": "notice", "type": "tag", "attributes": [{"name": "reason", "value": "1 too ragged: crack"}]}
+    place.append(place.cvat.photos[0][1], [proposal(A, square(10, 10)), notice])
+    place.cvat.run(0, [proposal(A, square(10, 10))])
+    place.cvat.state = "completed"
+    assert outcomes_of(place.harvest()) == {A: "accepted"}
+    (record,) = read_proposal_log(place.log_dir)
+    assert record["shapes"][1] == notice and harvest.LoggedProposals([record]).defects == {"crack", "rust"}
+
+
+# ---------------------------------------------------------------- jobs that are not completed
+
+
+def jobs_in(cvat, **states):
+    """An answer in which jobs 7, 8 (a second one like it) and so on are in these states."""
+
+    def answer(method, path, query):
+        if path == "/api/jobs":
+            one = cvat(method, "/api/jobs/7", query)[1]
+            jobs = [{**one, "id": int(job[1:]), "state": state.replace("_", " ")} for job, state in states.items()]
+            return 200, {"count": len(jobs), "next": None, "results": jobs}
+        if found := re.fullmatch(r"/api/jobs/(\d+)(/.*|)", path):
+            status, body = cvat(method, f"/api/jobs/7{found[2]}", query)
+            return status, {**body, "state": states[f"j{found[1]}"].replace("_", " ")} if not found[2] else body
+        return cvat(method, path, query)
+
+    return answer
+
+
+def test_jobs_that_are_not_completed_are_named_beside_those_that_are(workplace, capsys):
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10))])
+    with serving(jobs_in(cvat, j7="completed", j8="in_progress", j9="rejected")) as place.url:
+        assert outcomes_of(place.harvest()) == {A: "accepted"}
+    printed = capsys.readouterr()
+    assert "1 accepted, 0 modified, 0 rejected, 0 miss, from 1 of 3 jobs" in printed.out
+    for job, state in (("8", "in progress"), ("9", "rejected")):
+        assert f"job {job} is not completed (state: {state}) and was left alone" in printed.err
+    assert "job 7 is not" not in printed.err and "nothing was harvested" not in printed.err
+
+
+def test_no_job_is_completed(workplace, capsys):
+    place = workplace
+    with serving(jobs_in(place.cvat, j7="new", j8="in_progress")) as place.url:
+        assert place.harvest(status=3) == []
+    printed = capsys.readouterr()
+    assert printed.err.count("is not completed") == 2 and "nothing was harvested" in printed.err
+    assert "from 0 of 2 jobs" in printed.out
+
+
+def test_no_job_at_all(workplace):
+    with serving(jobs_in(workplace.cvat)) as url:
+        for option in ("--tasks", "--snapshot"):
+            shows_none = failure("--url", url, "--db", workplace.db, *((option, 9) if option == "--tasks" else (option,)))
+            assert "shows this user no annotation jobs: check --tasks" in shows_none
+
+
+def test_an_export_names_the_jobs_that_are_left_alone(workplace, capsys):
+    place = workplace
+    place.answer(0, [proposal(A, square(10, 10))])
+    harvest_export(place, write_export(place, True), "7")
+    assert "job 9 is not among --completed and was left alone" in capsys.readouterr().err
+
+
+def test_a_snapshot_of_completed_jobs_says_that_it_comes_too_late(workplace, capsys):
+    workplace.cvat.state = "completed"
+    workplace.harvest("--snapshot")
+    printed = capsys.readouterr()
+    assert "0 new snapshots with 0 proposals" in printed.out and "all 1 jobs are completed" in printed.err
 
 
 # ---------------------------------------------------------------- labels that are not the function's
@@ -1248,12 +1430,12 @@ def failure(*arguments, env=None):
 
 
 def test_errors_name_the_cause_and_the_remedy(workplace, tmp_path, capsys, monkeypatch):
-    for variable in ("ADVCAM_CVAT_URL", "ADVCAM_CVAT_TOKEN"):
-        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.delenv("ADVCAM_CVAT_URL", raising=False)
     db = ("--db", tmp_path / "e.db")
-    wrong = failure("--url", workplace.url, "--token", "wrong", "--tasks", 3, *db)
-    assert "401" in wrong and "--token" in wrong
-    assert "cannot be reached" in failure("--url", "http://127.0.0.1:9", "--token", TOKEN, "--tasks", 3, *db)
+    monkeypatch.setenv("ADVCAM_CVAT_TOKEN", "wrong")
+    wrong = failure("--url", workplace.url, "--tasks", 3, *db)
+    assert "401" in wrong and "ADVCAM_CVAT_TOKEN" in wrong
+    assert "cannot be reached" in failure("--url", "http://127.0.0.1:9", "--tasks", 3, *db)
     (tmp_path / "x.zip").write_text("no zip")
     assert "no export" in failure("--export", tmp_path / "x.zip", "--completed", "all", *db)
     (tmp_path / "x.xml").write_text(export_xml(workplace.cvat))
@@ -1261,12 +1443,13 @@ def test_errors_name_the_cause_and_the_remedy(workplace, tmp_path, capsys, monke
     (tmp_path / "v.xml").write_text('<annotations><track id="0"/></annotations>')
     assert "video" in failure("--export", tmp_path / "v.xml", "--completed", "all", *db)
     assert "cannot open the database" in failure(
-        "--url", workplace.url, "--token", TOKEN, "--db", "nosuchdatabase://user@host/name"
+        "--url", workplace.url, "--db", "nosuchdatabase://user@host/name"
     )
     for arguments, message in [
         ((), "ADVCAM_CVAT_URL"),
         (("--export", tmp_path / "x.xml"), "--completed"),
-        (("--url", "u", "--token", "t", "--log", tmp_path / "nowhere"), "nowhere"),
+        (("--url", "u"), "--url is no address, but must be like http://"),
+        (("--url", workplace.url, "--log", tmp_path / "nowhere"), "nowhere"),
     ]:
         failure(*arguments)
         assert message in capsys.readouterr().err
@@ -1290,7 +1473,7 @@ def test_a_job_that_cvat_cannot_show_does_not_stop_the_others(workplace, capsys)
         return (500, "Server Error") if path.endswith("/annotations") else broken(method, path, query)
 
     with serving(answer) as url, pytest.raises(SystemExit):
-        harvest.main(["--url", url, "--token", TOKEN, "--tasks", "3", "--db", str(workplace.db)])
+        harvest.main(["--url", url, "--tasks", "3", "--db", str(workplace.db)])
     captured = capsys.readouterr()
     assert "0 accepted" in captured.out and "job 7" in captured.err and "500" in captured.err
 
@@ -1329,8 +1512,8 @@ def test_a_video_is_a_note(workplace, capsys):
         status, body = videos(method, path, query)
         return status, {**body, "size": 99} if path == "/api/tasks/3/data/meta" else body
 
-    with serving(answer) as url:
-        harvest.main(["--url", url, "--token", TOKEN, "--tasks", "3", "--db", str(workplace.db)])
+    with serving(answer) as workplace.url:
+        assert workplace.harvest(status=3) == []
     assert "job 7 is left out: task 3 is a video" in capsys.readouterr().err
 
 

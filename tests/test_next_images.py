@@ -109,7 +109,7 @@ def test_the_page_shows_the_first_ones_and_what_was_skipped(ordered):
     page = (out / "index.html").read_text()
     assert sorted(path.name for path in (out / "pictures").iterdir()) == ["0001.jpg", "0002.jpg", "0003.jpg"]
     assert all(page.count(f"pictures/000{rank}.jpg") == 1 and rows[rank - 1]["path"] in page for rank in (1, 2, 3))
-    assert "broken.jpg: image broken" in page
+    assert "broken.jpg: broken image" in page
     assert cv2.imread(str(out / "pictures" / "0001.jpg")).shape == (320, 640, 3)
 
 
@@ -236,6 +236,7 @@ def serving(answer):
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(cvat, "EVENTS_POLL_S", 0.01)
+    monkeypatch.setenv("ADVCAM_CVAT_TOKEN", TOKEN)
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ def two_photos(tmp_path):
 
 def make_task(weights_dir, photos, out, server, *more):
     with serving(server) as url:
-        return run(weights_dir, photos, out, "--cvat-task", "pier 3", "--url", url, "--token", TOKEN, *more)
+        return run(weights_dir, photos, out, "--cvat-task", "pier 3", "--url", url, *more)
 
 
 @pytest.mark.parametrize("newer", [True, False])
@@ -261,7 +262,8 @@ def test_a_task_holds_the_first_photos_in_their_order(weights_dir, two_photos, t
     assert server.files == {name: (two_photos / name).read_bytes() for name in names}
     assert server.task["name"] == "pier 3"
     labels = {label["name"]: label for label in server.task["labels"]}
-    assert set(labels) == {"crack", "spalling", "rust", "unprocessed"} and labels["unprocessed"]["type"] == "tag"
+    assert set(labels) == {"crack", "spalling", "rust", "unprocessed", "notice"}
+    assert labels["unprocessed"]["type"] == labels["notice"]["type"] == "tag"
     for attribute in (attribute for label in labels.values() for attribute in label["attributes"]):
         assert attribute["default_value"] == attribute["values"][0] and attribute["mutable"] is False
     data = "POST /api/tasks/7/data/ Upload"
@@ -310,5 +312,5 @@ def test_two_photos_of_one_name_make_no_task(weights_dir, two_photos, tmp_path):
         make_task(weights_dir, two_photos, tmp_path / "out", server)
     assert server.asked == []
     with pytest.raises(SystemExit):  # before anything is looked at
-        run(weights_dir, two_photos, tmp_path / "none", "--cvat-task", "pier 3", "--url", "", "--token", "")
+        run(weights_dir, two_photos, tmp_path / "none", "--cvat-task", "pier 3", "--url", "")
     assert not (tmp_path / "none").exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -298,8 +299,8 @@ def test_the_table_has_a_row_per_set_method_and_number_of_steps(trained, data_di
     healthy = [row for row in rows if row["set"] == "plain" and row["method"] == "weights: ours"]
     assert healthy and all(row["healthy_photos"] == 2 for row in healthy)
     page = (tmp_path / "evaluate.html").read_text()
-    pictures = [path.name for path in (tmp_path / "evaluate").iterdir()]
-    assert len(pictures) == 5 and sum(name in page for name in pictures) == 4 and "cases_spalling.png" in pictures
+    pictures = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "evaluate").rglob("*.*")}
+    assert pictures == {"evaluate/cases_spalling.png", *re.findall('src="([^"]*)"', page)} and len(pictures) == 5
 
 
 def test_a_choice_is_what_the_function_does(trained, data_dir):

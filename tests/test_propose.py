@@ -1,13 +1,17 @@
 """`defectcam propose` on a folder of real files with the shipped weights: its answers, files, resumption and Ray."""
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -22,8 +26,10 @@ pytest.importorskip("cvat_sdk", reason="cvat-sdk is not installed: pip install '
 
 from cvat_sdk.masks import decode_mask  # noqa: E402
 
+import model_handler  # noqa: E402
 from defectcam.bulk import propose  # noqa: E402
 from defectcam.bulk.exports import region_of_answer, write_coco, write_cvat_xml  # noqa: E402
+from defectcam.credentials import SECRETS  # noqa: E402
 from defectcam.feedback.cvat import CvatExport  # noqa: E402
 from defectcam.feedback.regions import region_of  # noqa: E402
 from defectcam.proposals import cvat_shape, find_components  # noqa: E402
@@ -117,9 +123,9 @@ def test_every_photo_gets_the_functions_answer_and_a_picture(original, finished,
     reason = record(out, BROKEN)["shapes"][0]["attributes"][0]["value"]
     summary = json.loads((out / "summary.json").read_text())
     count = sum(len(record(out, name)["shapes"]) for name in NAMES if name != BROKEN)
-    assert summary == {"photos": 4, "proposals": {"crack": count}, "unprocessed": {BROKEN: reason}}
+    assert summary == {"photos": 4, "proposals": {"crack": count}, "unprocessed": {BROKEN: reason}, "notice": {}}
     assert f"{count} crack" in printed and "same.*" in printed
-    assert f"{BROKEN}: {reason}" in errors and "truncated" in reason
+    assert f"{BROKEN}: {reason}" in errors and "cut off" in reason
 
 
 def test_a_run_goes_on_where_it_was_killed(original, finished, tmp_path):
@@ -185,12 +191,37 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
     assert "4 of 4 photos left; the same command goes on" in capsys.readouterr().err
 
 
-def test_rays_workers_make_the_very_same_files(original, finished, tmp_path):
+def watch_processes(told: set[bytes], stop: threading.Event) -> None:
+    """Collect command lines and environments of all processes until it is time to stop."""
+    while not stop.wait(0.1):
+        for path in [*Path("/proc").glob("[0-9]*/cmdline"), *Path("/proc").glob("[0-9]*/environ")]:
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                told.add(path.read_bytes())
+
+
+def test_rays_workers_make_the_very_same_files(original, finished, tmp_path, monkeypatch):
+    """And neither their command lines and environments nor Ray's logs have a secret of this process."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[bulk]'")
-    end = run(original, "--out", tmp_path / "out", "--iterations", 1, "--workers", 1)
+    secret = secrets.token_hex()  # which no other run of these tests has
+    for name in SECRETS:
+        monkeypatch.setenv(name, secret)
+    told, stop = set(), threading.Event()
+    watch = threading.Thread(target=watch_processes, args=(told, stop))
+    with tempfile.TemporaryDirectory() as logs:  # no longer path: sockets lie there
+        monkeypatch.setenv("RAY_TMPDIR", logs)
+        watch.start()
+        try:
+            end = run(original, "--out", tmp_path / "out", "--iterations", 1, "--workers", 1)
+        finally:
+            stop.set()
+            watch.join()
+        written = b"".join(path.read_bytes() for path in Path(logs).rglob("*") if path.is_file())
+    lines = [line for line in told if b"ray" in line]
+    assert not [text for text in told if secret.encode() in text] and secret.encode() not in written
     if "timed out during startup" in str(end):
         pytest.skip(f"Ray gives itself 30 s to start, too few on a machine as busy as this: {end}")
     assert end == 1
+    assert any(b"runtime_env" in line or b"ray::" in line for line in lines) and b"ADVCAM_DEFECTS" in written
     assert files(tmp_path / "out") == files(finished[0])
 
 
@@ -229,6 +260,29 @@ def test_bad_input_is_named(folder, tmp_path, capsys, given, words):
     assert run(*(argument.format(tmp_path) for argument in given)) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
+
+
+def test_what_was_left_out_is_told_beside_the_proposals(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model_handler, "MAX_OUTLINE_PX", 150)  # some of the photo's pieces are longer
+    (folder / BROKEN).unlink()
+    out = tmp_path / "out"
+    assert run(folder, "--out", out, "--iterations", 0) == 0, "the photo is processed"
+    shapes = record(out, CRACKED)["shapes"]
+    *proposals, notice = shapes
+    reason = notice["attributes"][0]["value"]
+    assert proposals and {shape["label"] for shape in proposals} == {"crack"} and notice["label"] == "notice"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["notice"][CRACKED] == reason and "too ragged: crack" in reason and summary["unprocessed"] == {}
+    total = sum(shape["type"] != "tag" for name in NAMES if name != BROKEN for shape in record(out, name)["shapes"])
+    assert summary["proposals"] == {"crack": total}
+    assert f"note: {CRACKED}: {reason}" in capsys.readouterr().out
+    (tag,) = [tag for tag in ElementTree.parse(out / "cvat.xml").getroot().iter("tag") if tag.get("label") == "notice"]
+    assert tag.findtext("attribute") == reason
+    assert len(json.loads((out / "coco.json").read_text())["annotations"]) == total
+    assert (out / "overlays" / f"{CRACKED}.jpg").exists()
+    before = (out / f"{CRACKED}.json").stat().st_mtime_ns
+    run(folder, "--out", out, "--iterations", 0)
+    assert (out / f"{CRACKED}.json").stat().st_mtime_ns == before, "such a photo is done"
 
 
 def test_names_that_no_xml_can_hold_are_refused(folder, tmp_path, capsys):
@@ -302,7 +356,7 @@ def test_cvats_xml_has_the_same_shapes(exported):
 def test_the_labels_are_those_of_the_function(exported):
     root = ElementTree.parse(exported[3]).getroot()
     labels = {label.findtext("name"): label for label in root.iterfind("meta/task/labels/label")}
-    assert set(labels) == {"crack", "unprocessed"} and labels["unprocessed"].findtext("type") == "tag"
+    assert set(labels) == {"crack", "unprocessed", "notice"} and labels["unprocessed"].findtext("type") == "tag"
     found = {a.findtext("name"): a for a in labels["crack"].iterfind("attributes/attribute")}
     assert found["confidence"].findtext("input_type") == "number"
     assert found["iterations"].findtext("values").split("\n") == ["0", "1", "2", "4", "8", "auto"]

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
+from dataclasses import replace
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -15,6 +18,7 @@ from defectcam.evaluation.survey import LabelledPhoto
 from defectcam.feedback import retrain
 from defectcam.feedback.retrain import Judged, changes_of, figures_of, merged_clicks, no_worse
 from defectcam.network import DefectNet
+from defectcam.paths import file_name
 from defectcam.tiling import at_working_scale
 from defectcam.training import train
 from defectcam.training.calibrate import calibrate
@@ -211,9 +215,54 @@ def test_the_report_shows_figures_and_pictures(promoted):
     page = (promoted / "report.html").read_text()
     assert "<b>Promoted.</b>" in page and "against the running ones, one" in page and "As they were: rust." in page
     assert page.count("<td>walls") == page.count("<td>all") == 2 and "1 clicks on val photos" in page
-    pictures = list((promoted / "pictures").iterdir())
-    assert all(f"pictures/{path.name}" in page and cv2.imread(str(path)).shape[1] == 3 * 360 for path in pictures)
+    pictures = [path for path in (promoted / "pictures").rglob("*") if path.is_file()]
+    for path in pictures:
+        assert path.relative_to(promoted).as_posix() in page and cv2.imread(str(path)).shape[1] == 3 * 360
     assert 0 < len(pictures) <= 4
+
+
+def test_a_defect_with_a_name_that_no_file_can_have(data_dir, running, new, tmp_path):
+    """The sets' masks lie in folders called so; files that the commands write are called otherwise."""
+    odd = "sp/$x^$ <b>"
+    data, weights, feedback = (shutil.copytree(folder, tmp_path / folder.name) for folder in (data_dir, running, new))
+    (data / "walls" / "masks" / odd).parent.mkdir()
+    (data / "walls" / "masks" / "spalling").rename(data / "walls" / "masks" / odd)
+    manifest = json.loads((weights / "manifest.json").read_text())
+    manifest["defects"] = {odd: manifest["defects"]["spalling"]}
+    (weights / "manifest.json").write_text(json.dumps(manifest))
+    clicks = [replace(click, absent=click.absent and odd, defect=odd if click.defect == "spalling" else click.defect)
+              for click in read_clicks(feedback / "clicks" / "spalling.csv")]  # fmt: skip
+    write_clicks(feedback / "clicks" / file_name(odd, ".csv"), clicks)
+    (feedback / "masks" / "spalling").rename(feedback / "masks" / file_name(odd))
+    before = contents(tmp_path)
+    out = tmp_path / "two"
+    retrain.main(arguments(data, weights, feedback, out, "--margin", 1, "--steps", 1, "--val-photos", 1))
+    assert load_weights(out, "cpu").facts[odd].file == "sp%2F$x^$ %3Cb%3E.safetensors"
+    assert len(read_clicks(out / "clicks" / file_name(odd, ".csv"))) == 4
+    assert before.keys() == {path for path in contents(tmp_path) if path.parts[0] != "two"}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "sp/$x^$ &lt;b&gt;: 4 new clicks" in page
+    for picture in re.findall('src="([^"]*)"', page):
+        assert cv2.imread(str(out / unquote(picture))) is not None
+
+
+def test_every_defect_keeps_a_file_of_its_own(running, tmp_path):
+    """The running weights call one defect's file as the new weights call another's."""
+    weights, new = shutil.copytree(running, tmp_path / "weights"), shutil.copytree(running, tmp_path / "new")
+    manifest = json.loads((weights / "manifest.json").read_text())
+    (weights / "rust.safetensors").rename(weights / "old.safetensors")
+    (weights / "spalling.safetensors").rename(weights / "rust.safetensors")
+    (weights / "old.safetensors").rename(weights / "spalling.safetensors")
+    manifest["defects"]["spalling"]["file"], manifest["defects"]["rust"]["file"] = "rust.safetensors", "spalling.safetensors"
+    (weights / "manifest.json").write_text(json.dumps(manifest))
+    tensors = {name: value + 1 for name, value in load_file(new / "spalling.safetensors").items()}
+    save_file(tensors, new / "spalling.safetensors")
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    args = argparse.Namespace(out=tmp_path / "out", weights=weights)
+    folder = retrain.assemble(args, {"spalling": new}, {"version": "one"})
+    facts = read_manifest(folder)[1]
+    assert (folder / facts["spalling"].file).read_bytes() == (new / "spalling.safetensors").read_bytes()
+    assert (folder / facts["rust"].file).read_bytes() == (weights / "spalling.safetensors").read_bytes()
 
 
 def test_the_same_command_again_changes_nothing(promoted, data_dir, running, new, capsys):

@@ -1,12 +1,13 @@
 """Proposals for a whole folder of photos as files, with CVAT's server asking for none of them: `defectcam propose`.
 
-Into --out, for every photo below FOLDER, subfolders included; <photo> is its path there, extension and all:
+Into --out, for every photo below FOLDER, subfolders included; <photo> is its path there, extension and all, with %XX
+for characters that not every file system takes:
 
 <photo>.json             the function's own answer with the photo's size and what it was made with
 overlays/<photo>.jpg     the shapes drawn onto the photo
 cvat.xml, coco.json      all shapes, to be imported into CVAT as "CVAT 1.1" or "COCO 1.0" (docs/cvat.md has the clicks)
 labels.json              the labels that CVAT's task must have, for the tab Raw of its label editor
-summary.json             how many proposals there are, and why photos were not processed
+summary.json             how many proposals there are, why photos were not processed, and what was left out on others
 
 The same command once more goes on where a run ended. It leaves out photos that have an answer, unless the photo's size
 in bytes or time of change, the weights or a setting are others now; photos that could not be processed are tried again.
@@ -44,12 +45,14 @@ from tqdm import tqdm
 import cvat_function
 from defectcam import __version__
 from defectcam.bulk.exports import replacing, task_labels, write_coco, write_cvat_xml
+from defectcam.credentials import SECRETS
 from defectcam.overlay import draw_shapes
+from defectcam.paths import relative_path
 from defectcam.request import FORMATS, Request, RequestError, decode_image
 from defectcam.weights import WeightsError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")  # of the formats in FORMATS
-UNPROCESSED = "unprocessed"
+UNPROCESSED, NOTICE = "unprocessed", "notice"
 INTERRUPTED = 130  # what shells report for Ctrl-C
 ROOT = Path(cvat_function.__file__).resolve().parent
 LOG = logging.getLogger("defectcam.propose")
@@ -134,7 +137,7 @@ class Results:
 
     def store(self, made: dict) -> None:
         """Write what a `Proposer` made of a photo; its record comes last and tells that the photo is done."""
-        overlay = self.folder / "overlays" / f"{made['name']}.jpg"
+        overlay = self.folder / "overlays" / relative_path(made["name"], ".jpg")
         overlay.unlink(missing_ok=True)
         if made["overlay"]:
             with replacing(overlay) as file:
@@ -167,21 +170,22 @@ class Results:
 
         write_cvat_xml(self.folder / "cvat.xml", labels, records())
         write_coco(self.folder / "coco.json", labels, records)
-        proposals, reasons = Counter(), {}
+        proposals, reasons = Counter(), {UNPROCESSED: {}, NOTICE: {}}
         for record in records():
-            if _unprocessed(record["shapes"]):
-                reasons[record["name"]] = record["shapes"][0]["attributes"][0]["value"]
-            else:
-                proposals.update(shape["label"] for shape in record["shapes"])
-        counts = {label["name"]: proposals[label["name"]] for label in labels if label["name"] != UNPROCESSED}
-        summary = {"photos": len(photos), "proposals": counts, UNPROCESSED: reasons}
+            for shape in record["shapes"]:
+                if shape["type"] == "tag":
+                    reasons[shape["label"]][record["name"]] = shape["attributes"][0]["value"]
+                else:
+                    proposals[shape["label"]] += 1
+        counts = {label["name"]: proposals[label["name"]] for label in labels if label["type"] != "tag"}
+        summary = {"photos": len(photos), "proposals": counts, **reasons}
         for name, content in (("labels.json", labels), ("summary.json", summary)):
             with replacing(self.folder / name) as file:
                 file.write(json.dumps(content, indent=1).encode() + b"\n")
         return summary
 
     def _record(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+        return self.folder / relative_path(name, ".json")
 
 
 def find_photos(folder: Path, out: Path) -> list[Photo]:
@@ -224,6 +228,8 @@ def made_by_ray(photos: Sequence[Photo], given: Mapping[str, str], workers: int)
     except ImportError:
         raise ProposeError("--workers needs Ray: pip install -c constraints.txt -e '.[bulk]', or leave it out") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
+    for name in SECRETS:  # Ray shows and logs what its processes are given, and they need none
+        os.environ.pop(name, None)
     settings = {name: value for name, value in os.environ.items() if name.startswith("ADVCAM_")}
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     try:
@@ -316,6 +322,8 @@ def report(summary: dict, photos: Sequence[Photo], out: Path) -> None:
     stems = Counter(str(Path(photo.name).with_suffix("")) for photo in photos)
     for stem in (stem for stem, count in stems.items() if count > 1):
         print(f"note: several photos are called {stem}.*, which CVAT's import cannot tell apart: rename them")
+    for name, reason in summary[NOTICE].items():
+        print(f"note: {name}: {reason}")
     for name, reason in summary[UNPROCESSED].items():
         print(f"not processed: {name}: {reason}", file=sys.stderr)
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from defectcam.evaluation.measures import relative_time_saving_of_groups, saved_per_component
 from defectcam.evaluation.survey import LabelledPhoto, SurveyedPhoto, figures, labelled_photos, survey
+from defectcam.paths import file_name, relative_path, write_image
 from defectcam.request import Settings
 from defectcam.training.train import names
 from model_handler import ModelHandler, confident_components, defect_mask
@@ -80,7 +81,7 @@ class Judge:
     def _answer(
         self, photo: SurveyedPhoto, defect: str, fact, steps: int | str, theta: float, threshold: float = 0.0
     ) -> np.ndarray:
-        effective = {"cam_threshold": theta, "snap": fact.snap is not None}
+        effective = {"cam_threshold": theta}
         mask = defect_mask(photo.working_image, photo.maps[steps], fact, effective, photo.outline_logits)
         logits = photo.outline_logits(mask) if photo.outline and mask.any() else None
         mask = photo.at_photo_scale(mask)
@@ -120,29 +121,29 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     rows.sort(key=lambda row: (row["defect"], row["set"]))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "evaluate.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "evaluate.html").write_text(page(rows, cases))
+    (args.out / "evaluate.html").write_text(page(rows, cases), encoding="utf-8")
     for defect in dict.fromkeys(case["defect"] for case in cases if case["thumbnail"] is not None):
         drawn = good_and_bad([case for case in cases if case["defect"] == defect])
-        cv2.imwrite(str(args.out / "evaluate" / f"cases_{defect}.png"), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+        path = args.out / "evaluate" / file_name(f"cases_{defect}", ".png")
+        write_image(path, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
     return rows
 
 
 def picture(photo: LabelledPhoto, mask: np.ndarray, defect: str, folder: Path) -> dict:
     """Write a photo beside its overlay (truth green, proposal red, both yellow); returns what the page needs."""
-    folder.mkdir(parents=True, exist_ok=True)
     truth = np.zeros_like(mask) if photo.truth is None else photo.truth
     both = np.hstack([photo.image_rgb, compared(photo.image_rgb, mask, truth)])
     scale = 2 * OVERLAY_PX / both.shape[1]
     both = cv2.resize(both, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    name = f"{defect}_{photo.set_name}_{photo.stem}.jpg"
-    cv2.imwrite(str(folder / name), cv2.cvtColor(both, cv2.COLOR_RGB2BGR))
+    path = folder / file_name(defect) / relative_path(f"{photo.set_name}/{photo.stem}", ".jpg")
+    write_image(path, cv2.cvtColor(both, cv2.COLOR_RGB2BGR))
     saved = saved_per_component(mask, truth, defect) if photo.truth is not None else []
     worth = float(np.mean(saved)) if saved else float(not mask.any())
     height, width = mask.shape
     thumbnail = compared(np.full((height, width, 3), 255, np.uint8), mask, truth, opacity=1.0)
     thumbnail = cv2.resize(thumbnail, (THUMBNAIL_PX, THUMBNAIL_PX * height // width), interpolation=cv2.INTER_AREA)
     return {
-        "file": f"evaluate/{name}",
+        "file": path.relative_to(folder.parent).as_posix(),
         "worth": worth,
         "defect": defect,
         "set": photo.set_name,
@@ -196,7 +197,7 @@ PAGE = jinja2.Template(
  {%- for column in columns %}<td>{{ row[column] if column in row else "" }}{% endfor %}</tr>
 {% endfor %}</table>
 <h3>Worst cases first: photo, and overlay (missed green, too much red, right yellow)</h3>
-{% for case in cases[defect] %}<figure><img src="{{ case.file }}" alt="{{ case.stem }}" loading="lazy">
+{% for case in cases[defect] %}<figure><img src="{{ case.file|urlencode }}" alt="{{ case.stem }}" loading="lazy">
  <figcaption>{{ case.set }} {{ case.stem }}: {{ "%.2f"|format(case.worth) }} saved</figcaption></figure>
 {% endfor %}{% endfor %}
 """,

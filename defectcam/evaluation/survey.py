@@ -23,7 +23,7 @@ from defectcam.evaluation.measures import (
 )
 from defectcam.network import DefectNet
 from defectcam.tiling import at_photo_scale, at_working_scale, climbed_maps, stitched_score_map
-from defectcam.training.clicks import photo_path, split_stems
+from defectcam.training.clicks import mask_path, photo_path, split_stems
 from defectcam.training.crops import read_photo_rgb
 
 
@@ -96,8 +96,8 @@ def labelled_photos(
         for stem in tqdm(split_stems(data_dir, set_name, split), desc=f"{defect}: {set_name}", unit="photo"):
             if limit is not None and taken >= limit:
                 break
-            mask_path = data_dir / set_name / "masks" / defect / f"{stem}.png"
-            truth = cv2.imread(str(mask_path), cv2.IMREAD_GRAYSCALE) > 127 if mask_path.exists() else None
+            path = mask_path(data_dir / set_name, defect, stem)
+            truth = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 127 if path.exists() else None
             if truth is not None and not truth.any():
                 truth = None
             if set_name in healthy_sets and truth is not None:
@@ -105,7 +105,7 @@ def labelled_photos(
             taken += 1
             photo = read_photo_rgb(str(photo_path(data_dir / set_name, stem)))
             if truth is not None and truth.shape != photo.shape[:2]:
-                raise ValueError(f"mask {mask_path} is {truth.shape}, its photo {photo.shape[:2]}: both must be the same")
+                raise ValueError(f"mask {path} is {truth.shape}, its photo {photo.shape[:2]}: both must be the same")
             yield LabelledPhoto(set_name, stem, photo, truth)
 
 

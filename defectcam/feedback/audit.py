@@ -37,10 +37,11 @@ from defectcam.evaluation.measures import f1_2px
 from defectcam.feedback.cvat import CvatError, CvatExport
 from defectcam.feedback.labels import PhotoError, PhotoFolder, set_and_stem, size_on_disk
 from defectcam.feedback.regions import AREA_TYPES, common_px, merged, on_one_crop, region_of, resized
+from defectcam.paths import write_image
 from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.request import Settings
 from defectcam.tiling import at_photo_scale, at_working_scale
-from defectcam.training.clicks import photo_path, split_stems
+from defectcam.training.clicks import mask_path, photo_path, split_stems
 from defectcam.training.crops import read_photo_rgb
 from defectcam.weights import WeightsError
 from model_handler import ModelHandler, choose_device, confident_components, defect_mask
@@ -88,7 +89,7 @@ def photos_of_sets(data: Path, sets: Sequence[str], splits: Sequence[str], defec
     for set_name in sets:
         for split in splits:
             for stem in split_stems(data, set_name, split):
-                mask = cv2.imread(str(data / set_name / "masks" / defect / f"{stem}.png"), cv2.IMREAD_GRAYSCALE)
+                mask = cv2.imread(str(mask_path(data / set_name, defect, stem)), cv2.IMREAD_GRAYSCALE)
                 if mask is not None:
                     path = photo_path(data / set_name, stem)
                     yield OldPhoto(set_name, stem, path, find_components(mask > 127))
@@ -207,18 +208,19 @@ def write_audit(doubts: list[Doubt], photos: int, version: str, top: int, out: P
         place = (doubt.photo.set_name, doubt.photo.stem, x0, y0, x1 - x0 + 1, y1 - y0 + 1)
         values = (rank, doubt.disagreement, doubt.kind, doubt.defect, *place, *figures)
         rows.append(dict(zip(COLUMNS, (round(v, 3) if isinstance(v, float) else v for v in values))))
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    with open(out / "audit.csv", "w", newline="") as file:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "audit.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     shown = []
     for row, doubt in zip(rows[:top], doubts):
         picture = f"pictures/{row['rank']:04d}.jpg"
-        cv2.imwrite(str(out / picture), cv2.cvtColor(picture_of(doubt), cv2.COLOR_RGB2BGR))
+        write_image(out / picture, cv2.cvtColor(picture_of(doubt), cv2.COLOR_RGB2BGR))
         shown.append(row | {"picture": picture})
     shapes = sum(doubt.kind != "missing" for doubt in doubts)
-    (out / "index.html").write_text(PAGE.render(doubts=shown, shapes=shapes, photos=photos, version=version))
+    page = PAGE.render(doubts=shown, shapes=shapes, photos=photos, version=version)
+    (out / "index.html").write_text(page, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,14 +7,16 @@ changes from one answer to the next.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import io
 import json
+import os
 import re
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +26,9 @@ from xml.etree import ElementTree
 import httpx
 from tqdm import tqdm
 
+from defectcam.credentials import TOKEN, checked_token, checked_url
+from defectcam.request import RequestError
+
 TIMEOUT_S = 120
 EVENTS_PATIENCE_S = 120
 EVENTS_POLL_S = 1
@@ -31,7 +36,17 @@ DATA_PATIENCE_S = 600
 PHOTO_WAITS_S = (1, 5, 15)  # a server that is busy is asked again
 IMAGE_QUALITY = 70  # of the copies that CVAT shows, its own default; functions get the file itself
 PROPOSAL = "proposal"  # the attribute that names a proposal
+UNTOUCHED = ("auto", "file")  # sources of unchanged proposals: of a run, or imported from a file
 csv.field_size_limit(2**31 - 1)  # one event carries all shapes of a run
+
+
+def proposal_name(attributes: Mapping[str, str]) -> str:
+    """The name of the proposal that a shape was made from, "" if it has none: then it is no proposal.
+
+    Nothing else tells: shapes drawn by hand, or with other models, have the label's default of `iterations` and a
+    `confidence` of 0.
+    """
+    return (attributes.get(PROPOSAL) or "").strip()
 
 
 class CvatError(RuntimeError):
@@ -51,7 +66,8 @@ class Shape:
         label: name of its label.
         kind: polygon, mask, rectangle, ellipse, ...
         points: as CVAT stores them, see `regions.region_of`.
-        source: auto, semi-auto or manual; only CVAT's own page keeps it.
+        source: auto, semi-auto, manual or file; only CVAT's own page keeps it, which makes semi-auto of an auto shape
+            that was edited, and manual of one from a file.
         attributes: name -> value.
         rotation: degrees.
     """
@@ -67,7 +83,7 @@ class Shape:
     @property
     def proposal(self) -> str:
         """Name of the proposal it was made from, "" if it has none."""
-        return self.attributes.get(PROPOSAL, "")
+        return proposal_name(self.attributes)
 
 
 @dataclass(frozen=True)
@@ -124,20 +140,28 @@ class CvatServer:
         url: as in the browser, http://host:port.
         token: of a user who may see the jobs: a key of CVAT's login or a personal access token.
         tasks: ids of the tasks to read; none = all that the user may see.
+
+    Raises:
+        RequestError: what cannot be an address or a token.
     """
 
     def __init__(self, url: str, token: str, tasks: Sequence[int] = ()) -> None:
-        self.name = url.rstrip("/")
+        self.name = checked_url(url, "--url")
         self.tasks = tasks
+        self._token = token = checked_token(token)
         # Keys of CVAT's own login are 40 hex digits; personal access tokens, which newer servers have, are not.
         scheme = "Token" if re.fullmatch("[0-9a-f]{40}", token) else "Bearer"
-        self._client = httpx.Client(
-            base_url=self.name,
-            headers={"Authorization": f"{scheme} {token}", "Accept": "application/vnd.cvat+json, application/json, */*"},
-            timeout=TIMEOUT_S,
-            follow_redirects=True,
-            transport=httpx.HTTPTransport(retries=3),
-        )
+        headers = {"Authorization": f"{scheme} {token}", "Accept": "application/vnd.cvat+json, application/json, */*"}
+        try:
+            self._client = httpx.Client(
+                base_url=self.name,
+                headers=headers,
+                timeout=TIMEOUT_S,
+                follow_redirects=True,  # to another server without the token
+                transport=httpx.HTTPTransport(retries=3),
+            )
+        except httpx.InvalidURL as error:
+            raise RequestError(f"--url is {self.name!r}, which is no address: {error}") from None
         self._labels: dict[int, dict[int, dict]] = {}
         self._meta: dict[int, dict] = {}
 
@@ -226,7 +250,8 @@ class CvatServer:
                     if not isinstance(shape, dict):  # log collectors shorten long events
                         continue
                     values = [a["value"] for a in shape.get("attributes", ()) if a["spec_id"] in proposal_specs]
-                    shown |= {(shape["frame"], value) for value in values if value}
+                    names = {proposal_name({PROPOSAL: value}) for value in values} - {""}
+                    shown |= {(shape["frame"], name) for name in names}
         annotators = working_ms or changed_by
         return JobEvents(
             working_time_s=sum(working_ms.values()) / 1000 if working_ms else None,
@@ -332,6 +357,8 @@ class CvatServer:
         results: list[dict] = []
         while path:
             page = self._json(path)
+            if not isinstance(page, dict) or "results" not in page:
+                raise CvatError(f"{self.name}{path} answers no list: is this CVAT's address?")
             results += page["results"]
             # Behind a proxy the link may name a host that only the server knows.
             path = _path_and_query(page["next"]) if page.get("next") else ""
@@ -348,11 +375,12 @@ class CvatServer:
     def _check(self, path: str, response: httpx.Response, expected: int) -> None:
         if response.status_code in (401, 403):
             raise CvatError(
-                f"{self.name}{path} answers {response.status_code}: give a valid token (--token or ADVCAM_CVAT_TOKEN) "
-                "of a user who may see these tasks"
+                f"{self.name}{path} answers {response.status_code}: give a valid token ({TOKEN}) of a user who may "
+                "see these tasks"
             )
         if response.status_code != expected:
-            raise CvatError(f"{self.name}{path} answers {response.status_code}: {response.text[:200]}")
+            text = response.text.replace(self._token, "...")[:200]  # a server's error page may repeat what it was sent
+            raise CvatError(f"{self.name}{path} answers {response.status_code}: {text}")
 
     def _post(self, path: str, expected: int, **options) -> httpx.Response:
         response = self._request("POST", path, **options)
@@ -367,6 +395,30 @@ class CvatServer:
             return self._client.request(method, path, **options)
         except httpx.HTTPError as error:
             raise CvatError(f"{self.name} cannot be reached: {error}; check --url (or ADVCAM_CVAT_URL)") from error
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """`--url`; and a `--token` that is refused, since others see what is on the command line."""
+
+    class Refused(argparse.Action):
+        def __call__(self, parser, *_) -> None:
+            parser.error(f"others can see what is on the command line: give the token as {TOKEN}, not by --token")
+
+    url = os.environ.get("ADVCAM_CVAT_URL", "")
+    parser.add_argument("--url", default=url, help=f"CVAT's (default: $ADVCAM_CVAT_URL); the token is read from ${TOKEN}")
+    parser.add_argument("--token", action=Refused, help=argparse.SUPPRESS)
+
+
+def server_of(args: argparse.Namespace, tasks: Sequence[int] = ()) -> CvatServer:
+    """The CVAT that `add_server_options` and the environment name.
+
+    Raises:
+        RequestError: none is named, or not well.
+    """
+    token = os.environ.get(TOKEN, "")
+    if not (args.url.strip() and token.strip()):
+        raise RequestError(f"give --url (or ADVCAM_CVAT_URL), and a token as {TOKEN}")
+    return CvatServer(args.url, token, tasks)
 
 
 class CvatExport:
@@ -399,7 +451,7 @@ class CvatExport:
                 raise CvatError(f"{path} has an image {image.get('id')} ({image.get('name')}), which is in none of its jobs")
 
     def jobs(self) -> Iterator[Job]:
-        """All jobs of the export, by id; those not completed have state "unknown"."""
+        """All jobs of the export, by id; those not among `completed` have the state ""."""
         yield from self._jobs
 
     def frames(self, job: Job) -> list[Frame]:
@@ -443,7 +495,7 @@ class CvatExport:
                     task_id=task_id,
                     first_frame=int(segment.findtext("start")),
                     last_frame=int(segment.findtext("stop")),
-                    state="completed" if done else "unknown",
+                    state="completed" if done else "",
                     annotator=task.findtext("assignee/username") or "",
                     created=task.findtext("created") or "",
                     updated=task.findtext("updated") or root.findtext("meta/dumped") or "",

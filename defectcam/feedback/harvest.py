@@ -5,8 +5,10 @@ their shapes with what was proposed: accepted, modified, rejected, or missed by 
 known from the function's proposal log (ADVCAM_LOG_DIR there, --log here). Without a log, take a --snapshot right after
 each automatic annotation, before anybody edits.
 
-Jobs that are not completed are left alone, and so is the database where nothing has changed. docs/feedback.md
-describes the tables.
+Jobs that are not completed are named and left alone, and so is the database where nothing has changed.
+docs/feedback.md describes the tables.
+
+Exit status: 0 if a job was harvested, 3 if none was, 1 or 2 if something was wrong.
 
 Example:
     export ADVCAM_CVAT_URL=http://localhost:8080 ADVCAM_CVAT_TOKEN=...
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +33,19 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from tqdm import tqdm
 
-from defectcam.feedback.cvat import CvatError, CvatExport, CvatServer, Frame, Job, JobEvents, LeftOut, Shape
+from defectcam.feedback.cvat import (
+    UNTOUCHED,
+    CvatError,
+    CvatExport,
+    Frame,
+    Job,
+    JobEvents,
+    LeftOut,
+    Shape,
+    add_server_options,
+    proposal_name,
+    server_of,
+)
 from defectcam.feedback.match import Interaction, Proposal, match
 from defectcam.feedback.store import (
     ACCEPTED,
@@ -44,13 +57,15 @@ from defectcam.feedback.store import (
     JobRow,
     SnapshotRow,
     StoreError,
+    add_store_option,
     export_csv,
     open_store,
+    without_secrets,
 )
 from defectcam.proposal_log import image_hash, read_proposal_log
-from defectcam.request import ImageError, decode_image
+from defectcam.request import ImageError, RequestError, decode_image
 
-DATABASE = "out/feedback/feedback.db"
+NOTHING_HARVESTED = 3
 OUTCOMES = (ACCEPTED, MODIFIED, REJECTED, MISS)
 MAPPED_SHARE = 0.75  # of a label's untouched shapes: annotators relabel some
 T = TypeVar("T")
@@ -77,11 +92,10 @@ class LoggedProposals:
         self.defects: set[str] = set()
         for record in answers.values():
             self.by_image[record["image"]].append(record)
-            self.defects |= {*record.get("settings", ()), *(shape["label"] for shape in record["shapes"])}
-            self.label_of |= {attributes_of(shape).get("proposal", ""): shape["label"] for shape in record["shapes"]}
+            self.defects |= {*record.get("settings", ()), *(proposal.label for proposal in proposals_of_record(record))}
+            self.label_of |= {proposal.name: proposal.label for proposal in proposals_of_record(record)}
             for name in names_in(record):
                 self.by_name[name].append(record)
-        self.label_of.pop("", None)
 
     def without_replaced(
         self, frames: Sequence[Frame], images: dict[int, str], snapshot: SnapshotRow
@@ -101,8 +115,8 @@ class LoggedProposals:
         A label means a defect if nearly all untouched shapes of it were proposed as that defect, which the job has no
         label for; it is the label that most of them have. So a job that has the defect's own label is never renamed.
         """
-        untouched = {(shape.proposal, shape.label) for frame in frames for shape in frame.shapes if shape.source == "auto"}
-        untouched |= {(shape["attributes"].get("proposal"), shape["label"]) for own in snapshot.values() for shape in own}
+        untouched = {(shape.proposal, shape.label) for frame in frames for shape in frame.shapes if shape.source in UNTOUCHED}
+        untouched |= {(proposal_name(shape["attributes"]), shape["label"]) for own in snapshot.values() for shape in own}
         pairs = Counter((label, self.label_of[name]) for name, label in untouched if name in self.label_of)
         label_of_defect: dict[str, str] = {}
         for (label, defect), _ in sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0])):
@@ -184,7 +198,7 @@ def newest(records: Sequence[dict]) -> list[dict]:
 
 def names_in(record: dict) -> set[str]:
     """Names of the proposals of a logged answer."""
-    return {name for shape in record["shapes"] if (name := attributes_of(shape).get("proposal"))}
+    return {name for shape in record["shapes"] if (name := proposal_name(attributes_of(shape)))}
 
 
 def attributes_of(shape: dict) -> dict[str, str]:
@@ -200,15 +214,14 @@ def at(time: str) -> datetime:
 def proposals_of_record(record: dict) -> list[Proposal]:
     """The proposals of a logged answer; tags are none."""
     found = []
-    for index, shape in enumerate(record["shapes"]):
-        if shape["type"] == "tag":
-            continue
+    for shape in record["shapes"]:
         attributes = attributes_of(shape)
+        if not (name := proposal_name(attributes)):
+            continue
         is_mask = shape["type"] == "mask"
         found.append(
             Proposal(
-                name=attributes.get("proposal", ""),
-                key=attributes.get("proposal") or f"{record['image'][:8]}.{index}",
+                name=name,
                 label=shape["label"],
                 kind=shape["type"],
                 points=tuple(shape["mask"] if is_mask else shape["points"]),
@@ -225,14 +238,14 @@ def proposals_of_record(record: dict) -> list[Proposal]:
 
 
 def proposals_of_snapshot(shapes: Sequence[dict], frame: Frame) -> list[Proposal]:
-    """The proposals that a snapshot has on a frame; shapes of one name or one place are one proposal."""
-    found = {}
+    """The proposals that a snapshot has on a frame; shapes of one name are one proposal."""
+    found: dict[str, Proposal] = {}
     for shape in shapes:
         attributes = shape["attributes"]
-        name = attributes.get("proposal", "")
+        if not (name := proposal_name(attributes)):  # snapshots of earlier versions have shapes that are no proposals
+            continue
         proposal = Proposal(
             name=name,
-            key=name or f"proposed {shape['key']}",
             label=shape["label"],
             kind=shape["type"],
             points=tuple(shape["points"]),
@@ -241,7 +254,7 @@ def proposals_of_snapshot(shapes: Sequence[dict], frame: Frame) -> list[Proposal
             confidence=attributes.get("confidence", ""),
             iterations=attributes.get("iterations", ""),
         )
-        found.setdefault(name or (proposal.label, proposal.points), proposal)
+        found.setdefault(name, proposal)
     return list(found.values())
 
 
@@ -265,7 +278,7 @@ def shown_proposals(
     names_of, told_by_events = {}, set()
     for frame in frames:
         names = {shape.proposal for shape in frame.shapes}
-        names |= {shape["attributes"].get("proposal", "") for shape in taken[frame.number]}
+        names |= {proposal_name(shape["attributes"]) for shape in taken[frame.number]}
         names = {name for name in names if name in log.by_name}
         if not names:  # all were rejected; events also have those that a later run has cleaned away
             names = {name for number, name in events.shown if number == frame.number and name in log.by_name}
@@ -293,12 +306,12 @@ def shown_proposals(
     for frame in frames:
         logged = [p for record in records.get(frame.number, ()) for p in proposals_of_record(record)]
         logged = [proposal for proposal in logged if proposal.label in arrived]
-        by_key = {proposal.key: proposal for proposal in logged}
+        by_name = {proposal.name: proposal for proposal in logged}
         for proposal in proposals_of_snapshot(taken[frame.number], frame):
-            # A shape propagated or drawn before the snapshot is no proposal of this frame where the log knows better.
-            if not logged or proposal.name and proposal.name not in log.by_name:
-                by_key.setdefault(proposal.key, proposal)
-        shown[frame.number] = list(by_key.values())
+            # A shape propagated before the snapshot is no proposal of this frame where the log knows better.
+            if not logged or proposal.name not in log.by_name:
+                by_name.setdefault(proposal.name, proposal)
+        shown[frame.number] = list(by_name.values())
     return shown, unknown
 
 
@@ -316,19 +329,43 @@ class Harvest:
         self.notes: list[str] = []
         self.failed = False
 
-    def run(self) -> Counter:
-        """Harvest all completed jobs; returns the number of interactions per outcome."""
-        outcomes: Counter = Counter()
-        for job in tqdm(list(self.source.jobs()), desc="jobs", unit="job", disable=None):
-            if job.state == "completed":
-                outcomes += self._unless_odd(self._job, job) or Counter()
-        return outcomes
+    def run(self) -> tuple[Counter, int, int]:
+        """Harvest all completed jobs; the others become notes.
 
-    def snapshot(self) -> int:
-        """Keep the automatic shapes of all jobs that are not completed; returns the number of new snapshots."""
-        return sum(
-            self._unless_odd(self._job_snapshot, job) or 0 for job in self.source.jobs() if job.state != "completed"
-        )
+        Returns:
+            Number of interactions per outcome; number of jobs that were harvested, and of all jobs.
+        """
+        outcomes, harvested = Counter(), 0
+        jobs = self._jobs()
+        for job in tqdm(jobs, desc="jobs", unit="job", disable=None):
+            if job.state != "completed":
+                self.notes.append(
+                    f"job {job.id} is not completed (state: {job.state}) and was left alone: set its state to completed in "
+                    "CVAT once it is annotated"
+                    if job.state
+                    else f"job {job.id} is not among --completed and was left alone: add it there if CVAT has it as completed"
+                )
+                continue
+            of_job = self._unless_odd(self._job, job)
+            if of_job is not None:
+                outcomes, harvested = outcomes + of_job, harvested + 1
+        return outcomes, harvested, len(jobs)
+
+    def snapshot(self) -> tuple[int, int]:
+        """Keep the proposals of all jobs that are not completed; returns the number of new snapshots, and of proposals."""
+        jobs = self._jobs()
+        waiting = [job for job in jobs if job.state != "completed"]
+        if not waiting:
+            self.notes.append(f"all {len(jobs)} jobs are completed: a snapshot is taken before anybody edits")
+        found = [self._unless_odd(self._job_snapshot, job) for job in waiting]
+        taken = [proposals for proposals in found if proposals is not None]
+        return len(taken), sum(taken)
+
+    def _jobs(self) -> list[Job]:
+        jobs = list(self.source.jobs())
+        if not jobs:
+            raise CvatError(f"{self.source.name} shows this user no annotation jobs: check --tasks, and whose token it is")
+        return jobs
 
     def _unless_odd(self, work: Callable[[Job], T], job: Job) -> T | None:
         """Do some work on a job; whatever is odd about it becomes a note, for the other jobs are none the worse."""
@@ -341,26 +378,33 @@ class Harvest:
             self.failed = True
         return None
 
-    def _job_snapshot(self, job: Job) -> int:
+    def _job_snapshot(self, job: Job) -> int | None:
+        """Take a snapshot; returns the number of its proposals, None where the last one is the better one."""
         if job.state != "new":
             self.notes.append(f"job {job.id} is {job.state}: proposals deleted in it already are not in the snapshot")
-        frames = {
-            str(frame.number): [snapshot_shape(shape, frame) for shape in frame.shapes if shape.source == "auto"]
-            for frame in self.source.frames(job)
-        }
-        frames = {number: shapes for number, shapes in frames.items() if shapes}
+        shapes = [(frame, shape) for frame in self.source.frames(job) for shape in frame.shapes]
+        untouched = [(frame, shape) for frame, shape in shapes if shape.source in UNTOUCHED]
+        frames: dict[str, list[dict]] = {}
+        for frame, shape in untouched:
+            if shape.proposal:
+                frames.setdefault(str(frame.number), []).append(snapshot_shape(shape, frame))
+        now_there = [shape for shapes in frames.values() for shape in shapes]
+        nameless = sum(shape.source == "auto" and not shape.proposal for _, shape in untouched)
+        if nameless:
+            self.notes.append(
+                f"job {job.id}: {nameless} automatic shapes are not kept, since their attribute `proposal` is empty or "
+                "missing: they are another model's, or the task's labels are not those of the function"
+            )
         with Session(self.engine) as session, session.begin():
             last = self._snapshot(session, job)
             before = [shape for shapes in last.frames.values() for shape in shapes] if last else []
             # Undoing a deletion and propagating give a shape another id, but leave it its name.
-            known = {shape["key"] for shape in before} | {shape["attributes"].get("proposal") for shape in before}
-            known -= {None, ""}
-            now_there = [shape for shapes in frames.values() for shape in shapes]
-            if last and all({shape["key"], shape["attributes"].get("proposal")} & known for shape in now_there):
-                return 0  # nothing but what people have left: the snapshot from before they edited is the better one
+            known = {proposal_name(shape["attributes"]) for shape in before}
+            if last and all(proposal_name(shape["attributes"]) in known for shape in now_there):
+                return None  # nothing but what people have left: the snapshot from before they edited is the better one
             now = datetime.now(timezone.utc).isoformat()
             session.add(SnapshotRow(server=self.source.name, job=job.id, taken=now, frames=frames))
-        return 1
+        return len(now_there)
 
     def _job(self, job: Job) -> Counter:
         frames, events = self.source.frames(job), self.source.events(job)
@@ -375,11 +419,10 @@ class Harvest:
             taken = last.taken if last else ""
             shown, unknown = shown_proposals(frames, images, job, events, self.log, snapshot, taken)
             if len(unknown) == len(frames):
-                self.notes.append(
-                    f"job {job.id} is left out: no proposal of it is known; give the function's log (--log), or take "
-                    "a --snapshot right after the automatic annotation"
+                raise LeftOut(
+                    "no proposal of it is known; give the function's log (--log), or take a --snapshot right after the "
+                    "automatic annotation"
                 )
-                return Counter()
             told = self._told_before(session, job, unknown)
             unknown -= {row.frame for row in told}
             if unknown:
@@ -431,7 +474,7 @@ class Harvest:
     ) -> list[InteractionRow]:
         """The interactions of all frames but those that are told of already."""
         all_names = {p.name for proposals in shown.values() for p in proposals} | {row.proposal for row in told}
-        all_names = frozenset(all_names - {""})
+        all_names = frozenset(all_names - {""})  # of misses
         told_frames = {row.frame for row in told}
         found: list[tuple[Frame, Interaction]] = []
         strangers: list[Shape] = []
@@ -444,8 +487,8 @@ class Harvest:
             strangers += unknown
         if strangers:
             self.notes.append(
-                f"job {job.id}: {len(strangers)} automatic shapes are of a run that neither log nor snapshot knows; "
-                "they are left out"
+                f"job {job.id}: {len(strangers)} automatic shapes are of a run that neither log nor snapshot knows, or of "
+                "another model; they are left out"
             )
         clicks = [1 + (interaction.edited_share or 0) * interaction.vertices for _, interaction in found]
         all_weights = weights_on([proposal for proposals in shown.values() for proposal in proposals])
@@ -478,7 +521,7 @@ class Harvest:
         ]
 
     def _id(self, job: Job, frame: Frame, one: Interaction) -> str:
-        own = one.proposal.key if one.proposal else f"shape {one.shapes[0].key}"
+        own = one.proposal.name if one.proposal else f"shape {one.shapes[0].key}"
         key = repr((self.source.name, job.id, frame.number, own))
         return hashlib.blake2s(key.encode(), digest_size=6).hexdigest()
 
@@ -604,10 +647,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="Example" + __doc__.split("Example")[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", default=os.environ.get("ADVCAM_CVAT_URL"), help="CVAT's (default: $ADVCAM_CVAT_URL)")
-    parser.add_argument(
-        "--token", default=os.environ.get("ADVCAM_CVAT_TOKEN"), help="of a CVAT user (default: $ADVCAM_CVAT_TOKEN)"
-    )
+    add_server_options(parser)
     parser.add_argument("--tasks", type=numbers, default=[], help="task ids: 7,8 (default: all the user may see)")
     parser.add_argument("--export", type=Path, help='instead of a server: an export as "CVAT for images 1.1"')
     parser.add_argument("--completed", type=job_ids, default=[], help="with --export: ids of its completed jobs, or all; exports do not say")
@@ -615,31 +655,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--log", type=Path, action="append", default=[], help="the function's ADVCAM_LOG_DIR; may be given several times"
     )
     parser.add_argument("--snapshot", action="store_true", help="only keep the proposals of jobs not completed")
-    parser.add_argument("--db", default=DATABASE, help="SQLite file or SQLAlchemy URL (default: %(default)s)")
+    add_store_option(parser)
     parser.add_argument("--csv", type=Path, help="also write all tables as CSV to this folder")
     args = parser.parse_args(argv)
     if args.export and args.completed == []:
         parser.error("an export does not say which jobs are completed: give --completed 7,8 or --completed all")
     if args.export and args.snapshot:
         parser.error("--snapshot needs the server: an export is a snapshot of nothing that can be told later")
-    if not args.export and not (args.url and args.token):
-        parser.error("give --url and --token (or ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN), or --export")
     for folder in args.log:
         if not folder.is_dir():
             parser.error(f"--log {folder} is no folder; give what the function has as ADVCAM_LOG_DIR")
     try:
-        if args.export:
-            source = CvatExport(args.export, args.completed)
-        else:
-            source = CvatServer(args.url, args.token, args.tasks)
+        source = CvatExport(args.export, args.completed) if args.export else server_of(args, args.tasks)
+    except RequestError as error:
+        parser.error(f"{error}; or give --export")
+    except CvatError as error:
+        sys.exit(str(error))
+    harvested = 1  # snapshots are no harvest
+    try:
         engine = open_store(args.db)
+        place = without_secrets(engine.url)
         log = LoggedProposals(record for folder in args.log for record in read_proposal_log(folder))
         harvest = Harvest(source, engine, log)
         if args.snapshot:
-            print(f"{harvest.snapshot()} new snapshots in {args.db}")
+            snapshots, proposals = harvest.snapshot()
+            print(f"{snapshots} new snapshots with {proposals} proposals in {place}")
         else:
-            outcomes = harvest.run()
-            print(", ".join(f"{outcomes[outcome]} {outcome}" for outcome in OUTCOMES) + f" in {args.db}")
+            outcomes, harvested, jobs = harvest.run()
+            counts = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in OUTCOMES)
+            print(f"{counts}, from {harvested} of {jobs} jobs, in {place}")
         if args.csv:
             export_csv(engine, args.csv)
             print(f"tables: {args.csv.resolve()}")
@@ -649,3 +693,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(note, file=sys.stderr)
     if harvest.failed:
         sys.exit(1)
+    if not harvested:
+        print("nothing was harvested; the lines above say why, job by job", file=sys.stderr)
+        sys.exit(NOTHING_HARVESTED)

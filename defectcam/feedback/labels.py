@@ -11,6 +11,8 @@ masks/<defect>/<set>/<stem>.png   for `defectcam train-outline --arm outlines --
                                   all photos of completed jobs, photos without the defect included; photos
                                   that nobody looked at have none.
 
+In file names, <defect> is the label's name, with %XX for what cannot stand in one (a label "a/b": clicks/a%2Fb.csv).
+
 Photos are looked for below --photos by their name in CVAT; <set> is the folder a photo lies in (that of images/).
 
 Example:
@@ -21,6 +23,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -34,9 +37,9 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from tqdm import tqdm
 
-from defectcam.feedback.harvest import DATABASE
 from defectcam.feedback.regions import AREA_TYPES, innermost_xy, region_of, resized
-from defectcam.feedback.store import FrameRow, InteractionRow, JobRow, StoreError, open_store
+from defectcam.feedback.store import FrameRow, InteractionRow, JobRow, StoreError, add_store_option, open_store
+from defectcam.paths import file_name, inside, write_image
 from defectcam.proposal_log import image_hash
 from defectcam.proposals import Component, find_components
 from defectcam.request import ImageError, decode_image
@@ -68,12 +71,15 @@ class PhotoFolder:
             image: hash of its pixels, to choose by between photos of one name; "" if unknown.
 
         Raises:
-            PhotoError: there is none, or several.
+            PhotoError: there is none, or several; or the name leads out of the folder.
         """
-        exact = self.folder / name  # also where it lies behind a link, which the index does not follow
+        try:
+            exact = inside(self.folder, name)  # also where it lies behind a link, which the index does not follow
+        except ValueError as error:
+            raise PhotoError(f"a photo in CVAT: {error}") from None
         found = [path for path in self._by_name[Path(name).name] if path.as_posix().endswith(f"/{name}")]
         found = found or self._by_name[Path(name).name]
-        if exact.is_file() and exact not in found:
+        if os.path.isfile(exact) and exact not in found:  # Path.is_file raises where a name is too long
             found = [exact, *found]
         if len(found) > 1 and image:  # cameras use a name again
             found = [path for path in found if _pixels_hash(path) == image] or found
@@ -282,15 +288,16 @@ def write_weak_labels(engine: Engine, photos: PhotoFolder, patch_px: int, out: P
                 clicks[click.absent or click.defect].append(click)
         for label in own_labels:
             set_name, stem = set_and_stem(frame.path)
-            path = part / "masks" / label / set_name / f"{stem}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(path), frame.mask(label).astype(np.uint8) * 255)
+            path = part / "masks" / file_name(label) / set_name / f"{stem}.png"
+            if path.exists():  # on file systems to which capital letters are the same as small ones
+                raise PhotoError(f"two masks would share the file {path.relative_to(part)}: rename a label or a photo")
+            write_image(path, frame.mask(label).astype(np.uint8) * 255)
             counts[label]["masks"] += 1
         for row in frame.interactions:
             counts[row.defect]["wrong proposals"] += row.final_defect != row.defect and row.defect in own_labels
     for defect, own in clicks.items():
         (part / "clicks").mkdir(parents=True, exist_ok=True)
-        write_clicks(part / "clicks" / f"{defect}.csv", own)
+        write_clicks(part / "clicks" / file_name(defect, ".csv"), own)
         counts[defect]["positive"] = sum(click.defect != "none" for click in own)
         counts[defect]["none"] = sum(click.defect == "none" for click in own)
     for folder in (out / "clicks", out / "masks"):
@@ -325,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="Example" + __doc__.split("Example")[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--db", default=DATABASE, help="database of defectcam harvest (default: %(default)s)")
+    add_store_option(parser)
     parser.add_argument("--photos", type=Path, required=True, help="folder of the photos, as uploaded to CVAT")
     parser.add_argument(
         "--patch-px", type=int, default=PATCH_PX, help="crop size of the training to come (default: %(default)s)"
@@ -340,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     for defect, of in sorted(counts.items()):
         print(
-            f"{defect}: {of['positive']} positive clicks, {of['none']} none-clicks of {of['wrong proposals']} wrong "
+            f"{file_name(defect)}: {of['positive']} positive clicks, {of['none']} none-clicks of {of['wrong proposals']} wrong "
             f"proposals, {of['masks']} masks"
         )
     print(f"written: {args.out.resolve()}")

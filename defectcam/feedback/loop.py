@@ -32,6 +32,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -53,6 +54,7 @@ from defectcam.feedback.harvest import Harvest, LoggedProposals, attributes_of
 from defectcam.feedback.labels import PhotoFolder, write_weak_labels
 from defectcam.feedback.regions import common_px, merged, on_one_crop, run_lengths, saved_share
 from defectcam.feedback.store import InteractionRow, open_store
+from defectcam.paths import file_name
 from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.proposals import Component, find_components
 from defectcam.request import Request, Settings
@@ -275,7 +277,7 @@ class Experiment:
     def campaign(self, weights: Path) -> tuple[Counter, list[float]]:
         """Let annotators treat the proposals of some weights; returns outcomes and the share each defect saved."""
         args, feedback = self.args, self.work / "feedback"
-        store = open_store(f"sqlite:///{self.work / 'feedback.db'}")
+        store = open_store(str(self.work / "feedback.db"))
         if not feedback.exists():
             log = ProposalLog(self.work / "proposals", LOG)
             handler = ModelHandler(weights, choose_device(os.environ), Settings(), LOG, proposal_log=log, time_limit_s=math.inf)
@@ -299,15 +301,16 @@ class Experiment:
         weights = {"round_1": self.calibrated("round_1", one)}
         outcomes, saved = self.campaign(weights["round_1"])
         say(f"annotators: {dict(outcomes)}")
-        looped = self.work / "feedback" / "clicks" / f"{args.defect}.csv"
+        looped = self.work / "feedback" / "clicks" / file_name(args.defect, ".csv")
         if not looped.exists():
             sys.exit("nothing was proposed and every defect overlooked, so round 2 has nothing to learn: more --first-steps")
         new = read_clicks(looped)
+        masks = self.work / "feedback" / "masks" / file_name(args.defect)
         given = [
             click
             for name in [*args.sets, *args.none_sets]
             for click in simulate_clicks(self.second, name, "train", args.defect, args.crop_px, 6, args.seed + 1)
-            if (self.work / "feedback" / "masks" / args.defect / f"{click.photo_group}.png").exists()
+            if (masks / f"{click.photo_group}.png").exists()
             and not (click.defect != "none" and name in args.none_sets)
         ]
         plain = as_many(given, new, args.seed)
@@ -319,7 +322,7 @@ class Experiment:
             weights[arm] = self.calibrated(arm, folder)
         say("loop_outlines")
         folder = self.work / "loop" / "classifier"
-        outlines = self.train_outline("loop_outlines", self.work / "feedback" / "masks" / args.defect)
+        outlines = self.train_outline("loop_outlines", masks)
         weights["loop_outlines"] = self.calibrated("loop_outlines", folder, outlines)
         return {
             "command": "defectcam " + shlex.join(sys.argv[1:]),
@@ -369,13 +372,18 @@ def table(found: dict) -> list[dict]:
     ]
 
 
+def plain(name: str) -> str:
+    """A name in Markdown, on one line and without any markup."""
+    return re.sub(r"[\\`*|<>$\[\]&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(name.split()))
+
+
 PAGE = jinja2.Template(
     """# Does the loop teach anything?
 
-Two rounds with simulated annotators, defect {{ found.defect }}; what the arms are and how the annotators decide, says
+Two rounds with simulated annotators, defect {{ plain(found.defect) }}; what the arms are and how the annotators decide, says
 `defectcam loop --help`. Made by
 
-    {{ found.command }}
+    {{ found.command|replace("\n", " ") }}
 
 Annotators who err in {{ "%g" | format(100 * found.error) }} % of cases treated the proposals of round 1:
 {% for outcome, count in found.annotators.items() %}{{ count }} {{ outcome }}{{ ", " if not loop.last }}{% endfor -%}
@@ -386,7 +394,7 @@ Annotators who err in {{ "%g" | format(100 * found.error) }} % of cases treated 
 | arm | set | {% for name in figures %}{{ name }} | {% endfor %}minutes |
 |---|---|{% for _ in figures %}---|{% endfor %}---|
 {% for row in rows -%}
-| {{ row.arm }} | {{ row.set }} | {% for name in figures %}{{ row[name] if name in row }} | {% endfor -%}
+| {{ row.arm }} | {{ plain(row.set) }} | {% for name in figures %}{{ row[name] if name in row }} | {% endfor -%}
 {{ found.arms[row.arm].minutes }} |
 {% endfor %}
 ![the arms' figures, the mean over sets](loop.png)
@@ -425,8 +433,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--error is {args.error}; allowed is 0 to 1")
     if not (args.data / "splits.json").exists():
         parser.error(f"no splits.json in {args.data}: name the folder of photo sets with --data")
-    found = Experiment(args).run()
+    try:
+        found = Experiment(args).run()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
     (args.out / "loop.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, args.out / "loop.png")
-    (args.out / "loop.md").write_text(PAGE.render(found=found, rows=table(found), figures=FIGURES))
+    page = PAGE.render(found=found, rows=table(found), figures=FIGURES, plain=plain)
+    (args.out / "loop.md").write_text(page, encoding="utf-8")
     say(f"written: {(args.out / 'loop.md').resolve()}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from defectcam.feedback.cvat import Shape
+from defectcam.feedback.cvat import UNTOUCHED, Shape
 from defectcam.feedback.regions import (
     AREA_TYPES,
     common_px,
@@ -38,8 +38,7 @@ class Proposal:
     """What the function proposed on a photo.
 
     Attributes:
-        name: its `proposal` attribute, "" where CVAT had not kept it.
-        key: tells it from the others of its photo.
+        name: its `proposal` attribute, which tells it from the others of its photo.
         label: the defect.
         kind, points: as CVAT stores them, in px of the image that the function saw.
         outline: of a mask the polygon that was answered with it, which CVAT stores if masks are to be converted.
@@ -49,7 +48,6 @@ class Proposal:
     """
 
     name: str
-    key: str
     label: str
     kind: str
     points: tuple[float, ...]
@@ -105,7 +103,8 @@ def match(
         known_elsewhere: names of proposals on other photos of the job, from where shapes may have been propagated.
 
     Returns:
-        Interactions, proposals first; and the shapes of a run that nobody knows of, which cannot be judged.
+        Interactions, proposals first; and the shapes that cannot be judged: proposals that are not known, and what
+        other models made.
     """
     regions = {shape.key: _shape_region(shape, width, height) for shape in shapes}
     shapes = _without_repetitions([shape for shape in shapes if regions[shape.key] is not None], regions)
@@ -117,7 +116,7 @@ def match(
         found += _judge(
             [placed[p] for p in proposal_indices], [shapes[s] for s in shape_indices], regions, width, height
         )
-    own_names = {proposal.name for proposal in proposals if proposal.name}
+    own_names = {proposal.name for proposal in proposals}
     strangers = []
     linked = {s for _, s in links}
     for index, shape in enumerate(shapes):
@@ -125,7 +124,7 @@ def match(
             continue
         change = "copied" if shape.proposal in own_names else "propagated"
         if shape.proposal not in own_names | known_elsewhere:
-            if shape.source == "auto" or _is_proposal_name(shape.proposal):
+            if shape.proposal or shape.source == "auto":
                 strangers.append(shape)
                 continue
             change = "drawn"
@@ -178,7 +177,7 @@ def _offset(
     size: tuple[int, int], proposals: Sequence[Proposal], shapes: Sequence[Shape]
 ) -> tuple[float, float] | None:
     """Where the part of the photo lies that the function saw, told by a shape nobody moved since."""
-    by_name = {p.name: p for p in proposals if p.name and (p.width, p.height) == size}
+    by_name = {p.name: p for p in proposals if (p.width, p.height) == size}
     for shape in shapes:
         proposal = by_name.get(shape.proposal)
         if not proposal or shape.kind != proposal.kind or len(shape.points) != len(proposal.points):
@@ -199,7 +198,7 @@ def _links_by_name(placed, shapes, regions) -> tuple[set[tuple[int, int]], set[i
     """(proposal, shape) pairs that belong together by name, and the shapes that merely repeat one of them."""
     links, twice = set(), set()
     for p, one in enumerate(placed):
-        bearers = [s for s, shape in enumerate(shapes) if one.proposal.name and shape.proposal == one.proposal.name]
+        bearers = [s for s, shape in enumerate(shapes) if shape.proposal == one.proposal.name]
         if one.region is None:
             links |= {(p, s) for s in bearers[:1]}
             continue
@@ -306,9 +305,9 @@ def _judge(placed: list[Placed], shapes: list[Shape], regions, width: int, heigh
 def _is_same(one: Placed, shape: Shape, after: Component) -> bool:
     """Whether the outline is the proposed one, pixel by pixel; where that cannot be told, what CVAT says."""
     if one.region is None:
-        return shape.source == "auto"
+        return shape.source in UNTOUCHED
     if one.is_resized:
-        return shape.source == "auto" and region_iou(one.region, after) >= RESIZED_IOU
+        return shape.source in UNTOUCHED and region_iou(one.region, after) >= RESIZED_IOU
     wanted = [region for region in (one.region, one.outline) if region is not None]
     return any(region.area_px == after.area_px == common_px(region, after) for region in wanted)
 
@@ -318,8 +317,3 @@ def _proposed(one: Placed) -> dict | None:
     if one.region is None:
         return None
     return {"type": "mask", "points": run_lengths(one.region)}
-
-
-def _is_proposal_name(text: str) -> bool:
-    """Whether an attribute's value looks like one the function wrote; annotators can type anything there."""
-    return len(text) == 8 and set(text) <= set("0123456789abcdef")

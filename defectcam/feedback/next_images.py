@@ -38,8 +38,9 @@ import yaml
 from tqdm import tqdm
 
 from defectcam.cam import probability, score_sums, window_logits
-from defectcam.feedback.cvat import CvatError, CvatServer
+from defectcam.feedback.cvat import CvatError, add_server_options, server_of
 from defectcam.network import DefectNet
+from defectcam.paths import write_image
 from defectcam.request import ImageError, RequestError, decode_image
 from defectcam.tiling import GATE_SPACING_PX, at_working_scale, stitched_score_map
 from defectcam.weights import DefectWeights, Weights, WeightsError, load_weights
@@ -233,22 +234,23 @@ disagreement {{ row.disagreement }}; diversity {{ row.diversity }}
 
 def write_order(order: Sequence[Ranked], skipped: dict[Path, str], version: str, top: int, out: Path) -> None:
     """Write next_images.csv (all photos), pictures of the first `top`, and index.html that shows them."""
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for rank, one in enumerate(order, start=1):
         look = one.look
         values = (rank, look.path, one.score, look.uncertainty, look.disagreement, one.diversity, one.nearest or "", look.defect)
         rows.append(dict(zip(COLUMNS, (round(value, 4) if isinstance(value, float) else value for value in values))))
-    with open(out / "next_images.csv", "w", newline="") as file:
+    with open(out / "next_images.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     shown = []
     for row, one in zip(rows[:top], order):
         picture = f"pictures/{row['rank']:04d}.jpg"
-        cv2.imwrite(str(out / picture), cv2.cvtColor(picture_of(one.look), cv2.COLOR_RGB2BGR))
+        write_image(out / picture, cv2.cvtColor(picture_of(one.look), cv2.COLOR_RGB2BGR))
         shown.append(row | {"picture": picture})
-    (out / "index.html").write_text(PAGE.render(shown=shown, photos=len(order), skipped=skipped, version=version))
+    page = PAGE.render(shown=shown, photos=len(order), skipped=skipped, version=version)
+    (out / "index.html").write_text(page, encoding="utf-8")
 
 
 def task_labels() -> list[dict]:
@@ -272,18 +274,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="weights folder (default: %(default)s)")
     parser.add_argument("--top", type=int, default=50, help="how many are shown, and uploaded (default: %(default)s)")
     parser.add_argument("--cvat-task", metavar="NAME", help="make a task of this name in CVAT from the first --top photos")
-    parser.add_argument("--url", default=os.environ.get("ADVCAM_CVAT_URL"), help="CVAT's (default: $ADVCAM_CVAT_URL)")
-    parser.add_argument(
-        "--token", default=os.environ.get("ADVCAM_CVAT_TOKEN"), help="of a CVAT user (default: $ADVCAM_CVAT_TOKEN)"
-    )
+    add_server_options(parser)
     parser.add_argument("-o", "--out", type=Path, default=Path("out/next"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.photos.exists():
         parser.error(f"{args.photos} is not there: give a folder of photos, or a text file that lists them")
     if args.top < 1:
         parser.error(f"--top is {args.top}; allowed is 1 or more")
-    if args.cvat_task and not (args.url and args.token):
-        parser.error("--cvat-task needs --url and --token (or ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN)")
+    try:
+        server = server_of(args) if args.cvat_task else None
+    except RequestError as error:
+        parser.error(f"--cvat-task: {error}")
     try:
         device = choose_device(os.environ)
         paths = photo_paths(args.photos)
@@ -294,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         order = ranked(looks)
         write_order(order, skipped, weights.version, args.top, args.out)
         print(f"{len(order)} photos ordered: {(args.out / 'index.html').resolve()}")
-        if args.cvat_task:
-            server = CvatServer(args.url, args.token)
+        if server:
             task = server.create_task(args.cvat_task, task_labels(), [one.look.path for one in order[: args.top]])
             print(f"task {task}: {server.name}/tasks/{task}")
     except (WeightsError, RequestError, CvatError, ValueError) as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,26 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from defectcam.evaluation.measures import relative_time_saving
-from defectcam.feedback.harvest import DATABASE
-from defectcam.feedback.store import ACCEPTED, MISS, MODIFIED, REJECTED, FrameRow, InteractionRow, JobRow, StoreError, open_store
+from defectcam.feedback.store import (
+    ACCEPTED,
+    MISS,
+    MODIFIED,
+    REJECTED,
+    FrameRow,
+    InteractionRow,
+    JobRow,
+    StoreError,
+    add_store_option,
+    open_store,
+    without_secrets,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
+# Names are anything people type: no formulas, and letters that the browser's fonts have, not those of the plots'.
+pyplot.rcParams.update({"text.parse_math": False, "svg.fonttype": "none"})
+NAME_LENGTH = 32  # in plots; tables have the whole name
 COLOURS = {ACCEPTED: "#2a7f3f", MODIFIED: "#e0a100", REJECTED: "#b8312f"}
 
 
@@ -139,16 +154,22 @@ def grouped(events: Sequence[Event], key: Callable[[Event], str]) -> dict[str, F
     return {name: figures(groups[name]) for name in sorted(groups)}
 
 
+def short(name: str) -> str:
+    """A name as plots show it: on one line, and no longer than they have room for."""
+    name = " ".join(name.split())
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 3]}..."
+
+
 def shares_plot(groups: dict[str, Figures], title: str) -> str:
     """Stacked bars of accepted, modified and rejected, as SVG."""
     figure, axis = pyplot.subplots(figsize=(1.6 + 1.1 * len(groups), 3.2), layout="constrained")
     bottoms = [0.0] * len(groups)
     for outcome, colour in COLOURS.items():
         shares = [100 * (getattr(of, outcome) or 0) for of in groups.values()]
-        axis.bar(list(groups), shares, bottom=bottoms, label=outcome, color=colour, width=0.6)
+        axis.bar(range(len(groups)), shares, bottom=bottoms, label=outcome, color=colour, width=0.6)
         bottoms = [bottom + share for bottom, share in zip(bottoms, shares)]
     axis.set(title=title, ylabel="% of proposals", ylim=(0, 100))
-    axis.tick_params(axis="x", rotation=30)
+    axis.set_xticks(range(len(groups)), [short(name) for name in groups], rotation=30)
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return svg_of(figure)
 
@@ -163,24 +184,28 @@ def course_plot(
     """One line per group over the weeks, as SVG."""
     weeks = sorted({event.week for event in events})
     figure, axis = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    names = []
     for name in sorted({key(event) for event in events}):
         own = grouped([event for event in events if key(event) == name], lambda event: event.week)
         points = [(weeks.index(week), value(of)) for week, of in own.items() if value(of) is not None]
         if points:
-            axis.plot(*zip(*points), marker="o", label=name)
+            axis.plot(*zip(*points), marker="o")
+            names.append(short(name))
     axis.set(title=title, ylabel=unit)
     axis.set_xticks(range(len(weeks)), weeks, rotation=30)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    if names:  # given here, since a line's own label does not show if it begins with "_"
+        axis.legend(axis.lines, names, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return svg_of(figure)
 
 
 def svg_of(figure) -> str:
     """A figure as markup to be put into a page; closes it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has it
+        figure.savefig(buffer, format="svg")
     pyplot.close(figure)
     text = buffer.getvalue()
     return markupsafe.Markup(text[text.index("<svg") :])
@@ -254,15 +279,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="Example" + __doc__.split("Example")[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--db", default=DATABASE, help="database of defectcam harvest (default: %(default)s)")
+    add_store_option(parser)
     parser.add_argument("--out", type=Path, default=Path("out/report.html"), help="the page (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        events = read_events(open_store(args.db, make=False))
+        engine = open_store(args.db, make=False)
+        events = read_events(engine)
     except StoreError as error:
         sys.exit(str(error))
     if not events:
-        sys.exit(f"{args.db} has no interactions yet: run defectcam harvest once jobs are completed")
+        sys.exit(f"{without_secrets(engine.url)} has no interactions yet: run defectcam harvest once jobs are completed")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(events))
+    args.out.write_text(page(events), encoding="utf-8")
     print(f"report: {args.out.resolve()}")

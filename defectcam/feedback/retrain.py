@@ -48,6 +48,7 @@ from tqdm import tqdm
 from defectcam.evaluation.evaluate import COLUMNS, compared
 from defectcam.evaluation.measures import iou
 from defectcam.evaluation.survey import LabelledPhoto, figures, labelled_photos
+from defectcam.paths import file_name, inside, relative_path, write_image
 from defectcam.request import RequestError, Settings
 from defectcam.training import outline, train
 from defectcam.training.calibrate import calibrate, say
@@ -138,7 +139,7 @@ def clicks_of(folder: Path | None, defect: str) -> list[Click]:
         ValueError: a click is of another defect.
         FileNotFoundError: a photo is not there.
     """
-    path = folder / f"{defect}.csv" if folder else None
+    path = folder / file_name(defect, ".csv") if folder else None
     if path is None or not path.exists():
         return []
     clicks = read_clicks(path)
@@ -198,7 +199,7 @@ def make_plans(args: argparse.Namespace, facts: dict[str, DefectWeights]) -> lis
     for defect, own in sets.items():
         new, old = clicks_of(new_dir, defect), clicks_of(args.old_clicks, defect)
         digests = {image: sha256_of(Path(image)) for image in {click.image for click in [*old, *new]}}
-        merged = merged_clicks(old, new, harvested_groups(args.new / "masks" / defect))
+        merged = merged_clicks(old, new, harvested_groups(args.new / "masks" / file_name(defect)))
         kept = [click for click in merged if digests[click.image] not in val]
         count = sum(click not in old for click in kept)
         on_val = len(merged) - len(kept)
@@ -263,7 +264,8 @@ def train_classifier(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
     init = running_tensors(args, plan, "", work / "running.safetensors")
     options = training_options(args, plan, plan.sets, init, work / "classifier")
     batch = (plan.fact.training.get("classifier") or {}).get("batch", 32)
-    own = [f"--clicks={args.out / 'clicks' / plan.defect}.csv", f"--crop-px={plan.fact.window_px}", f"--batch={batch}"]
+    clicks = args.out / "clicks" / file_name(plan.defect, ".csv")
+    own = [f"--clicks={clicks}", f"--crop-px={plan.fact.window_px}", f"--batch={batch}"]
     train.train(train.parse_args(options + own))
     return work / "classifier"
 
@@ -271,7 +273,8 @@ def train_classifier(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
 def finished_outlines(args: argparse.Namespace, plan: Plan) -> list[outline.OutlinePhoto]:
     """The photos that were clicked on of which `weak-labels` wrote the finished outlines."""
     groups = {click.photo_group: click.image for click in plan.clicks}
-    masks = {group: args.new / "masks" / plan.defect / f"{group}.png" for group in groups}
+    folder = args.new / "masks" / file_name(plan.defect)
+    masks = {group: inside(folder, f"{group}.png") for group in groups}
     return [
         outline.load_outline_photo(Path(image), masks[group], plan.fact.working_scale)
         for group, image in groups.items()
@@ -338,15 +341,17 @@ def assemble(args: argparse.Namespace, calibrated_dirs: dict[str, Path], parent:
     entries = json.loads((args.weights / "manifest.json").read_text())["defects"]
     for defect, entry in entries.items():
         source = calibrated_dirs.get(defect, args.weights)
+        file = file_name(defect, ".safetensors")  # the same name may stand for another defect's file in the other folder
         entries[defect] = json.loads((source / "manifest.json").read_text())["defects"][defect]
-        shutil.copyfile(source / entries[defect]["file"], folder / entries[defect]["file"])
+        shutil.copyfile(source / entries[defect]["file"], folder / file)
+        entries[defect]["file"] = file
     write_manifest(folder, args.out.name, entries, parent)
     return folder
 
 
 def answered(handler: ModelHandler, photo: LabelledPhoto, defect: str, folder: Path) -> np.ndarray:
     """All pixels that the function proposes for a photo, (H, W) bool; kept in `folder` and read from there."""
-    path = folder / f"{defect}_{photo.set_name}_{photo.stem}.png"
+    path = folder / file_name(defect) / relative_path(f"{photo.set_name}/{photo.stem}", ".png")
     known = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.exists() else None
     if known is not None:
         return known > 0
@@ -354,8 +359,7 @@ def answered(handler: ModelHandler, photo: LabelledPhoto, defect: str, folder: P
     for component, _ in handler.components(photo.image_rgb, defect, Settings()):
         x0, y0, x1, y1 = component.box_xyxy
         mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
-    folder.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), mask.astype(np.uint8) * 255)
+    write_image(path, mask.astype(np.uint8) * 255)
     return mask
 
 
@@ -443,7 +447,7 @@ PAGE = jinja2.Template(
  {%- for column in columns %}<td>{{ own[column] if column in own }}{% endfor %}</tr>
 {% endfor %}{% endfor %}</table>
 {% if defect.pictures %}<h3>Where they differ most: photo, running, new (missed green, too much red, right yellow)</h3>
-{% for file, name in defect.pictures %}<figure><img src="{{ file }}" alt="{{ name }}" loading="lazy">
+{% for file, name in defect.pictures %}<figure><img src="{{ file|urlencode }}" alt="{{ name }}" loading="lazy">
  <figcaption>{{ name }}</figcaption></figure>
 {% endfor %}{% else %}<p>Both answer the same on all photos.</p>{% endif %}
 {% endfor %}</html>
@@ -455,11 +459,10 @@ PAGE = jinja2.Template(
 def pictures_of(plan: Plan, judged: Sequence[Judged], folder: Path) -> list[tuple[str, str]]:
     """Write the pictures of a defect; returns their paths within `folder` and what they show."""
     shown = []
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for one in most_different(judged):
-        file = f"pictures/{plan.defect}_{one.photo.set_name}_{one.photo.stem}.jpg"
-        cv2.imwrite(str(folder / file), cv2.cvtColor(picture_of(one), cv2.COLOR_RGB2BGR))
-        shown.append((file, f"{one.photo.set_name} {one.photo.stem}"))
+        file = "pictures" / Path(file_name(plan.defect)) / relative_path(f"{one.photo.set_name}/{one.photo.stem}", ".jpg")
+        write_image(folder / file, cv2.cvtColor(picture_of(one), cv2.COLOR_RGB2BGR))
+        shown.append((file.as_posix(), f"{one.photo.set_name} {one.photo.stem}"))
     return shown
 
 
@@ -483,8 +486,9 @@ def retrain(args: argparse.Namespace) -> bool:
         raise ValueError(f"--defects names {unknown[0]}; {args.weights} has weights for {list(running_facts)}")
     if args.out.name == running_version:
         raise ValueError(f"--out {args.out} would name the new version as the running one: choose another")
+    known = {file_name(defect, ".csv") for defect in running_facts}
     for path in sorted((args.new / "clicks").glob("*.csv")):
-        if path.stem not in running_facts:
+        if path.name not in known:
             say(f"{path} is left aside: {args.weights} has no {path.stem} weights to start from; use defectcam train")
     plans = make_plans(args, running_facts)
     if not plans:
@@ -524,8 +528,8 @@ def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, ke
     (args.out / "clicks").mkdir(exist_ok=True)
     calibrated_dirs = {}
     for plan in plans:
-        write_clicks(args.out / "clicks" / f"{plan.defect}.csv", plan.clicks)
-        work = args.out / "work" / plan.defect
+        write_clicks(args.out / "clicks" / file_name(plan.defect, ".csv"), plan.clicks)
+        work = args.out / "work" / file_name(plan.defect)
         say(f"{plan.defect}: training")
         classifier = train_classifier(args, plan, work)
         outlines = outline_folder(args, plan, work, classifier)
@@ -549,7 +553,8 @@ def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, ke
         version=args.out.name, parent=parent["version"], promoted=promoted, margin=args.margin, kept=kept,
         defects=of_defects, columns=COLUMNS,
     )  # fmt: skip
-    (folder / "report.html").write_text(page)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(page, encoding="utf-8")
     publish(candidate, folder)
     return {
         "promoted": promoted,

@@ -6,14 +6,18 @@ and lists are JSON. Nothing depends on when a row was written, so harvesting the
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import os
+import re
 from pathlib import Path
 
-from sqlalchemy import JSON, Engine, ForeignKeyConstraint, Text, create_engine, inspect, select
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import JSON, URL, Engine, ForeignKeyConstraint, Text, create_engine, inspect, make_url, select
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+DATABASE = "out/feedback/feedback.db"
 ACCEPTED, MODIFIED, REJECTED, MISS = "accepted", "modified", "rejected", "miss"
 
 
@@ -78,7 +82,7 @@ class InteractionRow(Table):
             copied, propagated or drawn for a miss; "" otherwise.
         defect: the label proposed; of a miss the label drawn.
         final_defect: the label in the end; null if rejected.
-        proposal: its name; "" for a miss, or where CVAT had not kept it.
+        proposal: its name; "" for a miss.
         proposed: {"type", "points"} of the proposal in px of the frame; null for a miss, or if that is unknown.
         shape_keys: keys of the frame's shapes it became; of proposals joined into one shape the first has the keys.
         iou: of proposal and final shape, 0..1; of joined and sliced ones of their unions.
@@ -117,7 +121,7 @@ class InteractionRow(Table):
 
 
 class SnapshotRow(Table):
-    """The automatic shapes of a job that nobody had edited yet; the newest of a job counts, the others stay.
+    """The unchanged proposals of a job that is not completed; the newest snapshot of a job counts, the others stay.
 
     Attributes:
         taken: when.
@@ -136,6 +140,53 @@ class StoreError(RuntimeError):
     """The database cannot be used; the message says why."""
 
 
+def add_store_option(parser: argparse.ArgumentParser) -> None:
+    """`--db`, which takes no password, since others see what is on the command line; `open_store` takes its value."""
+
+    class Place(argparse.Action):
+        def __call__(self, parser, namespace, place: str, *_) -> None:
+            try:
+                url = database_url(place)
+            except StoreError as error:
+                parser.error(str(error))
+            if url.password is not None or url.query:  # options such as ?password= may hold one as well
+                parser.error(
+                    "others can see what is on the command line: give a database's address that has a password, or "
+                    "options behind a ?, as ADVCAM_DB, not by --db"
+                )
+            namespace.db = place
+
+    parser.add_argument(
+        "--db", action=Place, default=os.environ.get("ADVCAM_DB", "").strip() or DATABASE,
+        help=f"SQLite file, or SQLAlchemy URL without a password (default: $ADVCAM_DB, else {DATABASE}); a URL with a "
+        "password is taken from $ADVCAM_DB alone",
+    )  # fmt: skip
+
+
+def database_url(place: str) -> URL:
+    """The address of a database: a URL, or the path of an SQLite file.
+
+    Raises:
+        StoreError: it cannot be read. The message does not show it, since it cannot be told where a password ends.
+    """
+    if "://" not in place and not re.search(r":.*@|password=", place):
+        return URL.create("sqlite", database=place)
+    try:
+        if place.count("@") > 1:  # SQLAlchemy would take the rest of the password for the host
+            raise ValueError
+        return make_url(place)
+    except (ArgumentError, ValueError):
+        raise StoreError(
+            "the database's address cannot be read; it must be like postgresql+psycopg://user:password@host/name, with "
+            "%40 for an @ in the password, %2F for a / and %3A for a :"
+        ) from None
+
+
+def without_secrets(url: URL) -> str:
+    """A database's address for messages, without its secrets."""
+    return url.database if url.drivername == "sqlite" else url.set(query={}).render_as_string(hide_password=True)
+
+
 def open_store(place: str, make: bool = True) -> Engine:
     """A database, its tables made where they are missing.
 
@@ -144,20 +195,27 @@ def open_store(place: str, make: bool = True) -> Engine:
         make: False for one that must exist already.
 
     Raises:
-        StoreError: naming the place.
+        StoreError: naming the place, but for its password.
     """
+    url = database_url(place)
+    name = without_secrets(url)
     try:
-        if "://" not in place:
-            if not make and not Path(place).exists():
-                raise StoreError(f"there is no database {place}; make one with defectcam harvest --db {place}")
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
-            place = f"sqlite:///{place}"
-        engine = create_engine(place)
+        if url.drivername == "sqlite" and url.database and not url.query:
+            if not make and not Path(url.database).exists():
+                raise StoreError(f"there is no database {name}; make one with defectcam harvest --db {name}")
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url)
         if not make and not inspect(engine).has_table(JobRow.__tablename__):
-            raise StoreError(f"{place} has no table {JobRow.__tablename__}: it was not made by defectcam harvest")
+            raise StoreError(f"{name} has no table {JobRow.__tablename__}: it was not made by defectcam harvest")
         Table.metadata.create_all(engine)
-    except (ArgumentError, SQLAlchemyError, OSError, ImportError) as error:
-        raise StoreError(f"cannot open the database {place}: {error}") from error
+    except StoreError:
+        raise
+    except Exception as error:  # of any kind, by the driver
+        reason = str(error)
+        for secret in filter(None, [url.password, *url.normalized_query.values()]):  # options may hold one as well
+            for text in [secret] if isinstance(secret, str) else secret:
+                reason = reason.replace(text, "...")
+        raise StoreError(f"cannot open the database {name}: {reason}") from None
     return engine
 
 
@@ -166,7 +224,7 @@ def export_csv(engine: Engine, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with engine.connect() as connection:
         for table in Table.metadata.sorted_tables:
-            with open(folder / f"{table.name}.csv", "w", newline="") as file:
+            with open(folder / f"{table.name}.csv", "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(table.columns.keys())
                 for row in connection.execute(select(table).order_by(*table.primary_key.columns)):

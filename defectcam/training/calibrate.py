@@ -46,6 +46,7 @@ from defectcam.evaluation.measures import f1_2px, iou, saved_per_component
 from defectcam.evaluation.survey import LabelledPhoto, SurveyedPhoto, figures, labelled_photos, survey
 from defectcam.network import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, DefectNet
 from defectcam.outline_network import OutlineNet
+from defectcam.paths import file_name
 from defectcam.postprocess import binarise
 from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.snap import NETWORK_METHODS, snap
@@ -450,7 +451,7 @@ def write(
     tensors = {
         prefix + name: value.contiguous() for prefix, part in parts.items() for name, value in part.state_dict().items()
     }
-    path = args.out / f"{work.defect}.safetensors"
+    path = args.out / file_name(work.defect, ".safetensors")
     save_file(tensors, path)
     entry = {
         "file": path.name,

@@ -15,6 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from defectcam.paths import inside
+
 IMAGE_SUFFIXES = (".jpg", ".png")
 SMALLEST_CLICKED_PX = 30  # smaller defects nobody would see, let alone click
 
@@ -45,7 +47,7 @@ class Click:
 
 def write_clicks(path: Path, clicks: list[Click]) -> None:
     """Write clicks as CSV with a header line."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Click)])
         writer.writeheader()
         writer.writerows(asdict(click) for click in clicks)
@@ -95,21 +97,32 @@ def photo_path(set_dir: Path, stem: str) -> Path:
         FileNotFoundError: where there is none.
     """
     for suffix in IMAGE_SUFFIXES:
-        path = set_dir / "images" / f"{stem}{suffix}"
+        path = inside(set_dir / "images", f"{stem}{suffix}")
         if path.exists():
             return path
     raise FileNotFoundError(f"no photo {stem} with {' or '.join(IMAGE_SUFFIXES)} in {set_dir / 'images'}")
+
+
+def mask_path(set_dir: Path, defect: str, stem: str) -> Path:
+    """Path of a photo's mask in a data set laid out as masks/<defect>/<stem>.png; there may be none.
+
+    Raises:
+        ValueError: the path would lead out of the data set.
+    """
+    return inside(set_dir / "masks", f"{defect}/{stem}.png")
 
 
 def split_stems(data_dir: Path, set_name: str, split: str) -> list[str]:
     """File stems of a set's "train" or "val" photos, from splits.json; groups of photos are never split there.
 
     Raises:
-        ValueError: naming the sets there are, where this is none of them.
+        ValueError: naming the sets there are, where this is none of them; a name that leads out of the data folder.
     """
     splits = json.loads((data_dir / "splits.json").read_text())
     if split not in splits.get(set_name, ()):
         raise ValueError(f"{data_dir / 'splits.json'} has no {split} photos of {set_name!r}; its sets are {sorted(splits)}")
+    for stem in splits[set_name][split]:
+        inside(inside(data_dir, set_name), stem)
     return splits[set_name][split]
 
 
@@ -141,9 +154,9 @@ def simulate_clicks(
     clicks = []
     for stem in split_stems(data_dir, set_name, split):
         path = photo_path(set_dir, stem)
-        mask_path = set_dir / "masks" / defect / f"{stem}.png"
-        if mask_path.exists():
-            mask = cv2.imread(str(mask_path), cv2.IMREAD_GRAYSCALE) > 127
+        own_mask = mask_path(set_dir, defect, stem)
+        if own_mask.exists():
+            mask = cv2.imread(str(own_mask), cv2.IMREAD_GRAYSCALE) > 127
         else:
             mask = np.zeros(cv2.imread(str(path)).shape[:2], bool)
         group = f"{set_name}/{stem}"

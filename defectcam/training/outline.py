@@ -39,7 +39,7 @@ from tqdm import tqdm
 from defectcam.network import DefectNet
 from defectcam.outline_network import OutlineNet
 from defectcam.tiling import at_working_scale, stitched_score_map
-from defectcam.training.clicks import patch_bounds, photo_path, split_stems
+from defectcam.training.clicks import mask_path, patch_bounds, photo_path, split_stems
 from defectcam.training.crops import on_disk, read_photo_rgb, turned, varied_colours
 from defectcam.training.mistakes import mistaken_pixels
 from defectcam.training.train import add_common_arguments, fit, mistakes_fact, names, network_from, parsed
@@ -246,8 +246,8 @@ def gather_photos(
     for set_name in sets:
         for stem in tqdm(split_stems(args.data, set_name, split), desc=f"{set_name} {split}", unit="photo"):
             photo = photo_path(args.data / set_name, stem)
-            folder = masks / set_name if masks else args.data / set_name / "masks" / args.defect
-            mask = folder / f"{stem}.png"
+            own = mask_path(args.data / set_name, args.defect, stem)
+            mask = masks / set_name / f"{stem}.png" if masks else own
             if not mask.exists() and (args.arm == "clicks" or set_name in args.none_sets):
                 mask = None  # nobody clicked on anything there
             elif not mask.exists() and masks and split == "train":

@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from defectcam.paths import write_image
 from defectcam.postprocess import binarise
 from defectcam.snap import grown, snap
 from defectcam.tiling import at_photo_scale, at_working_scale, climbed_map, stitched_score_map
@@ -99,9 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         for click in clicks:
             by_photo.setdefault(click.image, []).append(click)
         photos += len(by_photo)
-        (args.out / set_name).mkdir(parents=True, exist_ok=True)
         for path, of_photo in tqdm(sorted(by_photo.items()), desc=set_name, unit="photo"):
-            out = args.out / set_name / f"{Path(path).stem}.png"
+            out = args.out / f"{of_photo[0].photo_group}.png"
             if out.exists():
                 continue
             photo = read_photo_rgb(path)
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
             scaled = [(int(click.x * fact.working_scale), int(click.y * fact.working_scale)) for click in of_photo]
             mask = pseudo_mask(outline, scaled)
             defect, unknown = (at_photo_scale(mask == value, *photo.shape[:2]) for value in (255, UNKNOWN))
-            cv2.imwrite(str(out), np.where(defect, 255, np.where(unknown, UNKNOWN, 0)).astype(np.uint8))
+            write_image(out, np.where(defect, 255, np.where(unknown, UNKNOWN, 0)).astype(np.uint8))
     if not photos:
         sys.exit(f"nobody clicked on {args.defect} in the train photos of {', '.join(args.sets)}: no masks to write")
     record.write_text(json.dumps({"facts": facts, "finished": True}))
