@@ -4,7 +4,8 @@
     cvat-cli task auto-annotate 7 --function-file cvat_function.py -p iterations=int:4
 
 The same handler as Nuclio's, on this machine; labels and attributes are those of function.yaml, so a task made
-"From model" fits. A task without the label of a defect or `unprocessed` needs --allow-unmatched-labels.
+"From model" fits. A task without the label of a defect or `unprocessed` needs --allow-unmatched-labels. What the tag `notice`
+says in CVAT is printed here, so no task needs that label.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from defectcam.request import Request, RequestError  # noqa: E402
 from model_handler import ModelHandler  # noqa: E402
 
 FUNCTION_YAML = Path(__file__).parent / "function.yaml"
+NOTICE = "notice"  # the tag beside proposals; the last label of function.yaml
 NO_TIME_LIMIT_S = "86400"  # nobody waits for a frame as CVAT waits for Nuclio
 
 
@@ -39,7 +41,6 @@ def create(
     iterations: int | str | None = None,
     threshold: float | None = None,
     cam_threshold: float | None = None,
-    snap: bool | None = None,
     defects: str | None = None,
     shape: str | None = None,
     tolerance_px: float | None = None,
@@ -56,7 +57,7 @@ def create(
         shape: "polygon" or "mask"; masks need labels of type mask (or any) in the task.
         weights: folder with manifest.json.
         device: "cuda" or "cpu".
-        threshold, cam_threshold, snap, tolerance_px, hole_share: as in the README's table of settings. What is not
+        threshold, cam_threshold, tolerance_px, hole_share: as in the README's table of settings. What is not
             given here is taken from the environment's ADVCAM_* variables, then from the manifest.
 
     Raises:
@@ -78,6 +79,8 @@ class DefectFunction:
         self.labels = {label["name"]: label for label in _labels(model)}
         labels = []
         for number, label in enumerate(self.labels.values()):
+            if label["name"] == NOTICE:
+                continue
             specs = enumerate(label["attributes"])
             attributes = [cvataa.attribute_spec(a["name"], i, a["input_type"], a["values"]) for i, a in specs]
             labels.append(cvataa.label_spec(label["name"], number, type=label["type"], attributes=attributes))
@@ -91,7 +94,7 @@ class DefectFunction:
     def detect(
         self, context: cvataa.DetectionFunctionContext, image: PIL.Image.Image
     ) -> list[models.LabeledShapeRequest | models.LabeledImageRequest]:
-        """Proposals for a frame, or the tag `unprocessed` with the reason.
+        """Proposals for a frame, or the tag `unprocessed` with the reason; what was left out is printed.
 
         Args:
             context: its `conf_threshold` comes before any other threshold, also where it is 0; with
@@ -103,7 +106,10 @@ class DefectFunction:
             changes["threshold"] = float(context.conf_threshold)
         settings = replace(self.model.settings, **changes)
         answer = self.model.answer(Request(image, settings, ()))
-        return [self._annotation(element) for element in answer]
+        for element in answer:
+            if element["label"] == NOTICE:
+                print(f"{context.frame_name}: {element['attributes'][0]['value']}", file=sys.stderr)
+        return [self._annotation(element) for element in answer if element["label"] != NOTICE]
 
     def _annotation(self, element: dict) -> models.LabeledShapeRequest | models.LabeledImageRequest:
         """One element of the handler's answer as cvat-sdk wants it."""
@@ -137,4 +143,4 @@ def _labels(model: ModelHandler) -> list[dict]:
         if steps not in values:  # then the task's select must have it too: better refused than another T shown
             values.append(steps)
         labels.append(label)
-    return [*labels, known["unprocessed"]]
+    return [*labels, *(label for label in known.values() if label["type"] == "tag")]

@@ -10,7 +10,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 
 from defectcam import __version__
 from defectcam.cam import score_sums
-from defectcam.cvat_task import CvatTask
+from defectcam.cvat_task import CvatTask, TaskSetting
 from defectcam.interactor import outline_clicked
 from defectcam.memory import keep_freed_memory
 from defectcam.network import DefectNet
@@ -41,6 +42,7 @@ from defectcam.request import (
     RequestError,
     Settings,
     decode_image,
+    image_size,
     settings_from_env,
 )
 from defectcam.snap import snap
@@ -54,6 +56,7 @@ from defectcam.tiling import (
     stitched_score_map,
     tile_grid,
 )
+from defectcam.time_needed import check_photo, check_size, plain_px
 from defectcam.weights import DefectWeights, load_weights, read_manifest
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -212,7 +215,7 @@ class ModelHandler:
         return list(self.weights.facts)
 
     def describe(self) -> dict:
-        """What runs here: version, weights, defects, device, defaults and limits in force."""
+        """What runs here: version, weights, defects, device, defaults and limits in force, CVAT as far as it is asked."""
         return {
             "function": "advcam-defects",
             "version": __version__,
@@ -225,13 +228,14 @@ class ModelHandler:
                 "time_limit_s": self.time_limit_s,
                 "iterations": [0, ITERATIONS_MAX],
             },
+            "cvat": self.cvat_task.describe() if self.cvat_task else None,  # the last: deploy.sh leaves it out
         }
 
     def answer(self, request: Request, waited_s: float = 0.0) -> list[dict] | dict:
         """CVAT's answer to a parsed request: a detector's, or an interactor's where it has clicks.
 
         A photo that cannot be processed gives one `unprocessed` tag; an annotator's click on it costs no run, so
-        that is a RequestError.
+        that is a RequestError. A tag `notice` beside the proposals says that T is not the task's.
 
         Args:
             waited_s: how long ago the request arrived; the time limit counts from then, as CVAT's does.
@@ -243,12 +247,15 @@ class ModelHandler:
         try:
             if started > deadline:
                 raise TimeLimitError
+            height, width = image_size(request.image_bytes, self.max_pixels)
+            if not request.clicks:
+                check_size(self, height, width, request.settings.defects or self.defects, deadline)
             image_rgb = decode_image(request.image_bytes, self.max_pixels)
             if request.clicks:
                 answer = outline_clicked(self, image_rgb, request.clicks, request.settings, deadline)
             else:
-                iterations = self.iterations_of_task(request, image_rgb)
-                answer = self.propose(image_rgb, request.settings, deadline, iterations)
+                task = self.task_setting(request, image_rgb, started - waited_s, deadline)
+                answer = self.propose(image_rgb, request.settings, deadline, task.iterations)
         except Exception as error:
             reason = self.reason(error, waited_s)
             if reason is None:
@@ -256,11 +263,13 @@ class ModelHandler:
             self.logger.error(f"unprocessed: {reason} ({error!r})")
             if request.clicks:
                 raise RequestError(reason) from error
+            if self.cvat_task:
+                self.cvat_task.answered()
             return self.unprocessed(reason)
         height, width = image_rgb.shape[:2]
         if self.proposal_log and not request.clicks:
             in_force = {
-                defect: self.effective(defect, with_iterations(request.settings, defect, iterations))
+                defect: self.effective(defect, with_iterations(request.settings, defect, task.iterations))
                 for defect in request.settings.defects or self.defects
             }
             pixels = image_hash(np.ascontiguousarray(image_rgb))
@@ -268,8 +277,11 @@ class ModelHandler:
                 self.proposal_log.append(pixels, width, height, self.weights.version, in_force, answer)
             except Exception as error:  # memory for a line of many masks: the answer itself is there
                 self.logger.error(f"proposal log: this answer is not logged: {error!r}")
-        what = "outline clicked" if request.clicks else f"{len(answer)} proposals"
+        what = "outline clicked" if request.clicks else f"{sum(s['type'] != 'tag' for s in answer)} proposals"
         self.logger.info(f"{what} on {width} x {height} in {time.monotonic() - started:.1f} s")
+        if self.cvat_task and not request.clicks:
+            self.cvat_task.answered(task)
+            answer += _tag("notice", task.notice) if task.notice else []
         return answer
 
     def reason(self, error: Exception, waited_s: float = 0.0) -> str | None:
@@ -278,26 +290,29 @@ class ModelHandler:
             return str(error)
         if isinstance(error, TimeLimitError):
             needed_s = self.time_limit_s - waited_s + error.late_s
-            if needed_s <= self.time_limit_s if error.late_s else waited_s > self.time_limit_s / 2:
+            if waited_s > self.time_limit_s / 2 and needed_s <= self.time_limit_s:
                 return (
-                    f"busy: {waited_s:.0f} s of {self.time_limit_s:g} s went by before its turn; send fewer photos at "
+                    f"busy: {waited_s:.0f} of {self.time_limit_s:g} s went by before its turn; send fewer photos at "
                     "once, or give the function a GPU or more workers"
                 )
-            needed = f"needs about {needed_s:.0f} s here, of" if error.late_s else "over"
-            return f"too slow: {needed} {self.time_limit_s:g} s; use a GPU, a region of interest or fewer iterations"
-        return "out of memory: use a smaller image or a region of interest" if out_of_memory(error) else None
+            needed = math.ceil(needed_s) if error.late_s else ""
+            fitting = f"{error.fitting} would fit; " if error.fitting else ""
+            return f"too slow {needed}>{self.time_limit_s:g} s; {fitting}use a GPU, a smaller photo or fewer iterations"
+        return "out of memory; use a smaller photo" if out_of_memory(error) else None
 
-    def iterations_of_task(self, request: Request, image_rgb: np.ndarray) -> dict[str, int | str]:
+    def task_setting(
+        self, request: Request, image_rgb: np.ndarray, arrived_s: float, deadline: float
+    ) -> TaskSetting:
         """T per defect where the task in CVAT asks for its own and the request does not."""
         if self.cvat_task is None or request.iterations_given:
-            return {}
-        default = {defect: self.effective(defect, request.settings)["iterations"] for defect in self.defects}
-        return self.cvat_task.iterations(request.image_bytes, image_rgb, default)
+            return TaskSetting({})
+        wanted = request.settings.defects or self.defects
+        default = {defect: self.effective(defect, request.settings)["iterations"] for defect in wanted}
+        return self.cvat_task.setting(request.image_bytes, image_rgb, default, arrived_s, deadline)
 
     def unprocessed(self, reason: str) -> list[dict]:
         """The tag that tells an annotator which frame was not processed and why."""
-        attributes = [{"name": "reason", "value": reason[:4096]}]  # CVAT fails a run over a longer text
-        return [{"label": "unprocessed", "type": "tag", "attributes": attributes}]
+        return _tag("unprocessed", reason)
 
     def propose(
         self,
@@ -308,6 +323,9 @@ class ModelHandler:
     ) -> list[dict]:
         """Proposals for one photo as CVAT shapes, defect by defect, each from top to bottom.
 
+        What could not be used is left out, and a tag `notice` says so: components with outlines too ragged to edit,
+        and of masks that are too large together the less confident ones.
+
         Args:
             image_rgb: (H, W, 3) uint8.
             settings: None fields mean the manifest's value for each defect.
@@ -315,42 +333,51 @@ class ModelHandler:
             iterations: T for some of the defects, before that of the settings.
 
         Raises:
-            ImageError: out of memory even with one tile at a time, or proposals nobody could use.
+            ImageError: out of memory even with one tile at a time.
             TimeLimitError: the deadline passed.
         """
         height, width = image_rgb.shape[:2]
         pixels_digest = hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest()
-        shapes, mask_pixels = [], 0
+        found: list[tuple[Component, float, str, dict, str]] = []
+        ragged: Counter = Counter()
         wanted = settings.defects or self.defects
-        least_s = [self.least_seconds(defect, height, width) for defect in wanted]
+        own_settings = {defect: with_iterations(settings, defect, iterations or {}) for defect in wanted}
+        in_force = {defect: self.effective(defect, own) for defect, own in own_settings.items()}
+        check_photo(self, image_rgb, in_force, deadline)
+        least_s = [self.pace.fastest.get(defect, 0.0) * plain_px(self, defect, height, width) for defect in wanted]
         for index, defect in enumerate(wanted):
-            own = with_iterations(settings, defect, iterations or {})
-            effective = self.effective(defect, own)
+            own, effective = own_settings[defect], in_force[defect]
             digest = json.dumps([pixels_digest, image_rgb.shape, self.weights.facts[defect].sha256, effective])
             for component, confidence in self.components(image_rgb, defect, own, deadline - sum(least_s[index + 1 :])):
                 if time.monotonic() > deadline:
                     raise TimeLimitError
                 if outline_length_px(component.mask) > MAX_OUTLINE_PX:
-                    raise ImageError("outline too ragged to edit: raise cam_threshold, or leave snap on")
-                mask_pixels += component.mask.size if effective["shape"] == "mask" else 0
-                if mask_pixels > MAX_MASK_PIXELS:
-                    raise ImageError("masks too large for CVAT: use shape polygon, or a region of interest")
-                shapes.append(
-                    cvat_shape(
-                        component,
-                        defect=defect,
-                        confidence=confidence,
-                        iterations=effective["iterations"],
-                        digest=digest,
-                        shape=effective["shape"],
-                        tolerance_px=effective["tolerance_px"],
-                        hole_share=effective["hole_share"],
-                        image_width=width,
-                        image_height=height,
-                        deadline=deadline,
-                    )
-                )
-        return shapes
+                    ragged[defect] += 1
+                else:
+                    found.append((component, confidence, defect, effective, digest))
+        fitting = [one for one, fits in zip(found, _masks_that_fit(found)) if fits]
+        shapes = [
+            cvat_shape(
+                component,
+                defect=defect,
+                confidence=confidence,
+                iterations=effective["iterations"],
+                digest=digest,
+                shape=effective["shape"],
+                tolerance_px=effective["tolerance_px"],
+                hole_share=effective["hole_share"],
+                image_width=width,
+                image_height=height,
+                deadline=deadline,
+            )
+            for component, confidence, defect, effective, digest in fitting
+        ]
+        left_out = []
+        if ragged:
+            left_out.append(f"{ragged.total()} too ragged: {', '.join(ragged)}; raise cam_threshold")
+        if len(fitting) < len(found):
+            left_out.append(f"{len(found) - len(fitting)} masks too large: use shape polygon")
+        return shapes + (_tag("notice", ". ".join(left_out)) if left_out else [])
 
     def components(
         self, image_rgb: np.ndarray, defect: str, settings: Settings, deadline: float = math.inf
@@ -409,9 +436,7 @@ class ModelHandler:
         """Score map and climbed map of a photo at working scale; halves the batch as long as memory does not suffice."""
         network: DefectNet = self.weights.networks[defect]
         fact: DefectWeights = self.weights.facts[defect]
-        # Whoever asks for fainter proposals than the manifest has fainter places climbed too.
-        gate = fact.gate * min(1.0, effective["threshold"] / max(fact.threshold, 1e-6))
-        batch = self.batch
+        gate, batch = self.gate(defect, effective), self.batch
         tile_px = outer_px(tile_grid(*image_rgb.shape[:2], network.halo_px, network.stride_px))
 
         def seconds(tile_px: float) -> float:
@@ -445,16 +470,15 @@ class ModelHandler:
             if self.device == "cuda":
                 torch.cuda.empty_cache()
             if batch == 1:
-                raise ImageError(f"out of memory on {self.device}, one tile at a time")
+                raise ImageError(f"out of memory on {self.device}, one tile at a time; use a smaller photo")
             batch //= 2
             self.logger.warn(f"out of memory: once more with {batch} tiles at once")
 
-    def least_seconds(self, defect: str, height: int, width: int) -> float:
-        """What the plain map of a photo takes at the least; 0 where nothing was measured yet."""
-        network, scale = self.weights.networks[defect], self.weights.facts[defect].working_scale
-        size = math.ceil(height * scale), math.ceil(width * scale)
-        tile_px = outer_px(tile_grid(*size, network.halo_px, network.stride_px))
-        return self.pace.fastest.get(defect, 0.0) * tile_px
+    def gate(self, defect: str, effective: dict) -> float:
+        """From which probability of a window on its tile is climbed, 0..1."""
+        fact = self.weights.facts[defect]
+        # Whoever asks for fainter proposals than the manifest has fainter places climbed too.
+        return fact.gate * min(1.0, effective["threshold"] / max(fact.threshold, 1e-6))
 
     def effective(self, defect: str, settings: Settings) -> dict:
         """Settings in force for one defect: the given ones, else the manifest's."""
@@ -463,15 +487,18 @@ class ModelHandler:
             "iterations": fact.iterations,
             "threshold": fact.threshold,
             "cam_threshold": fact.cam_threshold,
-            "snap": fact.snap is not None,
             "shape": "polygon",
             "tolerance_px": fact.tolerance_px,
             "hole_share": fact.hole_share,
         }
         given = {key: value for key, value in asdict(settings).items() if key in manifest and value is not None}
-        effective = manifest | given
-        effective["snap"] = effective["snap"] and fact.snap is not None
-        return effective
+        return manifest | given
+
+
+def _tag(label: str, reason: str) -> list[dict]:
+    """A tag with a text for the annotator, its most important words first: CVAT shows about 20 characters."""
+    attributes = [{"name": "reason", "value": reason[:4096]}]  # CVAT fails a run over a longer text
+    return [{"label": label, "type": "tag", "attributes": attributes}]
 
 
 def with_iterations(settings: Settings, defect: str, iterations: Mapping[str, int | str]) -> Settings:
@@ -489,7 +516,18 @@ def defect_mask(
 ) -> np.ndarray:
     """From the climbed map to the defect's pixels, (H, W) bool at working scale: theta, closing, area, snap."""
     mask = binarise(climbed, effective["cam_threshold"], fact.closing_radius_px, fact.min_area_px)
-    return snap(working_image, mask, fact.snap, outline_logits, deadline) if effective["snap"] else mask
+    return snap(working_image, mask, fact.snap, outline_logits, deadline) if fact.snap else mask
+
+
+def _masks_that_fit(found: Sequence[tuple[Component, float, str, dict, str]]) -> list[bool]:
+    """Which components can be answered, the most confident first: masks take MAX_MASK_PIXELS at the most, polygons all."""
+    fits, room = [True] * len(found), MAX_MASK_PIXELS
+    for index in sorted(range(len(found)), key=lambda index: -found[index][1]):
+        component, _, _, effective, _ = found[index]
+        size = component.mask.size if effective["shape"] == "mask" else 0
+        fits[index] = size <= room
+        room -= size if fits[index] else 0
+    return fits
 
 
 def confident_components(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,11 @@ import cv2
 import numpy as np
 
 from defectcam.cam import score_sums, window_logits
+from defectcam.pace import Progress
 from defectcam.proposals import find_components, polygon_points_xy
 from defectcam.request import Clicks, RequestError, Settings
 from defectcam.tiling import GATE_SPACING_PX, at_photo_scale, at_working_scale
+from defectcam.time_needed import Box, check_clicks, window_px
 
 if TYPE_CHECKING:
     from model_handler import ModelHandler
@@ -40,7 +42,6 @@ REACH_SHARE = 1 / 500
 LEAST_REACH_PX = 4
 
 Pixel = tuple[int, int]  # x, y
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in the photo, half-open, px
 
 
 def outline_clicked(
@@ -65,44 +66,68 @@ def outline_clicked(
         ImageError, TimeLimitError: as `ModelHandler.propose`.
     """
     height, width = image_rgb.shape[:2]
-    positive = [_pixel("pos_points", x, y, width, height) for x, y in clicks.positive_xy]
-    negative = [_pixel("neg_points", x, y, width, height) for x, y in clicks.negative_xy]
+    positive = _pixels("pos_points", clicks.positive_xy, width, height)
+    negative = _pixels("neg_points", clicks.negative_xy, width, height)
     if both := set(positive) & set(negative):
         raise RequestError(f"pos_points and neg_points are both on pixel {min(both)}: keep one of them")
     box = _box(clicks, positive, width, height)
-    defect = _surest_defect(handler, image_rgb, positive, box, settings, deadline)
-    fact = handler.weights.facts[defect]
-    effective = handler.effective(defect, replace(settings, threshold=0.0))
+    defects = settings.defects or handler.defects
+    in_force = {defect: handler.effective(defect, replace(settings, threshold=0.0)) for defect in defects}
+    scales = {defect: handler.weights.facts[defect].working_scale for defect in defects}
+    places = [(x, y, x + 1, y + 1) for x, y in positive] or [box]
+    looked_at = {defect: _looked_at(handler, defect, places, width, height) for defect in defects if len(defects) > 1}
+    parts = {
+        defect: [box] if clicks.box_xyxy else _windows(positive, scales[defect], width, height) for defect in defects
+    }
+    grown = {
+        defect: [_grown(part, MARGIN_PX, scales[defect], width, height) for part in parts[defect]] for defect in defects
+    }
+    amount = (_area(box) / 1e6, "megapixels of the box") if clicks.box_xyxy else (len(positive), "clicks")
+    progress, defect = check_clicks(handler, looked_at, grown, in_force, deadline, *amount), defects[0]
+    if looked_at:
+        defect = _surest_defect(handler, image_rgb, places, looked_at, in_force, deadline, progress)
+        progress = check_clicks(handler, {}, {defect: grown[defect]}, in_force, deadline, *amount)
+    fact, effective = handler.weights.facts[defect], in_force[defect]
     reach_px = max(LEAST_REACH_PX, round(REACH_SHARE * max(height, width)))
 
-    def outlines(part: Box, disc_xy: Pixel | None = None) -> np.ndarray:
-        """What is found in a part of the photo, (H, W) bool: by the networks, or in a disc by the image alone."""
+    def outlines(part: Box, discs_xy: Sequence[Pixel] = ()) -> tuple[np.ndarray, Box]:
+        """What is found in a part of the photo, as far as the box reaches: by the networks, or in discs by the image.
+
+        Returns:
+            (h, w) bool, and where it lies in the photo.
+        """
         x0, y0, x1, y1 = _grown(part, MARGIN_PX, fact.working_scale, width, height)
         image = at_working_scale(image_rgb[y0:y1, x0:x1], fact.working_scale)
-        if disc_xy is None:
-            climbed = handler.maps(image, defect, effective, deadline).climbed
+        if discs_xy:
+            climbed = np.zeros(image.shape[:2], np.float32)
         else:
-            centre = [int((disc_xy[0] - x0) * fact.working_scale), int((disc_xy[1] - y0) * fact.working_scale)]
-            climbed = cv2.circle(np.zeros(image.shape[:2], np.float32), centre, DISC_PX, 2.0, cv2.FILLED)
-        mask = handler.mask(image, climbed, defect, effective, deadline)
-        found = np.zeros((height, width), bool)
-        found[y0:y1, x0:x1] = at_photo_scale(mask, y1 - y0, x1 - x0)
-        return _cut_off(_cut_off(found, part), box)
+            climbed = handler.maps(image, defect, effective, deadline).climbed
+        for x, y in discs_xy:
+            centre = [int((x - x0) * fact.working_scale), int((y - y0) * fact.working_scale)]
+            cv2.circle(climbed, centre, DISC_PX, 2.0, cv2.FILLED)
+        mask = at_photo_scale(handler.mask(image, climbed, defect, effective, deadline), y1 - y0, x1 - x0)
+        left, top, right, bottom = inside = *map(max, part[:2], box[:2]), *map(min, part[2:], box[2:])
+        return mask[top - y0 : bottom - y0, left - x0 : right - x0], inside
 
     found = np.zeros((height, width), bool)
-    for part in [box] if clicks.box_xyxy else _windows(positive, fact.working_scale, width, height):
-        found |= outlines(part)
+    for part, window in zip(parts[defect], grown[defect]):
+        mask, (left, top, right, bottom) = outlines(part)
+        found[top:bottom, left:right] |= mask
+        progress.add(window_px(handler, defect, window, effective["iterations"]))
     chosen = _selected(found, positive, negative, reach_px)
     missed = [xy for xy in positive if not _label_at(chosen, xy, reach_px)]
     if not positive and not chosen.any():
         missed = [((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)]
-    for xy in missed:
-        part = _grown((*xy, *xy), DISC_PX, fact.working_scale, width, height)
-        found = _selected(outlines(part, xy), [xy], negative, reach_px) if effective["snap"] else np.zeros_like(chosen)
-        if not found.any():
-            found = _cut_off(_disc(xy, reach_px, height, width), box)
-            found &= ~_nearer_to(negative, [xy], found)
-        chosen |= found
+    for part in _joined(_grown((*xy, *xy), DISC_PX, fact.working_scale, width, height) for xy in missed):
+        clicked = [(x, y) for x, y in missed if part[0] <= x < part[2] and part[1] <= y < part[3]]
+        mask, (left, top, right, bottom) = outlines(part, clicked)
+        here, others = ([(x - left, y - top) for x, y in points] for points in (clicked, negative))
+        mask = _selected(mask, here, others, reach_px) if fact.snap else np.zeros_like(mask)
+        for xy in here:
+            if not _label_at(mask, xy, reach_px):
+                disc = _disc(xy, reach_px, *mask.shape)
+                mask |= disc & ~_nearer_to(others, [xy], disc)
+        chosen[top:bottom, left:right] |= mask
     handler.logger.info(f"{defect} clicked, {len(missed)} times where the networks find nothing")
     largest = max(find_components(chosen), key=lambda component: component.area_px)
     points = polygon_points_xy(largest, effective["tolerance_px"], effective["hole_share"], width, height, deadline)
@@ -120,11 +145,12 @@ def to_json(answer: dict) -> str:
     return f'{{"mask":[[{rows}]],"points":{json.dumps(answer["points"], allow_nan=False)}}}'
 
 
-def _pixel(key: str, x: float, y: float, width: int, height: int) -> Pixel:
-    """The pixel that a click is on."""
-    if not (0 <= x <= width and 0 <= y <= height):
-        raise RequestError(f"{key} has ({x:g}, {y:g}), but must lie in the photo of {width} x {height} px")
-    return min(int(x), width - 1), min(int(y), height - 1)
+def _pixels(key: str, points_xy: Iterable[tuple[float, float]], width: int, height: int) -> list[Pixel]:
+    """The pixels that clicks are on, each once."""
+    for x, y in points_xy:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise RequestError(f"{key} has ({x:.12g}, {y:.12g}), but must lie in the photo of {width} x {height} px")
+    return list(dict.fromkeys((min(int(x), width - 1), min(int(y), height - 1)) for x, y in points_xy))
 
 
 def _box(clicks: Clicks, positive: Sequence[Pixel], width: int, height: int) -> Box:
@@ -139,60 +165,81 @@ def _box(clicks: Clicks, positive: Sequence[Pixel], width: int, height: int) -> 
     return min(xs), min(ys), max(xs), max(ys)
 
 
+def _looked_at(handler: ModelHandler, defect: str, places: Sequence[Box], width: int, height: int) -> list[Box]:
+    """Windows that show the classifier of a defect some places and what they depend on."""
+    return _joined(_surroundings(handler, defect, place, width, height) for place in places)
+
+
+def _surroundings(handler: ModelHandler, defect: str, place: Box, width: int, height: int) -> Box:
+    fact = handler.weights.facts[defect]
+    return _grown(place, fact.window_px // 2 + MARGIN_PX, fact.working_scale, width, height)
+
+
 def _surest_defect(
     handler: ModelHandler,
     image_rgb: np.ndarray,
-    positive: Sequence[Pixel],
-    box: Box,
-    settings: Settings,
+    places: Sequence[Box],
+    looked_at: Mapping[str, Sequence[Box]],
+    in_force: Mapping[str, dict],
     deadline: float,
+    progress: Progress,
 ) -> str:
-    """The defect with the largest mean logit of its classifier's windows around the clicks, else in the box."""
-    defects = settings.defects or handler.defects
-    if len(defects) == 1:
-        return defects[0]
+    """The defect with the largest mean logit of its classifier's windows at some places.
+
+    Args:
+        looked_at: defect -> windows of `_looked_at`.
+        progress: is told of every window.
+    """
     height, width = image_rgb.shape[:2]
-    places = [(x, y, x + 1, y + 1) for x, y in positive] or [box]
 
     def logit(defect: str) -> float:
         fact = handler.weights.facts[defect]
         scale, bias = fact.working_scale, handler.weights.networks[defect].head.bias.item()
-        plain = handler.effective(defect, settings) | {"iterations": 0}
+        step = max(1, int(GATE_SPACING_PX / scale))
+        left = {place: _surroundings(handler, defect, place, width, height) for place in places}
         logits = []
-        for place in places:
-            x0, y0, x1, y1 = _grown(place, fact.window_px // 2 + MARGIN_PX, scale, width, height)
+        for window in looked_at[defect]:
+            x0, y0, x1, y1 = window
             image = at_working_scale(image_rgb[y0:y1, x0:x1], scale)
-            sums = score_sums(handler.maps(image, defect, plain, deadline).score)
-            step = max(1, int(GATE_SPACING_PX / scale))
-            xs = ((np.arange(place[0], place[2], step) - x0) * scale).astype(int)
-            ys = ((np.arange(place[1], place[3], step) - y0) * scale).astype(int)
-            logits.append(window_logits(sums, bias, ys[:, None], xs[None], fact.window_px).mean())
+            sums = score_sums(handler.maps(image, defect, in_force[defect] | {"iterations": 0}, deadline).score)
+            progress.add(window_px(handler, defect, window))
+            for place in [place for place, around in left.items() if _joint(around, window) == window]:
+                del left[place]
+                xs = ((np.arange(place[0], place[2], step) - x0) * scale).astype(int)
+                ys = ((np.arange(place[1], place[3], step) - y0) * scale).astype(int)
+                logits.append(window_logits(sums, bias, ys[:, None], xs[None], fact.window_px).mean())
         return float(np.mean(logits))
 
-    logits = {defect: logit(defect) for defect in defects}
+    logits = {defect: logit(defect) for defect in looked_at}
     handler.logger.info("logits at the clicks: " + ", ".join(f"{name} {value:.2f}" for name, value in logits.items()))
     return max(logits, key=logits.get)
 
 
 def _windows(positive: Sequence[Pixel], working_scale: float, width: int, height: int) -> list[Box]:
-    """A window around every click; windows are joined as long as that makes no more to do than both alone."""
+    """A window around every click."""
+    return _joined(_grown((*xy, *xy), WINDOW_PX // 2, working_scale, width, height) for xy in positive)
 
-    def area(box: Box) -> int:
-        return (box[2] - box[0]) * (box[3] - box[1])
 
-    def joint(one: Box, other: Box) -> Box:
-        return *map(min, one[:2], other[:2]), *map(max, one[2:], other[2:])
-
+def _joined(boxes: Iterable[Box]) -> list[Box]:
+    """Boxes that cover the given ones, joined as long as that makes no more to do than both alone."""
     windows: list[Box] = []
-    for xy in positive:
-        window, others = _grown((*xy, *xy), WINDOW_PX // 2, working_scale, width, height), windows
+    for window in boxes:
+        others = windows
         while others:
-            others = [other for other in windows if area(joint(window, other)) <= area(window) + area(other)]
+            others = [other for other in windows if _area(_joint(window, other)) <= _area(window) + _area(other)]
             for other in others[:1]:
                 windows.remove(other)
-                window = joint(window, other)
+                window = _joint(window, other)
         windows.append(window)
     return windows
+
+
+def _joint(one: Box, other: Box) -> Box:
+    return *map(min, one[:2], other[:2]), *map(max, one[2:], other[2:])
+
+
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _grown(box: Box, margin_px: int, working_scale: float, width: int, height: int) -> Box:
@@ -204,14 +251,6 @@ def _grown(box: Box, margin_px: int, working_scale: float, width: int, height: i
     x0, y0 = (max(number - margin, 0) // step * step for number in box[:2])
     x1, y1 = (-(-(number + margin) // step) * step for number in box[2:])
     return x0, y0, min(x1, width), min(y1, height)
-
-
-def _cut_off(mask: np.ndarray, box: Box) -> np.ndarray:
-    """The mask (H, W) bool, False outside the box."""
-    inside = np.zeros_like(mask)
-    x0, y0, x1, y1 = box
-    inside[y0:y1, x0:x1] = mask[y0:y1, x0:x1]
-    return inside
 
 
 def _selected(
@@ -233,7 +272,7 @@ def _selected(
 def _label_at(labels: np.ndarray, xy: Pixel, reach_px: int) -> int:
     """The label (H, W; 0 for none) nearest to a pixel within reach, 0 if there is none."""
     (x, y), left, top = xy, max(xy[0] - reach_px, 0), max(xy[1] - reach_px, 0)
-    near = labels[top : y + reach_px + 1, left : x + reach_px + 1]
+    near = labels[top : max(y + reach_px + 1, 0), left : max(x + reach_px + 1, 0)]  # a click may lie beside a part
     ys, xs = np.nonzero(near)
     squares = (ys + top - y) ** 2 + (xs + left - x) ** 2
     if not len(squares) or squares.min() > reach_px**2:

@@ -10,10 +10,14 @@ import ctypes
 import sys
 from pathlib import Path
 
+from defectcam.request import MAX_BODY_BYTES
+
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's numbers of two parameters of mallopt
 KEPT_BLOCK_BYTES, KEPT_BYTES = 32 << 20, 1 << 30  # of a block, older glibcs allow no more
-MARGIN_BYTES = 400 << 20  # for libraries' code, which must stay in memory, and the processor with a request's body
+# For libraries' code, which must stay in memory, and Nuclio's processor, which holds a request's body twice: as it came,
+# and as it goes to this process.
+MARGIN_BYTES = (200 << 20) + 2 * MAX_BODY_BYTES
 
 
 def limit_memory() -> None:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 
 from defectcam.network import DefectNet
+from defectcam.tiling import TimeLimitError
 
+SETTLED_S = 5  # after which what is done tells how long the rest takes; a GPU's first pass takes seconds
 SAMPLE_PX = 192  # side of the tile that is timed: long enough to be told from the clock's and the caches' moods
 
 
@@ -54,3 +56,47 @@ class Pace:
         if self.fastest[name] * tile_px > left_s:
             self.measure(name)
         return self.fastest[name] * tile_px
+
+    def check(self, tile_px: Mapping[str, float], deadline: float, amount: float, unit: str) -> None:
+        """Refuse what cannot be done in time, before it is begun.
+
+        Args:
+            tile_px: network's name -> pixels of tiles in all its forward passes.
+            deadline: on the clock of time.monotonic, s.
+            amount, unit: of what all this is for, such as 64 "megapixels": the error says how much would fit.
+
+        Raises:
+            TimeLimitError: the passes take longer than is left.
+        """
+        left_s, needed_s = deadline - time.monotonic(), 0.0
+        for name, px in tile_px.items():
+            needed_s += self.seconds(name, px, left_s - needed_s)
+        _check(needed_s, left_s, amount, unit)
+
+
+class Progress:
+    """Refuses work that turns out to be late while it is done: this machine may be slower now than at its fastest.
+
+    Args:
+        total_px: pixels of tiles in all forward passes.
+        deadline, amount, unit: as in `Pace.check`.
+    """
+
+    def __init__(self, total_px: float, deadline: float, amount: float, unit: str) -> None:
+        self.total_px, self.done_px = total_px, 0.0
+        self.deadline, self.amount, self.unit = deadline, amount, unit
+        self.started = time.monotonic()
+
+    def add(self, tile_px: float) -> None:
+        """So much more is done; TimeLimitError where all of it would be late."""
+        self.done_px += tile_px
+        passed_s = time.monotonic() - self.started
+        if passed_s > SETTLED_S:
+            needed_s = passed_s * self.total_px / self.done_px
+            _check(needed_s, self.deadline - self.started, self.amount, self.unit)
+
+
+def _check(needed_s: float, left_s: float, amount: float, unit: str) -> None:
+    if needed_s > max(left_s, 0):
+        fitting = int(amount * left_s / needed_s)
+        raise TimeLimitError(needed_s - left_s, f"about {fitting} {unit}" if fitting > 0 else "")

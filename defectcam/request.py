@@ -14,6 +14,8 @@ import io
 import json
 import re
 import reprlib
+import secrets
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"RIFF")
+# maxRequestBodySize in the function files: 64 megapixels have 3 bytes each where nothing is compressed, 4 in base64.
+MAX_BODY_BYTES = 256 << 20
+MAX_REST_BYTES = 64 << 10  # of a request beside its image; settings and 200 clicks need a tenth of it
+# The whole strings, and what lies between them, from the beginning of a JSON text.
+WHOLE_STRINGS = re.compile(rb'(?:[^"]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+DATA_URL = re.compile(rb"\s*(data:([^,]{0,200}),?)", re.IGNORECASE)
 ITERATIONS_MAX = 50
 SHAPES = ("polygon", "mask")
 STRIP_PIXELS = 1 << 20
@@ -31,7 +39,12 @@ LARGEST_TIFF_TILE_PIXELS = 1 << 20
 MAX_JPEG_SCANS = 100  # cameras write about 10; libtiff has the same limit for JPEG within TIFF
 # The next marker of a JPEG file that is no part of a scan's data (FF 00, and restarts) and has a segment.
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
+JPEG_END = b"\xff\xd9"
+# Any data of a scan that begins with other bits than the zeros that libjpeg adds, enough for MISSING_SHARE of any photo.
+JPEG_FILLER = bytes(range(254, -1, -1)) * 4096
+MISSING_SHARE = 1 / 200  # of its pixels that a JPEG cut off at its end may lack: a few blocks of a small photo
 MAX_CLICKS = 100
+SNAP_REMOVED = "was removed: outlines always follow the image; cam_threshold makes proposals wider or narrower"
 
 # Pillow warns of odd metadata and of images above 89 MP; neither concerns the caller. The filter is set once,
 # here: warnings.catch_warnings around each decode would swap process-wide state under other threads.
@@ -43,7 +56,10 @@ class RequestError(ValueError):
 
 
 class ImageError(ValueError):
-    """An image that cannot be processed; the message is the reason, its most important words first."""
+    """An image that cannot be processed; the message is the reason, its most important words first.
+
+    CVAT shows about 20 characters. A remedy names only what CVAT 2.15 has.
+    """
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,6 @@ class Settings:
     iterations: int | str | None = None  # climbing steps T, 0..50, or "auto"
     threshold: float | None = None  # minimum confidence of a proposal, 0..1
     cam_threshold: float | None = None  # theta on the normalised CAM, 0..1
-    snap: bool | None = None  # outlines follow image structure
     defects: tuple[str, ...] | None = None  # the defects to propose, not empty
     shape: str | None = None  # "polygon" or "mask"
     tolerance_px: float | None = None  # Douglas-Peucker tolerance of polygons, 0..20
@@ -88,23 +103,22 @@ def settings_from_env(environ: Mapping[str, str], defects: Sequence[str]) -> Set
     """Settings of a deployment: ADVCAM_ITERATIONS, ADVCAM_CAM_THRESHOLD and so on, one per field of Settings.
 
     Args:
-        environ: environment variables; unset or blank = None. The defects are comma separated; snap is
-            true/false or 1/0.
+        environ: environment variables; unset or blank = None. The defects are comma separated.
         defects: names of the defects the weights know.
 
     Raises:
         RequestError: a value that is not allowed; names the variable, the value and what is allowed.
     """
+    if environ.get("ADVCAM_SNAP", "").strip():
+        raise RequestError(f"ADVCAM_SNAP {SNAP_REMOVED}; unset it")
     given = {}
     for key, rule in _rules(defects).items():
         variable = f"ADVCAM_{key.upper()}"
         text = environ.get(variable, "").strip()
         if not text:
             continue
-        if key == "snap":
-            text = {"1": "true", "0": "false"}.get(text, text.lower())
         try:
-            value = json.loads(text)  # numbers and switches are read as strictly as in a request
+            value = json.loads(text)  # numbers are read as strictly as in a request
         except (ValueError, RecursionError):
             value = text
         given[key] = _checked(variable, value, rule, shown=environ[variable])
@@ -115,12 +129,12 @@ def parse_request(body: object, defaults: Settings, defects: Sequence[str]) -> R
     """The request in the body of a call.
 
     Args:
-        body: what Nuclio hands over: a dict if it parsed the JSON itself, else bytes (or str, bytearray,
-            memoryview) of a JSON object in UTF-8. Keys: `image` (base64 of an image file, with or without
-            a data URL's head, line breaks and padding) and, all optional, the fields of Settings, `defects`
-            as a list or comma separated; or with `pos_points` an interactor's request: `pos_points` and
-            `neg_points` [[x, y], ...] and `obj_bbox` [[x, y], [x, y]]. null counts as absent, and so does
-            threshold 0, which CVAT itself leaves out. Of a repeated key the last one counts, as in a dict.
+        body: bytes (or str, bytearray, memoryview) of a JSON object in UTF-8 with at most MAX_REST_BYTES beside
+            the image, or a dict. Keys: `image` (base64 of an image file, with or without a data URL's head, line
+            breaks and padding) and, all optional, the fields of Settings, `defects` as a list or comma
+            separated; or with `pos_points` an interactor's request: `pos_points` and `neg_points`
+            [[x, y], ...] and `obj_bbox` [[x, y], [x, y]]. null counts as absent, and so does threshold 0, which
+            CVAT itself leaves out. Of a repeated key the last one counts, as in a dict.
         defaults: the values of the settings that the request leaves open.
         defects: names of the defects the weights know.
 
@@ -128,6 +142,8 @@ def parse_request(body: object, defaults: Settings, defects: Sequence[str]) -> R
         RequestError: whatever else comes; nothing else is raised.
     """
     envelope = _envelope(body)
+    if envelope.get("snap") is not None:
+        raise RequestError(f"snap {SNAP_REMOVED}; leave it out")
     image_bytes = _base64_bytes(envelope.get("image"))
     rules = _rules(defects)
     given = {}
@@ -147,11 +163,17 @@ def parse_request(body: object, defaults: Settings, defects: Sequence[str]) -> R
     return Request(image_bytes, settings, tuple(ignored), "iterations" in given, clicks)
 
 
+def image_size(source: bytes | Image.Image, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in px as an image file's header has them; arguments and errors as `decode_image`."""
+    with _opened(source, max_pixels) as image:
+        return image.height, image.width
+
+
 def decode_image(source: bytes | Image.Image, max_pixels: int) -> np.ndarray:
     """Pixels of an image file as CVAT shows them: upright by EXIF, alpha dropped, first frame.
 
     Grey images deeper than 8 bits (16 and 32 bit, float) are scaled by their maximum, negative and non-finite
-    values being 0; 16 bit colour keeps its upper byte.
+    values being 0; 16 bit colour keeps its upper byte. A JPEG may lack its end, but hardly any pixel.
 
     Args:
         source: a JPEG, PNG, TIFF, BMP or WebP file, or an image that Pillow has opened and perhaps not loaded.
@@ -164,33 +186,15 @@ def decode_image(source: bytes | Image.Image, max_pixels: int) -> np.ndarray:
     Raises:
         ImageError: unknown format, too large, truncated or broken; nothing else is raised.
     """
-    size = "size unknown"
-    try:
-        with _opened(source) as image:
-            width_px, height_px = image.size
-            size = f"{width_px} x {height_px} px"
-            if width_px * height_px > max_pixels:
-                raise _too_large(width_px * height_px, max_pixels)
-            _check_tiff_tiles(image)
-            if isinstance(source, bytes) and source.startswith(b"\xff\xd8"):
-                _check_jpeg_scans(source)
+    with _opened(source, max_pixels) as image:
+        try:
             image.load()
-            _turn_upright(image)
-            return _rgb_array(image)
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        if source.startswith(SIGNATURES):  # a TIFF's directory is often its end: gone when it is cut
-            raise ImageError("image broken or unsupported: its header cannot be read") from None
-        raise ImageError("image format unknown: JPEG, PNG, TIFF, BMP or WebP needed") from None
-    except Image.DecompressionBombError as error:  # Pillow's own limit, met first; its text has the size
-        limit = 2 * Image.MAX_IMAGE_PIXELS
-        pixels = re.search(r"\((\d+) pixels\)", str(error))
-        raise _too_large(int(pixels[1]) if pixels else limit, min(limit, max_pixels)) from None
-    except MemoryError:
-        raise ImageError(f"image too large for memory: {size}") from None
-    except Exception as error:  # on hostile bytes Pillow's plug-ins raise whatever their parsing runs into
-        raise ImageError(f"image broken: {_printable(str(error)) or type(error).__name__}") from None
+        except OSError:
+            if not _is_jpeg(source):
+                raise
+            image = _without_end(source)
+        _turn_upright(image)
+        return _rgb_array(image)
 
 
 # What is allowed, in words; and value -> field of Settings, None if the value is not allowed.
@@ -203,7 +207,6 @@ def _rules(defects: Sequence[str]) -> dict[str, Rule]:
         "iterations": (f'an integer from 0 to {ITERATIONS_MAX} or "auto"', _iterations),
         "threshold": _number(0, 1),
         "cam_threshold": _number(0, 1),
-        "snap": ("true or false", lambda value: value if isinstance(value, bool) else None),
         "defects": (f"one or more of {', '.join(defects)}", lambda value: _names(value, defects)),
         "shape": (
             " or ".join(f'"{shape}"' for shape in SHAPES),
@@ -253,7 +256,7 @@ def _clicks(envelope: dict) -> Clicks | None:
 def _points_xy(value: object) -> tuple[tuple[float, float], ...] | None:
     def is_point(point: object) -> bool:  # NaN and infinity lie in no range
         pair = isinstance(point, (list, tuple)) and len(point) == 2
-        return pair and all(type(number) in (int, float) and abs(number) < 1e6 for number in point)
+        return pair and all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in point)
 
     if not isinstance(value, (list, tuple)) or len(value) > MAX_CLICKS or not all(map(is_point, value)):
         return None
@@ -268,11 +271,36 @@ def _box_xyxy(value: object) -> tuple[float, float, float, float] | None:
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def _opened(source: bytes | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
-    """The image of a file, to be closed afterwards; an opened one is its owner's to close."""
-    if isinstance(source, Image.Image):
-        return contextlib.nullcontext(source)
-    return Image.open(io.BytesIO(source), formats=FORMATS)
+@contextlib.contextmanager
+def _opened(source: bytes | Image.Image, max_pixels: int) -> Iterator[Image.Image]:
+    """The image of a file, its header checked; any error that reading it runs into inside becomes an ImageError."""
+    size = "size unknown"
+    try:
+        # An opened image is its owner's to close.
+        opened = isinstance(source, Image.Image)
+        with contextlib.nullcontext(source) if opened else Image.open(io.BytesIO(source), formats=FORMATS) as image:
+            width_px, height_px = image.size
+            size = f"{width_px} x {height_px} px"
+            if width_px * height_px > max_pixels:
+                raise _too_large(width_px * height_px, max_pixels)
+            _check_tiff_tiles(image)
+            if _is_jpeg(source):
+                _check_jpeg_scans(source)
+            yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        if source.startswith(SIGNATURES):  # a TIFF's directory is often its end: gone when it is cut
+            raise ImageError("broken image: its header cannot be read; save it anew") from None
+        raise ImageError("unknown format: JPEG, PNG, TIFF, BMP or WebP needed") from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit, met first; its text has the size
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        pixels = re.search(r"\((\d+) pixels\)", str(error))
+        raise _too_large(int(pixels[1]) if pixels else limit, min(limit, max_pixels)) from None
+    except MemoryError:
+        raise ImageError(f"out of memory: {size}; use a smaller photo") from None
+    except Exception as error:  # on hostile bytes Pillow's plug-ins raise whatever their parsing runs into
+        raise ImageError(f"broken image: {_printable(str(error)) or type(error).__name__}") from None
 
 
 def _names(value: object, known: Sequence[str]) -> tuple[str, ...] | None:
@@ -285,13 +313,13 @@ def _names(value: object, known: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _envelope(body: object) -> dict:
-    """The JSON object in `body`."""
+    """The JSON object in `body`; a long image is a view of its bytes."""
     parsed, why = body, ""
     try:
+        if isinstance(body, str):
+            body = body.encode()
         if isinstance(body, (bytes, bytearray, memoryview)):
-            parsed = bytes(body).decode("utf-8")
-        if isinstance(parsed, str):
-            parsed = json.loads(parsed.removeprefix("\ufeff"))
+            parsed = _parsed(bytes(body))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits
         parsed, why = None, f" ({_printable(str(error))})"
     if not isinstance(parsed, dict):
@@ -299,22 +327,68 @@ def _envelope(body: object) -> dict:
     return parsed
 
 
+def _parsed(text: bytes) -> object:
+    """What a JSON text says, only what lies beside its image parsed: 100 MB of "[]," would become 2 GB of lists.
+
+    Raises:
+        ValueError: it is no JSON, or more than MAX_REST_BYTES lie beside its image.
+    """
+    if len(text) <= MAX_REST_BYTES:
+        return json.loads(text.decode("utf-8-sig"))
+    start = WHOLE_STRINGS.match(text, 0, MAX_REST_BYTES).end()  # where the long string begins
+    end = text.find(b'"', start + 1)
+    if end > start and len(text) - (end - start) <= MAX_REST_BYTES:
+        stand_in = secrets.token_hex(8)
+        rest = text[: start + 1] + stand_in.encode() + text[end:]
+        parsed = json.loads(rest.decode("utf-8-sig"))
+        if isinstance(parsed, dict) and parsed.get("image") == stand_in:
+            escaped = text.find(b"\\", start, end) >= 0
+            parsed["image"] = memoryview(_unescaped(text[start + 1 : end])) if escaped else memoryview(text)[start + 1 : end]
+            return parsed
+    raise ValueError(f"{len(text)} bytes, of which more than {MAX_REST_BYTES} are beside the image")
+
+
 def _base64_bytes(value: object) -> bytes:
-    """The bytes that the envelope's `image` stands for."""
-    if isinstance(value, str):
-        head = re.match(r"\s*data:image/[^,]{1,80};base64,", value)
+    """The bytes that the envelope's `image` stands for: text, or a view of it."""
+    must = "but must be an image file in base64"
+    if not isinstance(value, (str, memoryview)):
+        raise RequestError(f"image is {'missing' if value is None else _short(value)}, {must}")
+    text = value.encode("utf-8", "replace") if isinstance(value, str) else value
+    if head := DATA_URL.match(text):
+        if not re.fullmatch(rb"image/.+;base64", head[2], re.IGNORECASE):
+            shown = head[1][:80].decode("utf-8", "replace")
+            raise RequestError(f"image begins with {shown!r}, but a data URL must begin with 'data:image/TYPE;base64,'")
+        text = text[head.end() :]
+    try:
+        image_bytes = binascii.a2b_base64(text, strict_mode=True)  # as CVAT sends it: nothing is copied
+    except ValueError:
+        text = bytes(text).translate(None, b" \t\r\n\v\f")
         try:
-            # Of text without a head, line breaks or missing padding, as CVAT sends it, nothing here makes a copy.
-            text = value[head.end() :] if head else value
-            if re.search(r"[ \t\r\n\v\f]", text):
-                text = text.encode("ascii").translate(None, b" \t\r\n\v\f").decode()
-            image_bytes = binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
-        except ValueError:
-            image_bytes = b""
-        if image_bytes:
-            return image_bytes
-    shown = "missing" if value is None else _short(value)
-    raise RequestError(f"image is {shown}, but must be an image file in base64")
+            image_bytes = binascii.a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
+        except ValueError as error:
+            raise RequestError(f"image {_why_no_base64(text, str(error))}, {must}") from None
+    if not image_bytes:
+        raise RequestError(f"image is empty, {must}")
+    return image_bytes
+
+
+def _unescaped(text: bytes) -> bytes:
+    r"""A JSON string without its escapes: some callers send / as \/ or + as \u002B.
+
+    One with characters that base64 cannot have stays as it is: it would take four times the memory.
+    """
+    return text if re.search(rb"\\u(?!00)", text) else json.loads(b'"%b"' % text).encode()
+
+
+def _why_no_base64(text: bytes, error: str) -> str:
+    """What is wrong with a text without blanks, and the remedy where there is one."""
+    other = re.search(rb"[^A-Za-z0-9+/=]", text)
+    if not other:
+        return f"is incomplete base64 ({error})"
+    found = f"has {text[other.start() :][:4].decode('utf-8', 'replace')[0]!r} at position {other.start()}"
+    if other[0] in b"-_":
+        return f"{found}: replace - by + and _ by /, it is URL-safe base64"
+    return f"{found}: decode its %XX, it is percent-encoded" if other[0] == b"%" else found
 
 
 def _short(value: object) -> str:
@@ -334,7 +408,7 @@ def _printable(text: str) -> str:
 
 
 def _too_large(pixels: int, limit: int) -> ImageError:
-    return ImageError(f"image too large: {pixels / 1e6:g} MP, limit {limit / 1e6:g} MP")
+    return ImageError(f"too large {pixels / 1e6:.8g}>{limit / 1e6:.8g} MP; use a smaller photo")
 
 
 def _check_tiff_tiles(image: Image.Image) -> None:
@@ -342,17 +416,60 @@ def _check_tiff_tiles(image: Image.Image) -> None:
     tags = getattr(image, "tag_v2", {})
     tile_pixels = int(tags.get(322, 0)) * int(tags.get(323, 0))  # TileWidth, TileLength
     if tile_pixels > max(image.width * image.height, LARGEST_TIFF_TILE_PIXELS):
-        raise ImageError(f"image too large: TIFF tiles of {tile_pixels / 1e6:g} MP")
+        raise ImageError(f"too large TIFF tiles of {tile_pixels / 1e6:g} MP; save it anew")
+
+
+def _is_jpeg(source: bytes | Image.Image) -> bool:
+    return isinstance(source, bytes) and source.startswith(b"\xff\xd8")
+
+
+def _jpeg_segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
+    """(marker, content) of the segments up to the image's end; the data of scans is left out."""
+    start = 2
+    while (marker := JPEG_MARKER.search(jpeg, start)) and marker[1] != JPEG_END[1:]:
+        length = int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+        yield marker[1][0], jpeg[marker.end() + 2 : marker.end() + length]
+        start = marker.end() + length  # thumbnails are skipped
 
 
 def _check_jpeg_scans(jpeg: bytes) -> None:
     """A scan of a few bytes is work for the whole image, and a file may have any number of them."""
-    scans, start = 0, 2
-    while (marker := JPEG_MARKER.search(jpeg, start)) and marker[1] != b"\xd9":  # end of the image
-        scans += marker[1] == b"\xda"
-        start = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")  # thumbnails are skipped
+    scans = sum(marker == 0xDA for marker, _ in _jpeg_segments(jpeg))
     if scans > MAX_JPEG_SCANS:
-        raise ImageError(f"image takes too long to decode: JPEG of {scans} scans, limit {MAX_JPEG_SCANS}; save it anew")
+        raise ImageError(f"too many JPEG scans {scans}>{MAX_JPEG_SCANS}; save it anew")
+
+
+def _without_end(jpeg: bytes) -> Image.Image:
+    """A JPEG without its end, decoded; at most MISSING_SHARE of its pixels may be missing.
+
+    Libjpeg makes up what is missing, and does not tell. So the file is ended in two ways: a pixel that is the same in
+    both does not depend on what would have followed.
+
+    Raises:
+        ImageError: more pixels are missing, or a whole scan.
+    """
+    images = [Image.open(io.BytesIO(jpeg + filler + JPEG_END)) for filler in (b"", JPEG_FILLER)]
+    for image in images:
+        image.load()
+    pairs = ((np.atleast_3d(one), np.atleast_3d(other)) for (_, one), (_, other) in zip(*map(_strips, images)))
+    differing = sum(np.count_nonzero((one != other).any(axis=2)) for one, other in pairs)
+    missing = differing / (images[0].width * images[0].height) if _has_all_scans(jpeg) else 1.0
+    if missing > MISSING_SHARE:
+        raise ImageError("broken image: the JPEG file is cut off; send the whole file")
+    return images[0]
+
+
+def _has_all_scans(jpeg: bytes) -> bool:
+    """Whether every coefficient of every component has its scan, to the last bit."""
+    components, sent = b"", set()
+    for marker, content in _jpeg_segments(jpeg):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            components = content[6::3]
+        elif marker == 0xDA:
+            first, last, bits = content[1 + 2 * content[0] :][:3]
+            if bits & 0x0F == 0:  # the last bit
+                sent |= {(name, k) for name in content[1 : 1 + 2 * content[0] : 2] for k in range(first, last + 1)}
+    return sent >= {(name, k) for name in components for k in range(64)}
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -371,14 +488,29 @@ def _rgb_array(image: Image.Image) -> np.ndarray:
     deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
     if deep:
         # 8 bits would clip nearly all of it to white; CVAT scales it for display too
-        maximum = max(_nonnegative(strip).max() for _, strip in _strips(image))
+        dtype = _grey_dtype(image)
+        maximum = max(_nonnegative(strip, dtype).max() for _, strip in _strips(image))
         scale = 255 / maximum if maximum > 0 else 0.0
     for rows, strip in _strips(image):
         if deep:
-            rgb[rows] = np.rint(_nonnegative(strip) * scale).astype(np.uint8)[..., None]
+            rgb[rows] = np.rint(_nonnegative(strip, dtype) * scale).astype(np.uint8)[..., None]
         else:
             rgb[rows] = np.asarray(strip.convert("RGB"))
     return rgb
+
+
+def _grey_dtype(image: Image.Image) -> np.dtype | None:
+    """What the 32 bits of a grey TIFF are where Pillow mistakes them; else None.
+
+    Its mode I is signed, whatever the file says; and it swaps a compressed file's bytes once more than libtiff, which has
+    done so already.
+    """
+    tags = getattr(image, "tag_v2", None)
+    if not tags or tags.get(258) != (32,):  # BitsPerSample
+        return None
+    kind = {"F": "f4", "I": "u4" if tags.get(339, (1,)) == (1,) else "i4"}[image.mode]  # SampleFormat
+    swapped = tags.prefix == b"MM" and tags.get(259, 1) != 1  # Compression
+    return np.dtype(kind).newbyteorder("S" if swapped else "=")
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
@@ -389,7 +521,8 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
         yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
-def _nonnegative(strip: Image.Image) -> np.ndarray:
+def _nonnegative(strip: Image.Image, dtype: np.dtype | None) -> np.ndarray:
     """(h, w) float64 values of a grey strip, with 0 for negative and non-finite ones."""
-    values = np.asarray(strip).astype(np.float64)
+    values = np.asarray(strip)
+    values = (values if dtype is None else values.view(dtype)).astype(np.float64)
     return np.where(np.isfinite(values) & (values > 0), values, 0.0)

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import importlib
 import logging
+import os
 import sys
 import time
 import traceback
@@ -34,9 +35,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-# The limits of function.yaml, which gives the reasons; a test holds the two together.
-MAX_BODY_BYTES = 268_435_456
-QUEUE_SECONDS = 110.0
+from defectcam.request import MAX_BODY_BYTES
+
+QUEUE_SECONDS = 110.0  # of function.yaml, which gives the reasons; a test holds the two together
+LAST_ANSWER_S = 8  # for the answers under way when the command is stopped: Docker kills after 10 s
 
 EXAMPLE = """example:
   defectcam serve --port 8080 &
@@ -77,8 +79,11 @@ def load_main() -> ModuleType:
 
 
 def run(host: str = "127.0.0.1", port: int = 8080) -> None:
-    """Serve the repository's `main` until interrupted."""
-    uvicorn.run(create_app(load_main()), host=host, port=port, http="h11", ws="none")
+    """Serve the repository's `main` until interrupted, then end this process within LAST_ANSWER_S."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch reads it when it is loaded; see function.yaml
+    app = create_app(load_main())
+    uvicorn.run(app, host=host, port=port, http="h11", ws="none", timeout_graceful_shutdown=LAST_ANSWER_S)
+    os._exit(0)  # Python would wait for the worker's thread
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -42,11 +42,13 @@ class TimeLimitError(RuntimeError):
 
     Attributes:
         late_s: by how much it would be late at the least, as estimated before the work; 0 where the deadline passed.
+        fitting: how much could be done in the time left, with its unit; empty where that is not known.
     """
 
-    def __init__(self, late_s: float = 0.0) -> None:
+    def __init__(self, late_s: float = 0.0, fitting: str = "") -> None:
         super().__init__("the deadline passed" if late_s == 0 else f"{late_s:.0f} s late at the least")
         self.late_s = late_s
+        self.fitting = fitting
 
 
 @dataclass(frozen=True)

@@ -244,8 +244,8 @@ def _load_verified(parts: dict[str, nn.Module], path: Path, sha256: str) -> None
     remedy = "take the weights folder as it was published, or deploy another version"
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"weights file {path} cannot be read ({error.strerror}); {remedy}") from error
+    except (OSError, ValueError) as error:  # the latter for names that no file can have
+        raise WeightsError(f"weights file {path} cannot be read ({getattr(error, 'strerror', error)}); {remedy}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise WeightsError(

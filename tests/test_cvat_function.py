@@ -18,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from defectcam.proposals import outline_length_px
 from defectcam.request import RequestError
 from defectcam.weights import WeightsError
 from tests.conftest import ROOT
@@ -30,6 +31,7 @@ from cvat_sdk.core import Client, Config  # noqa: E402
 from cvat_sdk.masks import decode_mask  # noqa: E402
 
 import cvat_function  # noqa: E402
+import model_handler  # noqa: E402
 
 LOG = logging.getLogger("test")
 SPEC = json.loads(yaml.safe_load((ROOT / "function.yaml").read_text())["metadata"]["annotations"]["spec"])
@@ -161,6 +163,18 @@ def test_a_frame_that_cannot_be_processed_is_a_tag_with_the_reason():
     assert tag.label_id == 43 and "broken" in attributes(tag)[800] and not shapes
 
 
+def test_a_notice_is_printed_and_needs_no_label_of_the_task(crop_rgb, monkeypatch, capsys):
+    function = cvat_function.create(iterations=0, threshold=0.01)
+    _, all_shapes = detected(function, Image.fromarray(crop_rgb))
+    components = function.model.components(crop_rgb, "crack", function.model.settings)
+    lengths = [outline_length_px(component.mask) for component, _ in components]
+    monkeypatch.setattr(model_handler, "MAX_OUTLINE_PX", max(lengths) - 1)
+    capsys.readouterr()
+    tags, shapes = detected(function, Image.fromarray(crop_rgb))
+    assert not tags and capsys.readouterr().err.endswith(": 1 too ragged: crack; raise cam_threshold\n")
+    assert len(shapes) == len(all_shapes) - 1 > 0
+
+
 @pytest.mark.parametrize("given, error, words", [
     ({"iterations": 51}, RequestError, ["ITERATIONS", "51", "0 to 50"]),
     ({"iterations": "many"}, RequestError, ["ITERATIONS", "many"]),
@@ -180,10 +194,10 @@ def test_bad_parameters_are_named(given, error, words):
 def test_parameters_come_before_the_environment_before_the_manifest(monkeypatch):
     monkeypatch.setenv("ADVCAM_ITERATIONS", "2")
     monkeypatch.setenv("ADVCAM_CVAT_URL", "http://cvat")  # belongs to the function that CVAT calls
-    assert cvat_function.create(iterations="auto", snap=False).model.settings.iterations == "auto"
-    function = cvat_function.create(cam_threshold=0.2, snap=False, hole_share=0.5, tolerance_px=2.0)
+    assert cvat_function.create(iterations="auto", shape="mask").model.settings.iterations == "auto"
+    function = cvat_function.create(cam_threshold=0.2, hole_share=0.5, tolerance_px=2.0)
     effective = function.model.effective("crack", function.model.settings)
-    assert effective["iterations"] == 2 and effective["snap"] is False and effective["cam_threshold"] == 0.2
+    assert effective["iterations"] == 2 and effective["cam_threshold"] == 0.2
     assert (effective["hole_share"], effective["tolerance_px"]) == (0.5, 2.0)
     assert effective["threshold"] == function.model.weights.facts["crack"].threshold
     assert function.model.cvat_task is None

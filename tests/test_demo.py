@@ -42,7 +42,7 @@ def test_no_photo(tmp_path):
     assert out.returncode != 0 and "missing.jpg" in out.stderr
     (tmp_path / "text.jpg").write_text("no photo")
     out = demo(tmp_path / "text.jpg", "--out", tmp_path)
-    assert out.returncode != 0 and "image format unknown" in out.stderr
+    assert out.returncode != 0 and "unknown format" in out.stderr
     assert json.loads((tmp_path / "text.json").read_text())[0]["label"] == "unprocessed"
     out = demo(ROOT / "docs" / "sample.jpg", "--iterations", "many")
     assert out.returncode != 0 and "iterations" in out.stderr and "many" in out.stderr

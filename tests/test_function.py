@@ -12,9 +12,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 
 import cv2
 import httpx
+import nuclio_sdk
 import numpy as np
 import pytest
 import torch
@@ -23,11 +25,15 @@ from safetensors.torch import load_file
 
 from defectcam import proposals
 from defectcam.cam import score_sums, window_logits
+from defectcam.feedback.harvest import proposals_of_record
 from defectcam.network import DefectNet
 from defectcam.pace import SAMPLE_PX
+from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.proposals import Component
-from defectcam.request import ImageError, Request, RequestError, Settings, parse_request
+from defectcam.request import Request, RequestError, Settings, parse_request
+from defectcam.serve import load_main
 from defectcam.tiling import TimeLimitError
+from defectcam.time_needed import PLACE_PX, PLACES
 from defectcam.weights import OUTLINE_PREFIX
 from model_handler import ModelHandler, OnDemand, out_of_memory
 from tests.conftest import ROOT, running_function
@@ -85,7 +91,7 @@ def check_answer(answer: object, spec: dict, width: int, height: int) -> None:
             if input_type == "select":
                 assert attribute["value"] in values
         if shape["type"] == "tag":
-            assert shape["label"] == "unprocessed" and label_type == "tag"
+            assert shape["label"] in ("unprocessed", "notice") and label_type == "tag"
             continue
         assert {a["name"] for a in shape["attributes"]} == {"confidence", "iterations", "proposal"}
         xs, ys = shape["points"][::2], shape["points"][1::2]
@@ -129,20 +135,10 @@ def test_iterations_shape_and_defects_of_the_request_hold(client, spec, sample_r
         assert {"name": "iterations", "value": "1"} in shape["attributes"]
 
 
-def test_snap_false_is_the_papers_region_and_holds_what_snapping_cuts_out(sample_rgb):
-    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG)
-    crop = np.ascontiguousarray(sample_rgb[:512, :640])
-
-    def painted(**given):
-        mask = np.zeros(crop.shape[:2], bool)
-        for component, _ in model.components(crop, "crack", Settings(iterations=0, threshold=0.01, **given)):
-            x0, y0, x1, y1 = component.box_xyxy
-            mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
-        return mask
-
-    region, snapped = painted(snap=False), painted(snap=True)
-    assert snapped.any() and not (snapped & ~region).any()
-    assert snapped.sum() < region.sum()
+def test_a_head_request_is_answered_as_get_without_the_body(client):
+    asked, head = client.get(""), client.head("")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == asked.headers["content-length"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +159,7 @@ def test_any_content_type_will_do(client, content_type):
         (b"[1]", ["body", "JSON"]),
         (b"\xff\xfe", ["body", "JSON"]),
         (b"{}", ["image", "missing"]),
-        (b'{"image": "no base64!"}', ["image", "no base64!"]),
+        (b'{"image": "no base64!"}', ["image", "'!' at position 8", "base64"]),
         (b'{"image": "aGk=", "iterations": "abc"}', ["iterations", "abc", "0 to 50"]),
         (b'{"image": "aGk=", "iterations": 51}', ["iterations", "51", "0 to 50"]),
         (b'{"image": "aGk=", "iterations": -1}', ["iterations", "-1"]),
@@ -173,7 +169,10 @@ def test_any_content_type_will_do(client, content_type):
         (b'{"image": "aGk=", "threshold": NaN}', ["threshold", "nan"]),
         (b'{"image": "aGk=", "defects": ["graffiti"]}', ["defects", "graffiti", "crack"]),
         (b'{"image": "aGk=", "shape": "circle"}', ["shape", "circle", "polygon"]),
-        (b'{"image": "aGk=", "snap": "maybe"}', ["snap", "maybe"]),
+        (b'{"image": "aGk=", "snap": false}', ["snap", "removed", "cam_threshold", "leave it out"]),
+        (b'{"image": "data:image/png,abc"}', ["data:image/png,", "data:image/TYPE;base64,"]),
+        (b'{"image": "a-_k"}', ["image", "'-' at position 1", "URL-safe"]),
+        (b'{"image": "aGk=", "a": [' + b"[]," * 30_000 + b"0]}", ["body", "more than 65536 are beside the image"]),
         (b"[" * 100_000, ["body"]),
     ],
 )
@@ -185,14 +184,25 @@ def test_impossible_envelopes_get_400_that_names_key_value_and_remedy(client, bo
             assert word in answer.json()["error"]
 
 
-@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH"])
-def test_other_methods_without_a_body_are_refused_not_fatal(client, method):
-    assert client.request(method, "").status_code == 400
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS"])
+def test_other_methods_are_refused_with_those_that_are_allowed(client, method):
+    body = json.dumps({"image": encoded(np.zeros((8, 8, 3), np.uint8))})
+    answer = client.request(method, "", content=body)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, POST")
+    assert answer.json() == {"error": f"method is {method}, but must be GET or POST"}
+
+
+@pytest.mark.parametrize("method, status", [(None, 400), (b"POST", 400), (b"GET", 200), (b"PUT", 405)])
+def test_the_method_may_be_missing_or_bytes_as_some_processors_hand_it_over(method, status):
+    main, context = load_main(), nuclio_sdk.Context(nuclio_sdk.Logger(logging.WARNING))
+    context.user_data.model = SimpleNamespace(settings=Settings(), defects=["crack"], describe=dict)
+    answer = main.handler(context, nuclio_sdk.Event(body=b"no JSON", method=method))
+    assert answer.status_code == status
 
 
 def test_photos_that_cannot_be_processed_get_a_tag_with_the_reason(client, spec):
     good = base64.b64decode(encoded(np.zeros((64, 64, 3), np.uint8)))
-    for data, word in [(b"hello", "format unknown"), (good[: len(good) // 2], "broken"), (bomb(), "too large")]:
+    for data, word in [(b"hello", "unknown format"), (good[: len(good) // 2], "broken"), (bomb(), "too large")]:
         answer = client.post("", json={"image": base64.b64encode(data).decode()})
         assert answer.status_code == 200
         (tag,) = answer.json()
@@ -295,17 +305,46 @@ def test_waiting_in_the_queue_counts_as_time():
         holder = pool.submit(httpx.get, url + "hold", timeout=60)
         assert held.wait(30)
         (tag,) = httpx.post(url, json=body, timeout=60).json()
-        assert re.match(r"busy: \d+ s of 5 s went by .* fewer photos at once.* workers", tag["attributes"][0]["value"])
+        assert re.match(r"busy: \d+ of 5 s went by .* fewer photos at once.* workers", tag["attributes"][0]["value"])
         assert holder.result().status_code == 200
         assert httpx.post(url, json=body, timeout=60).json() == []
 
 
 def test_what_waiting_left_too_little_time_for_is_said_to_be_busy():
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=100)
-    assert model.reason(TimeLimitError(60), waited_s=70).startswith("busy: 70 s of 100 s")
-    assert model.reason(TimeLimitError(60), waited_s=10).startswith("too slow: needs about 150 s")
+    assert model.reason(TimeLimitError(60), waited_s=70).startswith("busy: 70 of 100 s ")
+    assert model.reason(TimeLimitError(60), waited_s=10).startswith("too slow 150>100 s; ")
     assert model.reason(TimeLimitError(), waited_s=70).startswith("busy")
-    assert model.reason(TimeLimitError(), waited_s=10).startswith("too slow: over 100 s")
+    assert model.reason(TimeLimitError(), waited_s=10).startswith("too slow >100 s; ")
+    assert model.reason(TimeLimitError(0.5), waited_s=1).startswith("too slow 100>100 s; ")  # 99 s were work
+    assert model.reason(TimeLimitError(9), waited_s=40).startswith("too slow 69>100 s; ")
+    assert "; about 20 clicks would fit; " in model.reason(TimeLimitError(400, "about 20 clicks"))
+
+
+def test_reasons_say_what_matters_in_what_cvat_shows_of_them_and_name_nothing_that_an_older_cvat_lacks():
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, max_pixels=64_000_000)
+    good = base64.b64decode(encoded(np.zeros((64, 64, 3), np.uint8)))
+    shown = {
+        "too large 3600>64 MP": bomb(),
+        "unknown format: JPEG": b"hello",
+        "broken image: ": good[: len(good) // 2],
+        "broken image: its he": good[:8],
+        "too slow 181>100 s; ": TimeLimitError(80.2),
+        "too slow >100 s; use": TimeLimitError(),
+        "out of memory; use a": MemoryError(),
+    }
+    for words, cause in shown.items():
+        if isinstance(cause, bytes):
+            (tag,) = model.answer(Request(cause, Settings(), ()))
+            reason = tag["attributes"][0]["value"]
+        else:
+            reason = model.reason(cause)
+        assert reason[:20].startswith(words), reason
+    assert model.reason(TimeLimitError(), waited_s=70)[:20].startswith("busy: 70 of 100 s")
+    programs = [*ROOT.glob("*.py"), *(ROOT / "defectcam").rglob("*.py")]
+    assert len(programs) > 30
+    for path in programs:
+        assert "region of interest" not in path.read_text(), f"{path}: CVAT 2.15 has none"
 
 
 def test_the_time_since_arrival_is_0_where_it_cannot_be_told():
@@ -353,40 +392,80 @@ def answer_and_pixels(model, image_rgb, **settings):
     return answer, sum(seen)
 
 
-def test_a_photo_that_takes_too_long_is_refused_before_it_is_begun():
+def test_a_photo_that_takes_too_long_is_refused_before_it_is_begun(monkeypatch):
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=0.5)
     sample_px = 2 * SAMPLE_PX**2  # the pace is measured once more before a photo is refused
-    answer, seen_px = answer_and_pixels(model, np.full((3000, 3000, 3), 120, np.uint8), iterations=0)
+    with monkeypatch.context() as patches:
+        patches.setattr("model_handler.decode_image", lambda *_: pytest.fail("decoded"))
+        answer, seen_px = answer_and_pixels(model, np.full((3000, 3000, 3), 120, np.uint8), iterations=0)
     (tag,) = answer
-    assert re.match(r"too slow: needs about \d+ s here, of 0.5 s; use a GPU, a region", tag["attributes"][0]["value"])
+    assert re.match(r"too slow \d+>0.5 s; (about \d megapixels would fit; )?use", reason_of(tag))
     assert seen_px == sample_px
     answer, seen_px = answer_and_pixels(model, np.full((16, 16, 3), 120, np.uint8), iterations=0)
     assert (answer, seen_px) == ([], 256)
 
 
-def test_what_climbing_takes_is_estimated_from_the_tiles_to_climb(sample_rgb):
-    model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=60)
-    model.pace.learn("crack", 1.0, sample_rgb[..., 0].size)  # one second a pass: what was measured stays if faster
-    answer, seen_px = answer_and_pixels(model, sample_rgb, iterations=50, threshold=0.0)
-    assert "too slow: needs about" in answer[0]["attributes"][0]["value"]
-    assert seen_px < 3 * sample_rgb[..., 0].size + 4 * SAMPLE_PX**2, "the plain map alone"
+def reason_of(tag: dict) -> str:
+    return tag["attributes"][0]["value"]
 
 
-def test_outlines_that_would_be_late_are_not_begun(sample_rgb):
+PLACES_PX = PLACES**2 * PLACE_PX**2  # what is looked at of a photo that may be late
+
+
+@pytest.fixture
+def slow_model(monkeypatch):
+    """A handler on a machine that takes so many seconds a pixel, per network, and is given a minute."""
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=60)
-    outline, seen = model.weights.outlines["crack"], []
-    outline.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, 0].numel()))
-    model.pace.measure = lambda name: None  # as if this machine were as slow as the next line says
-    model.pace.fastest["crack outline"] = 1.0
+    monkeypatch.setattr(model.pace, "measure", lambda name: None)
+    monkeypatch.setattr(model.pace, "learn", lambda *_: None)
+
+    def slowed(**seconds) -> ModelHandler:
+        model.pace.fastest = dict.fromkeys(model.pace.fastest, 1e-9) | {n.replace("_", " "): s for n, s in seconds.items()}
+        return model
+
+    return slowed
+
+
+def test_a_photo_whose_climb_would_be_late_is_refused_after_a_look_at_a_few_places(slow_model, sample_rgb):
+    model = slow_model(crack=1e-6)  # a second for the plain map, two for a step
+    photo = np.tile(sample_rgb, (2, 2, 1))
+    answer, seen_px = answer_and_pixels(model, photo, iterations=50, threshold=0.0, defects=("crack",))
+    assert re.match(r"too slow \d+>60 s; (about 1 megapixels would fit; )?", reason_of(answer[0]))
+    assert 0 < seen_px <= PLACES_PX < photo[..., 0].size / 4
+
+
+def test_a_photo_whose_outlines_would_be_late_is_refused_after_the_same_look(slow_model, sample_rgb):
+    model, photo = slow_model(crack_outline=1e-4), np.tile(sample_rgb, (2, 2, 1))
+    answer, seen_px = answer_and_pixels(model, photo, iterations=0, defects=("crack",))
+    assert re.match(r"too slow \d+>60 s", reason_of(answer[0])) and 0 < seen_px <= PLACES_PX
+
+
+def test_a_photo_on_which_nothing_will_be_climbed_or_outlined_is_not_refused_for_it(slow_model):
+    model, photo = slow_model(crack_outline=1e-4), np.full((900, 1000, 3), 128, np.uint8)
+    answer, seen_px = answer_and_pixels(model, photo, iterations=50, defects=("crack",))
+    assert answer == [] and PLACES_PX / 2 < seen_px < 2 * photo[..., 0].size + PLACES_PX
+
+
+def test_nothing_is_looked_at_where_there_is_time_for_everything(slow_model, monkeypatch, sample_rgb):
+    monkeypatch.setattr("defectcam.time_needed._shares", lambda *_: pytest.fail("looked at"))
+    crop = np.ascontiguousarray(sample_rgb[:200, :200])
+    assert answer_and_pixels(slow_model(), crop, iterations=1, defects=("crack",))[1] > 0
+
+
+def test_outlines_that_would_be_late_are_not_begun(slow_model, sample_rgb, monkeypatch):
+    """Also where the look said that there are hardly any."""
+    model, seen = slow_model(crack_outline=1.0), []
+    monkeypatch.setattr("defectcam.time_needed._shares", lambda *_: (0.0, 0.0))
+    model.weights.outlines["crack"].encoder.register_forward_pre_hook(lambda *_: seen.append(1))
     (tag,) = model.answer(Request(base64.b64decode(encoded(sample_rgb)), Settings(defects=("crack",), iterations=0), ()))
-    assert re.match(r"too slow: needs about \d+ s here", tag["attributes"][0]["value"]) and not seen
+    assert re.match(r"too slow \d+>60 s", reason_of(tag)) and not seen
 
 
 def test_a_deadline_that_passes_is_said_too(sample_rgb):
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=1e-6)
     model.pace.fastest.clear()  # as on a GPU before its first photo
     answer, _ = answer_and_pixels(model, sample_rgb, iterations=0)
-    assert answer[0]["attributes"][0]["value"].startswith("too slow: over 1e-06 s")
+    assert reason_of(answer[0]).startswith("too slow >1e-06 s")
 
 
 def test_folding_the_networks_changes_no_proposal(sample_rgb):
@@ -519,17 +598,55 @@ def test_an_idle_function_holds_no_weights_on_the_gpu(sample_rgb):
     assert model.answer(request) == first
 
 
-@pytest.mark.parametrize("shape, reason", [("polygon", "too ragged"), ("mask", "masks too large")])
-def test_proposals_nobody_could_use_are_refused_with_the_remedy(monkeypatch, shape, reason):
+def answered(monkeypatch, found: dict[str, list[tuple[Component, float]]], shape: str) -> tuple[list[float], list[str]]:
+    """Confidences (0..100) of the proposals answered where these components are found, and the reasons of the notices."""
     model = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG)
-    mask = np.ones((6000, 6000), bool)
-    if shape == "polygon":
-        mask = np.zeros((1400, 1400), bool)
-        mask[::2] = mask[:, 0] = True  # a comb
-    component = Component(mask, 0, 0)
-    monkeypatch.setattr(model, "components", lambda *_: [(component, 0.9)])
-    with pytest.raises(ImageError, match=reason):
-        model.propose(np.zeros((*mask.shape, 3), np.uint8), Settings(defects=("crack",), shape=shape))
+    monkeypatch.setattr(model, "components", lambda image, defect, *_: found[defect])
+    answer = model.propose(np.zeros((6400, 6400, 3), np.uint8), Settings(defects=tuple(found), shape=shape))
+    shapes = [element for element in answer if element["type"] != "tag"]
+    notices = answer[len(shapes) :]
+    assert {element["label"] for element in notices} <= {"notice"}
+    return [int(element["attributes"][0]["value"]) for element in shapes], [n["attributes"][0]["value"] for n in notices]
+
+
+def comb(size: int) -> Component:
+    """(size, size): its outline is about size * size px long."""
+    mask = np.zeros((size, size), bool)
+    mask[::2] = mask[:, 0] = True
+    return Component(mask, 0, 0)
+
+
+def square(side: int) -> Component:
+    return Component(np.ones((side, side), bool), 0, 0)
+
+
+def test_a_ragged_outline_costs_itself_and_not_the_photo(monkeypatch):
+    found = {"crack": [(square(20), 0.8), (comb(1400), 0.9), (square(30), 0.7)], "rust": [(square(40), 0.6)]}
+    confidences, notices = answered(monkeypatch, found, "polygon")
+    assert confidences == [80, 70, 60] and notices == ["1 too ragged: crack; raise cam_threshold"]
+    found["rust"] += [(comb(1500), 0.5)]
+    assert answered(monkeypatch, found, "mask")[1] == ["2 too ragged: crack, rust; raise cam_threshold"]
+    assert answered(monkeypatch, {"crack": [(comb(1400), 0.9)]}, "polygon") == ([], ["1 too ragged: crack; raise cam_threshold"])
+
+
+def test_of_masks_that_are_too_large_together_the_most_confident_are_answered(monkeypatch):
+    found = {"crack": [(square(3000), 0.7), (square(4000), 0.5), (square(100), 0.1)], "rust": [(square(4000), 0.9)]}
+    confidences, notices = answered(monkeypatch, found, "mask")
+    assert confidences == [70, 10, 90], "in their order, and what is small enough for the room left"
+    assert notices == ["1 masks too large: use shape polygon"]
+    assert answered(monkeypatch, {"crack": [(square(6000), 0.9)]}, "mask") == ([], notices)
+    assert answered(monkeypatch, found, "polygon") == ([70, 50, 10, 90], [])
+
+
+def test_what_was_left_out_reaches_the_log_and_is_no_proposal_there(monkeypatch, tmp_path):
+    log = ProposalLog(tmp_path, LOG)
+    model = ModelHandler(ROOT / "weights", "cpu", Settings(defects=("crack",)), LOG, proposal_log=log)
+    monkeypatch.setattr(model, "components", lambda *_: [(square(20), 0.8), (comb(1400), 0.9)])
+    answer = model.answer(Request(base64.b64decode(encoded(np.zeros((1400, 1400, 3), np.uint8))), model.settings, ()))
+    assert [element["label"] for element in answer] == ["crack", "notice"]
+    (record,) = read_proposal_log(tmp_path)
+    assert record["shapes"] == answer
+    assert [one.name for one in proposals_of_record(record)] == [answer[0]["attributes"][2]["value"]]
 
 
 def test_places_fainter_than_the_manifest_wants_are_climbed_where_they_are_asked_for(monkeypatch):
@@ -593,6 +710,7 @@ def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):
         ({"ADVCAM_CVAT_URL": "http://cvat"}, ["ADVCAM_CVAT_TOKEN is not set"]),
         ({"ADVCAM_WEIGHTS": "/nowhere"}, ["/nowhere", "manifest.json"]),
         ({"ADVCAM_DEFECTS": "crack,moss"}, ["ADVCAM_DEFECTS", "moss", "crack"]),
+        ({"ADVCAM_SNAP": "false"}, ["ADVCAM_SNAP was removed", "cam_threshold", "unset it"]),
     ],
 )
 def test_a_wrong_deployment_does_not_start(environ, words):

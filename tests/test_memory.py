@@ -10,6 +10,8 @@ import sys
 import pytest
 from PIL import Image
 
+from defectcam import memory
+from defectcam.request import MAX_BODY_BYTES
 from tests.conftest import ROOT
 
 resource = pytest.importorskip("resource")
@@ -34,7 +36,7 @@ for line in sys.stdin:
 def answers(container_bytes, process_bytes, *bodies, folder):
     """What the function answers, one after another, in such a container and with such a limit from who starts it."""
     (folder / "memory.max").write_text(f"{container_bytes}\n")
-    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_MAX_MEGAPIXELS": "178", "ADVCAM_TIME_LIMIT": "600"}
+    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_MAX_MEGAPIXELS": "178", "ADVCAM_TIME_LIMIT": "80000"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder / "memory.max"), str(process_bytes)],
         input="\n".join(map(json.dumps, bodies)),
@@ -54,7 +56,7 @@ def flat_photo(side: int) -> dict:
 
 @pytest.mark.parametrize(
     ("container_bytes", "process_bytes"),
-    [(1100 << 20, resource.RLIM_INFINITY), (1100 << 20, 64 << 30), (64 << 30, 1500 << 20)],
+    [(1412 << 20, resource.RLIM_INFINITY), (1412 << 20, 64 << 30), (64 << 30, 1500 << 20)],
 )
 def test_a_photo_too_large_for_its_limits_costs_itself_alone(tmp_path, container_bytes, process_bytes):
     photos = [flat_photo(side) for side in (64, 13_000, 64)]
@@ -65,8 +67,59 @@ def test_a_photo_too_large_for_its_limits_costs_itself_alone(tmp_path, container
 
 @pytest.mark.parametrize("process_bytes", [resource.RLIM_INFINITY, 64 << 30])
 def test_a_container_with_too_little_memory_does_not_start(tmp_path, process_bytes):
-    done, _ = answers(500 << 20, process_bytes, folder=tmp_path)
+    done, _ = answers(1000 << 20, process_bytes, folder=tmp_path)
     assert done.returncode == 1 and "give the container more" in done.stderr
+
+
+def test_what_the_processor_holds_of_a_body_is_left_free():
+    """Two of the longest bodies, its own memory, and code of the libraries."""
+    assert memory.MARGIN_BYTES >= 2 * MAX_BODY_BYTES + (150 << 20)
+
+
+# As Nuclio's wrapper does it: the event is made by the SDK, from a body that came over a socket.
+HOSTILE = """
+import logging, sys
+import nuclio_sdk
+from nuclio_sdk.event import EventDeserializerKinds
+import main
+from defectcam.memory import _bytes_of
+
+context = nuclio_sdk.Context(nuclio_sdk.Logger(logging.CRITICAL))
+main.init_context(context)
+size, text = int(sys.argv[1]), b"QUJD"
+bodies = {
+    "lists": b"[" + b"[]," * (size // 3) + b"1]",
+    "lists-beside": b'{"image": "QUJD", "a": [' + b"[]," * (size // 3) + b"1]}",
+    "keys": b"{" + b'"a":1,' * (size // 6) + b'"a":1}',
+    "endless": b'{"image": "' + text * (size // 4),
+    "escapes": b'{"image": "' + b"\\\\u00e9" * (size // 6) + b'"}',
+    "wide": b'{"image": "\\\\ud83d\\\\ude00' + text * (size // 4) + b'"}',
+    "image": b'{"image": "' + text * (size // 4) + b'"}',
+}
+message = {"content_type": sys.argv[2], "fields": {}, "headers": {}, "id": "1", "method": "POST", "path": "/", "url": "",
+           "shard_id": 0, "num_shards": 0, "size": 0, "timestamp": 0, "type": "", "type_version": "", "version": "",
+           "trigger": {"kind": "http", "name": "t"}}
+for name, body in bodies.items():
+    before = _bytes_of("/proc/self/status")["VmRSS"]
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    event = nuclio_sdk.Event.deserialize(message | {"body": body}, kind=EventDeserializerKinds.msgpack)
+    status = main.handler(context, event).status_code
+    print(name, status, (_bytes_of("/proc/self/status")["VmHWM"] - before) / len(body), flush=True)
+"""
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
+def test_no_body_takes_more_memory_than_a_few_times_its_size(content_type):
+    """Parsed as a whole, lists would take 21 times their size."""
+    command = [sys.executable, "-c", HOSTILE, str(24 << 20), content_type]
+    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == [
+        "lists", "lists-beside", "keys", "endless", "escapes", "wide", "image",
+    ], done.stderr  # fmt: skip
+    assert [status for _, status, _ in lines] == ["400"] * 6 + ["200"]  # the last one is a photo of no known format
+    assert all(float(times) < 5 for _, _, times in lines), lines
 
 
 KEEPING = """
