@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -32,6 +34,13 @@ def random_network(seed: int = 0, downsamplings: int = 2, dtype: torch.dtype = t
         for _ in range(3):
             network(torch.randn(4, 3, 64, 64))
     return network.to(dtype).requires_grad_(False).eval()
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """What a test's commands set in the environment of this process ends with the test."""
+    with patch.dict(os.environ):
+        yield
 
 
 @contextmanager
