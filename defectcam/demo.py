@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("image", type=Path, help="the photo: JPEG, PNG, TIFF, BMP or WebP")
-    parser.add_argument("--iterations", type=int, help="climbing steps, 0 to 50 (default: each defect's own)")
+    parser.add_argument("--iterations", help='climbing steps, 0 to 50 or "auto" (default: each defect\'s own)')
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"cannot read the photo {args.image}: {error.strerror}")
     envelope = {"image": base64.b64encode(image_bytes).decode()}
-    if args.iterations is not None:
-        envelope["iterations"] = args.iterations
+    if args.iterations:
+        envelope["iterations"] = int(args.iterations) if args.iterations.isdecimal() else args.iterations
     status, answer = call_handler(envelope)
     if status != 200:
         sys.exit(f"the function refused: {answer['error']}")
@@ -61,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes_path.write_text(json.dumps(answer, indent=1) + "\n")
     count = sum(shape["type"] != "tag" for shape in answer)
     print(f"{count} proposals for {args.image}")
-    for tag in (shape for shape in answer if shape["type"] == "tag"):
-        print(f"{tag['label']}: {tag['attributes'][0]['value']}")
     print(f"CVAT JSON: {shapes_path.resolve()}")
     try:
         image_rgb = decode_image(image_bytes, max_pixels=10**9)

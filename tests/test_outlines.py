@@ -159,6 +159,32 @@ def test_of_what_serves_as_well_but_for_chance_what_saves_most_is_kept():
     assert calibrate.chosen([noisy]) is noisy
 
 
+def test_a_mask_of_another_size_than_its_photo_does_not_judge(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    mask = sorted((tmp_path / "data" / "walls" / "masks" / "spalling").iterdir())[0]
+    for path in mask.parent.iterdir():
+        cv2.imwrite(str(path), cv2.imread(str(path), 0)[1:])
+    with pytest.raises(ValueError, match="mask .* its photo .*: both must be the same"):
+        list(labelled_photos(tmp_path / "data", ["walls"], [], "val", "spalling"))
+
+
+def test_figures_of_a_set():
+    truth = np.zeros((50, 60), bool)
+    truth[10:30, 10:40] = True
+    image = np.zeros((50, 60, 3), np.uint8)
+    right, wrong = truth.copy(), np.zeros_like(truth)
+    wrong[45:49, 50:58] = True
+    photos = [LabelledPhoto("s", name, image, which) for name, which in [("a", truth), ("b", truth), ("c", None)]]
+    found = figures("rust", list(zip(photos, [right, wrong, wrong])))
+    assert found["photos"] == 2 and found["instances"] == 2
+    assert found["iou"] == pytest.approx(600 / (1200 + 32), abs=1e-3)
+    assert found["false_components"] == pytest.approx(2 / 3, abs=1e-3)
+    assert found["mean_saved"] == 0.5 and found["eq3"] == pytest.approx(0.475) and found["eq3_found"] == 0.95
+    assert found["f1_2px"] == 0.5 and found["f1_2px_all"] == pytest.approx(2 / (632 / 600 + 1200 / 600), abs=1e-3)
+    assert found["quiet_share"] == 0 and found["healthy_photos"] == 1
+    assert figures("rust", [(photos[2], np.zeros_like(truth))])["quiet_share"] == 1
+
+
 def run(*arguments, processes=1):
     """A command as a person types it; torchrun in front of it for several processes."""
     start = [sys.executable, "-m"]
@@ -259,6 +285,24 @@ def test_an_outline_network_with_another_encoder_ships_beside_the_same_classifie
         outline.outline_network_from(start(trained / "classifier" / "best.safetensors", tmp_path))
 
 
+def test_the_table_has_a_row_per_set_method_and_number_of_steps(trained, data_dir, tmp_path):
+    out = run("evaluate", "--weights", trained / "weights-outline", "--compare", f"clicks={trained / 'weights-clicks'}",
+              "--data", data_dir, "--out", tmp_path)  # fmt: skip
+    assert "57 %" in out and "58 %" in out and "40 %" in out and "51 %" in out
+    rows = json.loads((tmp_path / "evaluate.json").read_text())
+    methods = {(row["method"], row["T"]) for row in rows if row["set"] == "walls"}
+    for name in ("weights", "clicks"):
+        assert {(f"{name}: ours", str(steps)) for steps in (0, 1, 2, 4, 8, "auto")} <= methods
+        assert {(f"{name}: CAM", "0"), (f"{name}: paper", "2"), (f"{name}: outline network alone", "-")} <= methods
+    ours = next(row for row in rows if row["method"] == "weights: ours" and row["set"] == "walls")
+    assert ours["photos"] == 2 and ours["iou"] > 0.5
+    healthy = [row for row in rows if row["set"] == "plain" and row["method"] == "weights: ours"]
+    assert healthy and all(row["healthy_photos"] == 2 for row in healthy)
+    page = (tmp_path / "evaluate.html").read_text()
+    pictures = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "evaluate").rglob("*.*")}
+    assert pictures == {"evaluate/cases_spalling.png", *re.findall('src="([^"]*)"', page)} and len(pictures) == 5
+
+
 def test_a_choice_is_what_the_function_does(trained, data_dir):
     """Calibration judges masks; the function must propose the same ones."""
     from defectcam.evaluation.evaluate import Judge
@@ -313,6 +357,19 @@ def test_pseudo_masks_of_other_facts_or_half_of_them_are_no_ones(trained, data_d
     with pytest.raises(SystemExit):
         outline.parse_args([*COMMON, "--arm", "clicks", "--masks", str(tmp_path / "none"), "--data", str(data_dir), "--sets", "walls", "--out", str(tmp_path / "o")])
     assert "none is not complete" in capsys.readouterr().err
+
+
+def test_found_instances_are_those_with_a_proposal_also_one_that_saves_nothing():
+    truth, proposed = np.zeros((60, 90), bool), np.zeros((60, 90), bool)
+    for x in (5, 35, 65):
+        truth[10:30, x : x + 15] = True
+    proposed[10:30, 5:20] = True  # as it is
+    proposed[32:55, 35:85] = True  # touches the second and the third, useless
+    proposed[:, 62:] = False  # and now the second alone
+    photos = [(LabelledPhoto("s", "a", np.zeros((60, 90, 3), np.uint8), truth), proposed)]
+    found = figures("rust", photos)
+    assert found["instances"] == 3 and found["eq3"] == pytest.approx(0.95 / 3, abs=1e-3)
+    assert found["eq3_found"] == pytest.approx(0.95 / 2)
 
 
 class Darkness(torch.nn.Module):
