@@ -64,7 +64,7 @@ def check_size(handler: ModelHandler, height: int, width: int, defects: Sequence
         TimeLimitError: they would.
     """
     needed = {defect: plain_px(handler, defect, height, width) for defect in defects}
-    handler.pace.check(needed, deadline, height * width / 1e6, "megapixels")
+    _check(handler, needed, deadline, height * width / 1e6, "megapixels")
 
 
 def check_photo(
@@ -91,7 +91,7 @@ def check_photo(
             climbing_px = climb_px(handler, defect, height, width, effective[defect]["iterations"])
             needed[defect] = plain_px(handler, defect, height, width) + climbed * climbing_px
             needed[f"{defect} outline"] = outlined * outline_px(handler, defect, height, width)
-        handler.pace.check(needed, deadline, height * width / 1e6, "megapixels")
+        _check(handler, needed, deadline, height * width / 1e6, "megapixels")
 
     try:
         check(dict.fromkeys(effective, (1.0, 1.0)))
@@ -137,7 +137,7 @@ def check_clicks(
     more = {defect: total_px(defect, windows, effective[defect]["iterations"]) for defect, windows in climbed.items()}
     least = min(more, key=lambda defect: handler.pace.fastest.get(defect, 0.0) * more[defect])
     needed[least] = needed.get(least, 0) + more[least]
-    handler.pace.check(needed, deadline, amount, unit)
+    _check(handler, needed, deadline, amount, unit)
     return Progress(sum(needed.values()), deadline, amount, unit)
 
 
@@ -163,6 +163,11 @@ def _shares(
         region = binarise(maps.climbed, effective["cam_threshold"], fact.closing_radius_px, fact.min_area_px)
         outlined.append(bool(region.any()))
     return float(np.mean(climbed)), float(np.mean(outlined))
+
+
+def _check(handler: ModelHandler, tile_px: Mapping[str, float], deadline: float, amount: float, unit: str) -> None:
+    with handler.networks_on_device:  # where their pace is measured anew
+        handler.pace.check(tile_px, deadline, amount, unit)
 
 
 def _working_size(handler: ModelHandler, defect: str, height: int, width: int) -> tuple[int, int]:
