@@ -677,7 +677,7 @@ def test_the_handler_uses_the_tasks_setting_and_the_requests_own_wins(handled):
     assert values(handled.answer(), "iterations") == {asked_for}
     asked = len(handled.cvat.asked)
     assert values(handled.answer(iterations=3), "iterations") == {"3"}
-    assert len(handled.cvat.asked) == asked  # nobody need be asked
+    assert len(handled.cvat.asked) == asked  # CVAT is not asked
     handled.cvat.routes[RUNS] = []
     assert values(handled.answer(), "iterations") == {default}
 

@@ -26,7 +26,7 @@ CVAT_TIMEOUT_S = 120  # of one call, CVAT_NUCLIO_DEFAULT_TIMEOUT
 
 @pytest.mark.parametrize("config", CONFIGS, ids=FILES)
 def test_the_file_is_what_cvat_2_15_and_2_73_ask_of_a_function(config):
-    """2.15 shows nobody any function as soon as one cannot be read; 2.73 leaves that one out."""
+    """CVAT 2.15 lists no function at all if one of them cannot be read; 2.73 leaves out that one."""
     name, annotations = config["metadata"]["name"], config["metadata"]["annotations"]
     assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", name), "Kubernetes' names; CVAT calls [a-zA-Z0-9_.-]+"
     assert config["metadata"]["namespace"] == "cvat"

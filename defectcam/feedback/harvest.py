@@ -356,7 +356,7 @@ class Harvest:
         jobs = self._jobs()
         waiting = [job for job in jobs if job.state != "completed"]
         if not waiting:
-            self.notes.append(f"all {len(jobs)} jobs are completed: a snapshot is taken before anybody edits")
+            self.notes.append(f"all {len(jobs)} jobs are completed: take a snapshot before the first edit")
         found = [self._unless_odd(self._job_snapshot, job) for job in waiting]
         taken = [proposals for proposals in found if proposals is not None]
         return len(taken), sum(taken)
