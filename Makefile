@@ -16,10 +16,10 @@ ARGS ?=
 .PHONY: help install demo test serve train evaluate loop bench
 help:
 	@echo "make install                          build .venv with exact versions"
-	@echo "make demo IMAGE=photo ITERATIONS=4    proposals for one photo, as JSON and picture, in out/demo"
+	@echo "make demo IMAGE=photo ITERATIONS=0,2,8  proposals for one photo, as JSON and picture, in out/demo"
 	@echo "make test                             all tests"
 	@echo "make serve PORT=8080                  the function over HTTP, without Nuclio"
-	@echo "make train DEFECT=crack DATA=folder SETS=a,b   train a classifier from clicks, in out/train"
+	@echo "make train DEFECT=crack DATA=folder SETS=a,b   train a network from clicks, in out/train"
 	@echo "make train DEFECT=crack CLICKS=clicks.csv VAL_CLICKS=val.csv   the same from your own clicks"
 	@echo "make evaluate DATA=folder             the table of all measures on val photos, in out/evaluate.html"
 	@echo "make loop DATA=folder                 two rounds with simulated annotators: docs/loop.md, hours on a CPU"

@@ -38,27 +38,28 @@ NO_TIME_LIMIT_S = "86400"  # nobody waits for a frame as CVAT waits for Nuclio
 
 def create(
     *,
-    iterations: int | str | None = None,
+    iterations: int | None = None,
     threshold: float | None = None,
     cam_threshold: float | None = None,
     defects: str | None = None,
     shape: str | None = None,
     tolerance_px: float | None = None,
     hole_share: float | None = None,
+    max_proposals: int | None = None,
     weights: str | None = None,
     device: str | None = None,
 ) -> DefectFunction:
     """A detection function for cvat-sdk; cvat-cli calls it with the values of its option -p.
 
     Args:
-        iterations: climbing steps T, 0 to 50, or "auto". One that the select of function.yaml does not have must
+        iterations: climbing steps T, 0 to 50. One that the select of function.yaml does not have must
             be added to the values of the task's labels, or the driver refuses the run.
         defects: comma separated, of those with weights; all by default.
         shape: "polygon" or "mask"; masks need labels of type mask (or any) in the task.
         weights: folder with manifest.json.
         device: "cuda" or "cpu".
-        threshold, cam_threshold, tolerance_px, hole_share: as in the README's table of settings. What is not
-            given here is taken from the environment's ADVCAM_* variables, then from the manifest.
+        threshold, cam_threshold, tolerance_px, hole_share, max_proposals: as in the README's table of settings. What is
+            not given here is taken from the environment's ADVCAM_* variables, then from the manifest.
 
     Raises:
         RequestError: a value that is not allowed; names its ADVCAM_* variable, value and what is allowed.

@@ -10,7 +10,7 @@ umask 077 # function files may hold a CVAT token
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 IMAGE=advcam-defects
 SAMPLE=$ROOT/docs/sample.jpg
-SAMPLE_CLICK='[746.0, 469.0]' # on a crack of the sample photo
+SAMPLE_CLICK='[560.0, 560.0]' # on the spall of the sample photo
 TITLE_MAX=24                  # characters of a name that CVAT's model list shows
 READY_SECONDS=${READY_SECONDS:-300}
 ANSWER_SECONDS=${ANSWER_SECONDS:-300} # a CPU may take minutes for the sample with many climbing steps
@@ -281,7 +281,7 @@ add_preset() {
         die "a preset's name is '$title', but may have letters, digits, spaces and =.,+- only"
     (($# > 0)) || die "preset '$title' sets nothing: NAME | key=value ..."
     for setting in "$@"; do
-        [[ ${setting%%=*} =~ ^(iterations|threshold|cam_threshold|defects|shape|tolerance_px|hole_share)$ &&
+        [[ ${setting%%=*} =~ ^(iterations|threshold|cam_threshold|defects|shape|tolerance_px|hole_share|max_proposals)$ &&
             $setting == *=?* ]] ||
             die "preset '$title' has '$setting', but needs key=value with a key of README.md, \"Settings\""
         if [[ $setting == iterations=* ]] && ! grep -q "\"iterations\".*\"${setting#*=}\"" "$template"; then
@@ -302,8 +302,8 @@ describe_release() { # the functions that cpu and gpu were asked for
     add_function "$template" '' ''
     if [[ -n $iterations ]]; then
         for count in ${iterations//,/ }; do
-            [[ $count == auto || ($count =~ ^[0-9]{1,2}$ && $((10#$count)) -le 50) ]] ||
-                die "--iterations has '$count', but may have numbers from 0 to 50 and auto, as in 0,2,8"
+            [[ $count =~ ^[0-9]{1,2}$ && $((10#$count)) -le 50 ]] ||
+                die "--iterations has '$count', but may have numbers from 0 to 50, as in 0,2,8"
             add_preset "AdvCAM defects T=$count" "iterations=$count"
         done
     fi
@@ -499,7 +499,7 @@ put_iterations_first() {
     name=$(functions_of "$release" | head -n 1)
     said=$(head -n 1 "$folder/answers/$name")
     while IFS= read -r defect; do
-        steps=$(sed -n "s/.*\"$defect\": *{[^}]*\"iterations\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" <<<"$said")
+        steps=$(sed -n "s/.*\"$defect\": *{[^}]*\"iterations\": *\([0-9]*\).*/\1/p" <<<"$said")
         [[ -n $steps ]] || continue # no weights for it, or a dry run
         sed -i "/{\"name\": \"$defect\"/,/\"name\": \"iterations\"/ {
             s/\(\"name\": \"iterations\".*\"values\": \[\)/\1\"$steps\", /

@@ -24,12 +24,11 @@ import nuclio_sdk
 import torch
 from tqdm import tqdm
 
-from defectcam.network import DefectNet
-from defectcam.outline_network import OutlineNet
+from defectcam.engine import TorchEngine
 from defectcam.request import RequestError
 from defectcam.serve import load_main
 
-WARM_UP_PHOTO = Path(__file__).parents[1] / "docs" / "sample.jpg"
+SAMPLE = Path(__file__).parents[1] / "docs" / "sample.jpg"
 
 
 def clock() -> float:
@@ -40,8 +39,8 @@ def clock() -> float:
 
 
 @contextmanager
-def network_calls(description: str) -> Iterator[list[float]]:
-    """The seconds that each forward and backward pass takes inside `with`, with a bar that counts them."""
+def engine_calls(description: str) -> Iterator[list[float]]:
+    """The seconds that each call of an engine takes inside `with`, with a bar that counts them."""
     seconds: list[float] = []
 
     def timed(call: Callable) -> Callable:
@@ -55,10 +54,9 @@ def network_calls(description: str) -> Iterator[list[float]]:
         return run
 
     with (
-        tqdm(desc=description, unit="pass", leave=False) as bar,
-        patch.object(DefectNet, "score_map", timed(DefectNet.score_map)),
-        patch.object(OutlineNet, "score_map", timed(OutlineNet.score_map)),
-        patch.object(torch.autograd, "grad", timed(torch.autograd.grad)),
+        tqdm(desc=description, unit="tile", leave=False) as bar,
+        patch.object(TorchEngine, "score", timed(TorchEngine.score)),
+        patch.object(TorchEngine, "score_and_gradient", timed(TorchEngine.score_and_gradient)),
     ):
         yield seconds
 
@@ -91,7 +89,7 @@ class Function:
         """
         body = {"image": base64.b64encode(photo.read_bytes()).decode(), **settings}
         event = nuclio_sdk.Event(body=body, content_type="application/json", method="POST")
-        with network_calls(description) as network_seconds:
+        with engine_calls(description) as network_seconds:
             started = clock()
             response = self.module.handler(self.context, event)
             seconds = clock() - started
@@ -108,7 +106,7 @@ class Function:
 
     def warm_up(self) -> None:
         """What only a process's first answer does: pages, threads, the GPU's context and kernels."""
-        self.answer(WARM_UP_PHOTO, {"pos_points": [], "obj_bbox": [[400, 200], [464, 264]]}, "warm-up")
+        self.answer(SAMPLE, {"pos_points": [[100, 100]]}, "warm-up")
 
 
 def peak_host_mb() -> float:

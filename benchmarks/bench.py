@@ -1,10 +1,11 @@
 """How fast the function is on this machine: ratios measured side by side, as JSON and as a picture.
 
 Ratios are of medians over alternating repetitions (A, B, A, B, ...) in one run, so that a machine that gets slower
-meanwhile, or that others use too, hardly changes them. The photos are generated, the weights the deployed ones. The
-plain port and pytorch-grad-cam run the network as it was trained, ours the same network folded for use.
+meanwhile, or that others use too, hardly changes them. Photos are docs/sample.jpg, mirrored to the size wanted; the
+weights are the deployed ones. The plain port and pytorch-grad-cam run the network as it was trained, ours the same
+network folded for use. All three read the photo at its own scale alone, in the same tiles.
 
-    climb_speedup            plain_climb.py over ours, T = 2, where one tile in ten shows a defect
+    climb_speedup            plain_climb.py over ours, T = 2, where one tile in ten is climbed
     climb_speedup_all_tiles  the same where every tile is climbed
     grad_cam_speedup         pytorch-grad-cam over ours for the plain map, T = 0
     floor_share              the least a climb can take, over what the plain map and the climb of every tile take,
@@ -12,11 +13,12 @@ plain port and pytorch-grad-cam run the network as it was trained, ours the same
                              backward passes to the input of the network as it was trained, at the speed of this
                              machine's fastest large convolution
     floor_share_folded       the same for the operations that are left to the deployed network (`fold_upsampling`)
-    outside_network_share    of the function's time for 4 megapixels, the share not spent in forward and backward passes
+    outside_network_share    of the function's time for 4 megapixels, the share not spent in the engine
     log_share                what writing an answer to the proposal log takes, over the time for 1 megapixel
     growth_25mp              time for 25 megapixels over that for 1, the defects as dense
     peak_host_mb, peak_gpu_mb  of a process that answers 25 megapixels
-    seconds_1mp, seconds_click, seconds_25mp_gpu  the function with all deployed defects at T = 2; one click
+    seconds_1mp_t0, seconds_1mp, seconds_25mp_gpu  the function with all deployed defects at T = 0; at T = 2
+    seconds_click            one click
 
 Example:
     .venv/bin/python -m benchmarks.bench --quick
@@ -25,12 +27,10 @@ Example:
 from __future__ import annotations
 
 import argparse
-import bisect
 import copy
 import json
 import os
 import platform
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -47,28 +47,28 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.answers import Function, clock
+from benchmarks.answers import SAMPLE, Function, clock
 from benchmarks.plain_climb import network_input, plain_climbed_map
-from defectcam.cam import score_sums
-from defectcam.network import DefectNet
+from defectcam.climb import PaperClimb
+from defectcam.network import ScoreNet
 from defectcam.proposal_log import ProposalLog, image_hash
+from defectcam.pyramid import NEAR_TILE_PX, PhotoMaps, Pyramid, Reading, level_tiles
 from defectcam.request import RequestError, Settings
-from defectcam.tiling import CLIMBED_CORE_PX, Tile, climbed_map, stitched_score_map, tile_grid, tiles_to_climb
-from defectcam.weights import OUTLINE_PREFIX
+from defectcam.tiling import LARGEST_TILE_PX, Tile
 from model_handler import WEIGHTS_DIR, ModelHandler
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-make_sample = runpy.run_path(str(ROOT / "docs" / "make_sample.py"))["make_sample"]
 
 STEPS = 2  # the paper's T
+PLAIN = PaperClimb(xi=0.1, penalty_weight=1.0, salient_share=0.5)  # their values change no time
 SIDE_PX = 1000  # of the photo of 1 megapixel
 LARGE = 5  # times the side of the small photo: 25 megapixels
 TILES_XY = 5, 2
-FLOOR_TILES_XY = 2, 1  # of the function's own size
-CPU_CORE_PX = 128  # with the function's own tiles the plain port would take several minutes for each repetition
+SMALL_TILES = {"near": [(0, 0)], "near_px": 10**6}  # all of a photo, in tiles as small as those around clicks
+FLOOR_TILES_XY = 2, 1  # of the function's own size, with which the plain port would take minutes on a CPU
 # Channels and side of the convolutions whose fastest is the machine's peak; all have the same number of operations.
 CONVOLUTIONS = (64, 512), (128, 256), (256, 128)
 # What is wanted, and whether it is the least or the most.
@@ -102,43 +102,58 @@ def seconds_of(call: Callable, *args) -> float:
     return clock() - started
 
 
+def sample_photo(height: int, width: int, times: int = 1) -> np.ndarray:
+    """The sample photo cut or enlarged to (height, width, 3) uint8, and all of that `times` x `times`.
+
+    Enlarged by mirroring, so that no seam looks like a defect and larger photos have the same defects.
+    """
+    image_rgb = np.asarray(Image.open(SAMPLE).convert("RGB"))[:height, :width]
+    for sizes in ((height, width), (times * height, times * width)):
+        rest = [(0, size - length) for size, length in zip(sizes, image_rgb.shape)]
+        image_rgb = np.pad(image_rgb, (*rest, (0, 0)), mode="symmetric")
+    return image_rgb
+
+
 def compare_networks(model: ModelHandler, repetitions: int) -> dict:
-    """The ratios of maps alone, without photo files and outlines: the first deployed defect, on ten tiles."""
+    """The ratios of maps alone, without photo files and outlines: the first deployed defect, at the photo's scale."""
     defect = model.defects[0]
-    network, fact = model.weights.networks[defect], model.weights.facts[defect]
-    core_px = CPU_CORE_PX if model.device == "cpu" else CLIMBED_CORE_PX
-    image_rgb, _ = make_sample(*(count * core_px for count in TILES_XY))
-    tiles = tile_grid(*image_rgb.shape[:2], network.climb_halo_px, network.stride_px, core_px)
-    plain_tiles = tile_grid(*image_rgb.shape[:2], network.halo_px, network.stride_px, core_px)
-    large_rgb, _ = make_sample(*(count * CLIMBED_CORE_PX for count in FLOOR_TILES_XY))
-    large_tiles = tile_grid(*large_rgb.shape[:2], network.climb_halo_px, network.stride_px, CLIMBED_CORE_PX)
+    engine, reading = model.predictor.engines[defect], model.weights.facts[defect].reading
+    one_level = Reading(1.0, 1, reading.sharpness, (reading.climb(1.0),))
 
-    def ours(steps: int, gate: float, image_rgb: np.ndarray = image_rgb, core_px: int = core_px) -> np.ndarray:
-        score = stitched_score_map(network, image_rgb, model.batch, core_px)
-        return climbed_map(
-            network, image_rgb, score, steps, fact.climb_parameters, fact.cam_max, fact.cam_threshold, fact.window_px,
-            gate, model.batch, core_px,
-        )  # fmt: skip
+    def photo_of(tiles_xy: tuple[int, int], tile_px: int) -> np.ndarray:
+        columns, rows = (count * (tile_px - 2 * engine.halo_px) for count in tiles_xy)
+        return sample_photo(rows, columns)
 
-    with model.networks_on_device:
-        score = stitched_score_map(network, image_rgb, model.batch, core_px)
-        gate = gate_for(len(tiles) // 10, tiles, network, score, fact.window_px)
-        plain = as_trained(model, defect)
-        calls = {
-            "plain port": partial(plain_climbed_map, plain, image_rgb, STEPS, fact.climb_parameters, core_px),
-            "ours, one tile in ten": partial(ours, STEPS, gate),
-            "ours, every tile": partial(ours, STEPS, 0.0),
-            "pytorch-grad-cam": partial(grad_cam_maps, plain, image_rgb, plain_tiles),
-            "ours, T = 0": partial(ours, 0, 0.0),
-            "ours, large tiles": partial(ours, STEPS, 0.0, large_rgb, CLIMBED_CORE_PX),
-        }
-        for channels, side_px in CONVOLUTIONS:
-            calls[f"convolution of {channels} channels"] = convolution(channels, side_px, model.device)
-        timed = alternate({name: partial(seconds_of, call) for name, call in calls.items()}, repetitions, "maps")
-        seconds = {name: median(values) for name, values in timed.items()}
-        peak_flops = max(flops_of(calls[name]) / seconds[name] for name in calls if name.startswith("convolution"))
+    def ours(image_rgb: np.ndarray, climbed: np.ndarray | None, **near) -> np.ndarray:
+        """The merged map, climbed in the tiles of the pixels `climbed`."""
+        maps = PhotoMaps(engine, one_level, Pyramid(image_rgb), model.predictor.batch, **near)
+        if climbed is None:
+            return maps.merged()
+        maps.climb([STEPS], climbed, 1)
+        return maps.merged(STEPS)
+
+    photo, large = photo_of(TILES_XY, NEAR_TILE_PX), photo_of(FLOOR_TILES_XY, LARGEST_TILE_PX)
+    tiles = level_tiles(*photo.shape[:2], one_level, engine, **SMALL_TILES)[1.0]
+    large_tiles = level_tiles(*large.shape[:2], one_level, engine)[1.0]
+    everywhere = np.ones(photo.shape[:2], bool)
+    in_one_tile = np.zeros_like(everywhere)
+    in_one_tile[0, 0] = True
+    plain = as_trained(model, defect)
+    calls = {
+        "plain port": partial(plain_climbed_map, plain, photo, tiles, STEPS, PLAIN),
+        "ours, one tile in ten": partial(ours, photo, in_one_tile, **SMALL_TILES),
+        "ours, every tile": partial(ours, photo, everywhere, **SMALL_TILES),
+        "pytorch-grad-cam": partial(grad_cam_maps, plain, photo, tiles),
+        "ours, T = 0": partial(ours, photo, None, **SMALL_TILES),
+        "ours, large tiles": partial(ours, large, np.ones(large.shape[:2], bool)),
+    }
+    for channels, side_px in CONVOLUTIONS:
+        calls[f"convolution of {channels} channels"] = convolution(channels, side_px, model.device)
+    timed = alternate({name: partial(seconds_of, call) for name, call in calls.items()}, repetitions, "maps")
+    seconds = {name: median(values) for name, values in timed.items()}
+    peak_flops = max(flops_of(calls[name]) / seconds[name] for name in calls if name.startswith("convolution"))
     floor_seconds = climb_flops(plain, large_tiles) / peak_flops
-    folded_seconds = climb_flops(network, large_tiles) / peak_flops
+    folded_seconds = climb_flops(engine.network, large_tiles) / peak_flops
     return {
         "climb_speedup": seconds["plain port"] / seconds["ours, one tile in ten"],
         "climb_speedup_all_tiles": seconds["plain port"] / seconds["ours, every tile"],
@@ -150,33 +165,21 @@ def compare_networks(model: ModelHandler, repetitions: int) -> dict:
     }
 
 
-def as_trained(model: ModelHandler, defect: str) -> DefectNet:
-    """A defect's classifier with nothing folded, its parameters with gradients."""
+def as_trained(model: ModelHandler, defect: str) -> ScoreNet:
+    """A defect's network with nothing folded, its parameters with gradients."""
     fact = model.weights.facts[defect]
-    tensors = load_file(Path(os.environ.get("ADVCAM_WEIGHTS") or WEIGHTS_DIR) / fact.file)
     network = fact.build_network().eval()
-    network.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(OUTLINE_PREFIX)})
+    network.load_state_dict(load_file(Path(os.environ.get("ADVCAM_WEIGHTS") or WEIGHTS_DIR) / fact.file))
     return network.to(model.device, memory_format=torch.channels_last)
 
 
-def gate_for(count: int, tiles: list[Tile], network: DefectNet, score: np.ndarray, window_px: int) -> float:
-    """The gate that `count` tiles pass: what is timed must not depend on how many the weights would let through."""
-    sums, bias = score_sums(score), float(network.head.bias[0])
-    gates = np.linspace(0, 1, 1_000_001)
-    passing = partial(tiles_to_climb, tiles, sums, bias, window_px)
-    gate = gates[bisect.bisect_left(gates, -count, key=lambda gate: -len(passing(gate)))]
-    if len(passing(gate)) != count:
-        sys.exit(f"no gate lets {count} of {len(tiles)} tiles through: the classifier is equally sure of several")
-    return float(gate)
-
-
-def grad_cam_maps(network: DefectNet, image_rgb: np.ndarray, tiles: Iterable[Tile]) -> np.ndarray:
+def grad_cam_maps(network: ScoreNet, image_rgb: np.ndarray, tiles: Iterable[Tile]) -> np.ndarray:
     """pytorch-grad-cam's map of a photo, tile by tile, (H, W) float32; it scales every tile to 0..1."""
     stitched = np.zeros(image_rgb.shape[:2], np.float32)
     with GradCAM(network, [network.decoder]) as grad_cam:
         for tile in tiles:
             y0, y1, x0, x1 = tile.core
-            image = network_input(network, image_rgb, tile.outer)
+            image = network_input(network, image_rgb, tile)
             stitched[y0:y1, x0:x1] = tile.core_of(grad_cam(image, targets=[lambda logit: logit])[0])
     return stitched
 
@@ -198,7 +201,7 @@ def flops_of(call: Callable) -> int:
     return counter.get_total_flops()
 
 
-def climb_flops(network: DefectNet, tiles: Iterable[Tile]) -> int:
+def climb_flops(network: ScoreNet, tiles: Iterable[Tile]) -> int:
     """Operations of T + 1 forward passes and T backward passes to the input over all tiles, with their halo."""
     network = copy.deepcopy(network).to("meta")  # counts without calculating
 
@@ -209,24 +212,23 @@ def climb_flops(network: DefectNet, tiles: Iterable[Tile]) -> int:
         torch.autograd.grad(forward(image).sum(), image)
 
     total = 0
-    for top, bottom, left, right in (tile.outer for tile in tiles):
-        image = torch.empty(1, 3, bottom - top, right - left, device="meta", requires_grad=True)
+    for tile in tiles:
+        image = torch.empty(1, 3, *tile.size, device="meta", requires_grad=True)
         total += flops_of(partial(forward, image)) + STEPS * flops_of(partial(forward_and_backward, image))
     return total
 
 
 def time_answers(function: Function, folder: Path, repetitions: int) -> dict:
     """The function on 1 and 4 megapixels and on one click."""
-    image_rgb, masks = make_sample(SIDE_PX, SIDE_PX)
-    on_crack = np.argwhere(masks["crack"])
-    y, x = on_crack[len(on_crack) // 2].tolist()
-    small, medium = (write_photo(image_rgb, times, folder) for times in (1, 2))
+    small, medium = (write_photo(times, folder) for times in (1, 2))
     calls = {
         "1 megapixel": partial(function.answer, small, {"iterations": STEPS}, "1 megapixel"),
+        "1 megapixel, T = 0": partial(function.answer, small, {"iterations": 0}, "1 megapixel, T = 0"),
         "4 megapixels": partial(function.answer, medium, {"iterations": STEPS}, "4 megapixels"),
-        "click": partial(function.answer, small, {"pos_points": [[x, y]]}, "click"),
+        "click": partial(function.answer, small, {"pos_points": [[SIDE_PX / 2, SIDE_PX / 2]]}, "click"),
     }
     model: ModelHandler = function.context.user_data.model
+    image_rgb = sample_photo(SIDE_PX, SIDE_PX)
     log, shapes = ProposalLog(folder / "log", function.context.logger), model.propose(image_rgb, Settings(iterations=STEPS))
     function.warm_up()
     answers = alternate(calls, repetitions, "answers")
@@ -235,6 +237,7 @@ def time_answers(function: Function, folder: Path, repetitions: int) -> dict:
     outside = [1 - answer["network_seconds"] / answer["seconds"] for answer in answers["4 megapixels"]]
     return {
         "outside_network_share": median(outside),
+        "seconds_1mp_t0": seconds["1 megapixel, T = 0"],
         "seconds_1mp": seconds["1 megapixel"],
         "seconds_4mp": seconds["4 megapixels"],
         "seconds_click": seconds["click"],
@@ -255,8 +258,7 @@ def log_answer(log: ProposalLog, image_rgb: np.ndarray, model: ModelHandler, sha
 
 def time_large_answer(folder: Path, device: str, seconds_1mp: float) -> dict:
     """The function on 25 megapixels, once, in a process of its own."""
-    image_rgb, _ = make_sample(SIDE_PX, SIDE_PX)
-    photo = write_photo(image_rgb, LARGE, folder)
+    photo = write_photo(LARGE, folder)
     command = [sys.executable, "-m", "benchmarks.answers", str(photo), "--iterations", str(STEPS)]
     process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if process.returncode:
@@ -273,11 +275,10 @@ def time_large_answer(folder: Path, device: str, seconds_1mp: float) -> dict:
     return results
 
 
-def write_photo(image_rgb: np.ndarray, times: int, folder: Path) -> Path:
-    """A JPEG file of the photo laid out `times` x `times`, mirrored so that no seam looks like a defect."""
-    height, width = ((times - 1) * size for size in image_rgb.shape[:2])
+def write_photo(times: int, folder: Path) -> Path:
+    """A JPEG file of the photo of 1 megapixel laid out `times` x `times`."""
     path = folder / f"photo_{times * times}mp.jpg"
-    Image.fromarray(np.pad(image_rgb, ((0, height), (0, width), (0, 0)), mode="symmetric")).save(path, quality=90)
+    Image.fromarray(sample_photo(SIDE_PX, SIDE_PX, times)).save(path, quality=90)
     return path
 
 
@@ -299,7 +300,7 @@ def draw(results: dict, path: Path) -> None:
         "times as fast": ["climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup"],
         "share of time": ["floor_share", "outside_network_share", "log_share"],
         "times as long as for 1 MP": ["growth_4mp", "growth_25mp"],
-        "seconds": ["seconds_1mp", "seconds_4mp", "seconds_25mp", "seconds_click"],
+        "seconds": ["seconds_1mp_t0", "seconds_1mp", "seconds_4mp", "seconds_25mp", "seconds_click"],
     }
     figure, all_axes = pyplot.subplots(1, len(groups), figsize=(16, 4.5), layout="constrained")
     for axes, (unit, keys) in zip(all_axes, groups.items()):

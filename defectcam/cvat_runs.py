@@ -73,7 +73,7 @@ class Run:
         shown = f"; the shapes of {', '.join(hidden)} show that default instead of T" if hidden else ""
         return (
             f"T={listed(default[name] for name in labels)} used: bad T {', '.join(what)} of task {self.task}, must be "
-            f'0 to {ITERATIONS_MAX} or "auto"{shown}; choose another default of {ATTRIBUTE} and run again'
+            f'0 to {ITERATIONS_MAX}{shown}; choose another default of {ATTRIBUTE} and run again'
         )
 
     def next_frame(self) -> int | None:
@@ -246,7 +246,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def _steps(text: object) -> int | str | None:
-    """T as the labels' select says it: digits or "auto"; None for anything else."""
+    """T as the labels' select says it: digits, or "auto" of labels of earlier versions; None for anything else."""
     if text == "auto":
         return text
     in_range = isinstance(text, str) and re.fullmatch("[0-9]{1,2}", text) and int(text) <= ITERATIONS_MAX

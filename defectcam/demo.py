@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
 import nuclio_sdk
 import nuclio_sdk.logger
+import numpy as np
 
 from defectcam.overlay import draw_shapes
 from defectcam.paths import file_name, write_image
@@ -21,17 +22,28 @@ from defectcam.request import ImageError, decode_image
 from defectcam.serve import load_main
 
 
-def call_handler(envelope: dict) -> tuple[int, object]:
-    """Start the function in this process and send it one request; returns status and answer."""
+def start_function() -> Callable[[dict], tuple[int, object]]:
+    """Start the function in this process; returns what sends it a request and gives status and answer."""
     os.environ.setdefault("ADVCAM_TIME_LIMIT", "86400")  # no CVAT waits for this answer
     function = load_main()
     logger = nuclio_sdk.Logger(logging.INFO)
     logger.set_handler("default", sys.stderr, nuclio_sdk.logger.HumanReadableFormatter())
     context = nuclio_sdk.Context(logger)
     function.init_context(context)
-    event = nuclio_sdk.Event(body=envelope, content_type="application/json", method="POST")
-    response = function.handler(context, event)
-    return response.status_code, json.loads(response.body)
+
+    def call(envelope: dict) -> tuple[int, object]:
+        event = nuclio_sdk.Event(body=envelope, content_type="application/json", method="POST")
+        response = function.handler(context, event)
+        return response.status_code, json.loads(response.body)
+
+    return call
+
+
+def step_counts(text: str) -> list[int]:
+    """"0,2,8" -> [0, 2, 8]."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, nor several with commas between them")
+    return [int(part) for part in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,33 +51,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="defectcam demo",
         description="Proposals for one photo as CVAT JSON and as an overlay picture.",
-        epilog="example:\n  defectcam demo bridge.jpg --iterations 4 --out out/demo",
+        epilog="example:\n  defectcam demo bridge.jpg --iterations 0,2,8 --out out/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("image", type=Path, help="the photo: JPEG, PNG, TIFF, BMP or WebP")
-    parser.add_argument("--iterations", help='climbing steps, 0 to 50 or "auto" (default: each defect\'s own)')
+    parser.add_argument(
+        "--iterations",
+        type=step_counts,
+        default=[None],
+        help="climbing steps, 0 to 50 (default: each defect's own); several as 0,2,8: their overlays stand side by side",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         image_bytes = args.image.read_bytes()
     except OSError as error:
         sys.exit(f"cannot read the photo {args.image}: {error.strerror}")
-    envelope = {"image": base64.b64encode(image_bytes).decode()}
-    if args.iterations:
-        envelope["iterations"] = int(args.iterations) if args.iterations.isdecimal() else args.iterations
-    status, answer = call_handler(envelope)
-    if status != 200:
-        sys.exit(f"the function refused: {answer['error']}")
     args.out.mkdir(parents=True, exist_ok=True)
-    shapes_path = args.out / file_name(args.image.stem, ".json")
-    shapes_path.write_text(json.dumps(answer, indent=1) + "\n")
-    count = sum(shape["type"] != "tag" for shape in answer)
-    print(f"{count} proposals for {args.image}")
-    print(f"CVAT JSON: {shapes_path.resolve()}")
+    call, answers = start_function(), []
+    for steps in args.iterations:
+        given = {} if steps is None else {"iterations": steps}
+        status, answer = call({"image": base64.b64encode(image_bytes).decode(), **given})
+        if status != 200:
+            sys.exit(f"the function refused: {answer['error']}")
+        answers.append(answer)
+        name = args.image.stem if len(args.iterations) == 1 else f"{args.image.stem} T={steps}"
+        shapes_path = args.out / file_name(name, ".json")
+        shapes_path.write_text(json.dumps(answer, indent=1) + "\n")
+        count = sum(shape["type"] != "tag" for shape in answer)
+        print(f"{count} proposals for {args.image}" + ("" if steps is None else f" at T = {steps}"))
+        for tag in (shape for shape in answer if shape["type"] == "tag"):
+            print(f"{tag['label']}: {tag['attributes'][0]['value']}")
+        print(f"CVAT JSON: {shapes_path.resolve()}")
     try:
         image_rgb = decode_image(image_bytes, max_pixels=10**9)
     except ImageError as error:
         sys.exit(f"no overlay: {error}")
     overlay_path = args.out / file_name(args.image.stem, ".png")
-    write_image(overlay_path, cv2.cvtColor(draw_shapes(image_rgb, answer), cv2.COLOR_RGB2BGR))
+    overlays = np.hstack([draw_shapes(image_rgb, answer) for answer in answers])
+    write_image(overlay_path, cv2.cvtColor(overlays, cv2.COLOR_RGB2BGR))
     print(f"overlay:   {overlay_path.resolve()}")

@@ -1,14 +1,15 @@
-"""Clicks -> one outline: CVAT's interactor. Only windows around the clicks go through the networks.
+"""Clicks -> one outline: CVAT's interactor. Of every level of the pyramid only tiles near the clicks are read.
 
 A person has clicked, so the question is not whether there is a defect but how far it reaches: no confidence is
 asked for, and the answer is never empty. For every positive click the first of these that has something there:
 
-1. the component of the climbed, snapped mask, as a detector would propose it;
-2. what snapping finds in a disc around the click: for a defect that the classifier overlooks;
+1. the region of the map above theta;
+2. the region above what the map says at the click itself, in the surroundings of the click: for a defect that the
+   network overlooks;
 3. a small disc at the click, for the annotator to see that nothing was found and to go on by hand.
 
-A component under a negative click is left out. If a positive click is on it as well, what is nearer to the
-negative ones is cut off, and what still hangs together with a positive one stays.
+A region under a negative click is left out. If a positive click is on it as well, what is nearer to the negative ones
+is cut off, and what still hangs together with a positive one stays.
 """
 
 from __future__ import annotations
@@ -16,54 +17,64 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from defectcam.cam import score_sums, window_logits
-from defectcam.pace import Progress
-from defectcam.proposals import find_components, polygon_points_xy
-from defectcam.request import Clicks, RequestError, Settings
-from defectcam.tiling import GATE_SPACING_PX, at_photo_scale, at_working_scale
-from defectcam.time_needed import Box, check_clicks, window_px
+from defectcam.deadline import NO_DEADLINE, Deadline, Progress
+from defectcam.pace import climb_passes
+from defectcam.polygons import polygon_points_xy
+from defectcam.postprocess import regions
+from defectcam.predict import Predictor
+from defectcam.proposals import find_components
+from defectcam.pyramid import Pyramid
+from defectcam.request import Clicks, RequestError
 
-if TYPE_CHECKING:
-    from model_handler import ModelHandler
-
-# At working scale: side of the window around a click, its surroundings that the networks and snapping see as
-# well, and radius of the disc in which the image alone is asked. Less than a second per map on two cores.
-WINDOW_PX = 512
-MARGIN_PX = 64
-DISC_PX = 32
+NEAR_PX = 96  # so far around a click every level is read at the least, in px of the level
+OVERLOOKED_RADIUS_PX = 64  # around a click where the network finds nothing
+MOST_OF_RIM = 0.5  # of the rim of these surroundings; a crack crosses it in two places
+OVERLOOKED_LOGITS = 1.0  # below what the map says there, a pixel may belong to it
 # How far from a defect a click still means it, of the photo's longer side: 3 px of a screen that shows all of it.
 REACH_SHARE = 1 / 500
 LEAST_REACH_PX = 4
+BOX_SPACING_PX = 128  # of the points in a box that are looked at like clicks
 
 Pixel = tuple[int, int]  # x, y
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in the photo, half-open, px
+
+
+@dataclass(frozen=True)
+class ClickSettings:
+    """What is in force for one defect: T, theta, and the polygon's simplification."""
+
+    iterations: int
+    cam_threshold: float
+    tolerance_px: float
+    hole_share: float
 
 
 def outline_clicked(
-    handler: ModelHandler, image_rgb: np.ndarray, clicks: Clicks, settings: Settings, deadline: float = math.inf
-) -> dict:
+    predictor: Predictor,
+    image_rgb: np.ndarray,
+    clicks: Clicks,
+    settings: Mapping[str, ClickSettings],
+    deadline: Deadline = NO_DEADLINE,
+) -> tuple[dict, str]:
     """CVAT's interactor answer.
 
     Args:
-        handler: networks and settings.
         image_rgb: (H, W, 3) uint8.
         clicks: at least one positive one, or a box. The box ends the outline; a positive click outside widens it.
-        settings: `threshold` and `shape` mean nothing here; of `defects` the one the classifiers are surest of at
-            the clicks is outlined.
-        deadline: on the clock of time.monotonic, s.
+        settings: of every defect that may be meant; the one whose map is surest at the clicks is outlined.
 
     Returns:
         `mask`, (H, W) uint8 0 or 1, not all 0; `points` [[x, y], ...] in px, a simplified polygon of its
-        largest component, for annotators who convert masks to polygons.
+        largest component, for annotators who convert masks to polygons. And the defect.
 
     Raises:
         RequestError: clicks outside the photo, or a positive and a negative one on the same pixel.
-        ImageError, TimeLimitError: as `ModelHandler.propose`.
+        TimeLimitError: the deadline passed.
     """
     height, width = image_rgb.shape[:2]
     positive = _pixels("pos_points", clicks.positive_xy, width, height)
@@ -71,67 +82,78 @@ def outline_clicked(
     if both := set(positive) & set(negative):
         raise RequestError(f"pos_points and neg_points are both on pixel {min(both)}: keep one of them")
     box = _box(clicks, positive, width, height)
-    defects = settings.defects or handler.defects
-    in_force = {defect: handler.effective(defect, replace(settings, threshold=0.0)) for defect in defects}
-    scales = {defect: handler.weights.facts[defect].working_scale for defect in defects}
-    places = [(x, y, x + 1, y + 1) for x, y in positive] or [box]
-    looked_at = {defect: _looked_at(handler, defect, places, width, height) for defect in defects if len(defects) > 1}
-    parts = {
-        defect: [box] if clicks.box_xyxy else _windows(positive, scales[defect], width, height) for defect in defects
-    }
-    grown = {
-        defect: [_grown(part, MARGIN_PX, scales[defect], width, height) for part in parts[defect]] for defect in defects
-    }
-    amount = (_area(box) / 1e6, "megapixels of the box") if clicks.box_xyxy else (len(positive), "clicks")
-    progress, defect = check_clicks(handler, looked_at, grown, in_force, deadline, *amount), defects[0]
-    if looked_at:
-        defect = _surest_defect(handler, image_rgb, places, looked_at, in_force, deadline, progress)
-        progress = check_clicks(handler, {}, {defect: grown[defect]}, in_force, deadline, *amount)
-    fact, effective = handler.weights.facts[defect], in_force[defect]
     reach_px = max(LEAST_REACH_PX, round(REACH_SHARE * max(height, width)))
+    near = list(positive)
+    if clicks.box_xyxy:
+        near += [(x, y) for y in _along(box[1], box[3]) for x in _along(box[0], box[2])]
+    pyramid = Pyramid(image_rgb)
 
-    def outlines(part: Box, discs_xy: Sequence[Pixel] = ()) -> tuple[np.ndarray, Box]:
-        """What is found in a part of the photo, as far as the box reaches: by the networks, or in discs by the image.
-
-        Returns:
-            (h, w) bool, and where it lies in the photo.
-        """
-        x0, y0, x1, y1 = _grown(part, MARGIN_PX, fact.working_scale, width, height)
-        image = at_working_scale(image_rgb[y0:y1, x0:x1], fact.working_scale)
-        if discs_xy:
-            climbed = np.zeros(image.shape[:2], np.float32)
-        else:
-            climbed = handler.maps(image, defect, effective, deadline).climbed
-        for x, y in discs_xy:
-            centre = [int((x - x0) * fact.working_scale), int((y - y0) * fact.working_scale)]
-            cv2.circle(climbed, centre, DISC_PX, 2.0, cv2.FILLED)
-        mask = at_photo_scale(handler.mask(image, climbed, defect, effective, deadline), y1 - y0, x1 - x0)
-        left, top, right, bottom = inside = *map(max, part[:2], box[:2]), *map(min, part[2:], box[2:])
-        return mask[top - y0 : bottom - y0, left - x0 : right - x0], inside
-
-    found = np.zeros((height, width), bool)
-    for part, window in zip(parts[defect], grown[defect]):
-        mask, (left, top, right, bottom) = outlines(part)
-        found[top:bottom, left:right] |= mask
-        progress.add(window_px(handler, defect, window, effective["iterations"]))
+    looked_at = {name: predictor.plain_pixels(height, width, name, near) for name in settings if len(settings) > 1}
+    least = min(
+        predictor.plain_pixels(height, width, name, near, NEAR_PX) * max(1.0, climb_passes(own.iterations))
+        for name, own in settings.items()
+    )
+    defect = next(iter(settings))
+    needed = looked_at | {defect: looked_at.get(defect, 0) + least}
+    amount, unit = (len(positive), "clicks") if positive else ((box[2] - box[0]) * (box[3] - box[1]) / 1e6, "megapixels")
+    deadline.check_work(predictor.pace.seconds(needed, deadline.left_s()), amount, unit)
+    deadline = Progress(deadline, sum(needed.values()), amount, unit)
+    if looked_at:
+        sure = {}
+        for name in settings:
+            logits = predictor.maps(pyramid, name, deadline, near).merged()
+            sure[name] = _surest(logits, predictor, name, near, reach_px)
+        defect = max(sure, key=sure.get)
+    fact, chosen_settings = predictor.weights.facts[defect], settings[defect]
+    maps, steps = predictor.maps(pyramid, defect, deadline, near, NEAR_PX), chosen_settings.iterations
+    if steps:
+        maps.climb([steps], np.ones((1, 1), bool), max(height, width))
+    logits = maps.merged(steps)
+    found = _cut_off(regions(logits, fact.least_logit(chosen_settings.cam_threshold), fact.cleaning), box)
     chosen = _selected(found, positive, negative, reach_px)
-    missed = [xy for xy in positive if not _label_at(chosen, xy, reach_px)]
-    if not positive and not chosen.any():
-        missed = [((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)]
-    for part in _joined(_grown((*xy, *xy), DISC_PX, fact.working_scale, width, height) for xy in missed):
-        clicked = [(x, y) for x, y in missed if part[0] <= x < part[2] and part[1] <= y < part[3]]
-        mask, (left, top, right, bottom) = outlines(part, clicked)
-        here, others = ([(x - left, y - top) for x, y in points] for points in (clicked, negative))
-        mask = _selected(mask, here, others, reach_px) if fact.snap else np.zeros_like(mask)
-        for xy in here:
-            if not _label_at(mask, xy, reach_px):
-                disc = _disc(xy, reach_px, *mask.shape)
-                mask |= disc & ~_nearer_to(others, [xy], disc)
-        chosen[top:bottom, left:right] |= mask
-    handler.logger.info(f"{defect} clicked, {len(missed)} times where the networks find nothing")
+    missed = positive if positive or chosen.any() else [((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)]
+    for xy in missed:
+        if _label_at(chosen, xy, reach_px):
+            continue
+        mask = _selected(_cut_off(_overlooked(logits, xy, reach_px), box), [xy], negative, reach_px)
+        if not mask.any():
+            mask = _cut_off(_disc(xy, reach_px, height, width), box)
+            mask &= ~_nearer_to(negative, [xy], mask)
+        chosen |= mask
     largest = max(find_components(chosen), key=lambda component: component.area_px)
-    points = polygon_points_xy(largest, effective["tolerance_px"], effective["hole_share"], width, height, deadline)
-    return {"mask": chosen.astype(np.uint8), "points": list(zip(points[::2], points[1::2]))}
+    points = polygon_points_xy(
+        largest, chosen_settings.tolerance_px, chosen_settings.hole_share, width, height, deadline
+    )
+    return {"mask": chosen.astype(np.uint8), "points": list(zip(points[::2], points[1::2]))}, defect
+
+
+def _surest(logits: np.ndarray, predictor: Predictor, defect: str, near: Sequence[Pixel], reach_px: int) -> float:
+    """The mean logit of the defect's probability at some pixels, each the largest within reach."""
+    slope, intercept = predictor.weights.facts[defect].platt
+    largest = [_around(logits, xy, reach_px).max() for xy in near]
+    return float(np.mean(np.clip(slope * np.array(largest) + intercept, -30, 30)))
+
+
+def _overlooked(logits: np.ndarray, xy: Pixel, reach_px: int) -> np.ndarray:
+    """The region around a click above a little less than what the map says there, (H, W) bool.
+
+    Empty where it fills most of the surroundings' rim: then the map says the same everywhere, and nothing of a defect.
+    """
+    disc = _disc(xy, OVERLOOKED_RADIUS_PX, *logits.shape)
+    rim = disc & ~_disc(xy, OVERLOOKED_RADIUS_PX - 1, *logits.shape)
+    region = (logits > _around(logits, xy, reach_px).max() - OVERLOOKED_LOGITS) & disc
+    return region & (np.count_nonzero(region & rim) < MOST_OF_RIM * np.count_nonzero(rim))
+
+
+def _around(values: np.ndarray, xy: Pixel, reach_px: int) -> np.ndarray:
+    """The part of values (H, W) within reach of a pixel."""
+    x, y = xy
+    return values[max(y - reach_px, 0) : y + reach_px + 1, max(x - reach_px, 0) : x + reach_px + 1]
+
+
+def _along(start: int, end: int) -> Iterable[int]:
+    """Positions from start to end, BOX_SPACING_PX apart at most."""
+    return np.linspace(start, end - 1, 2 + (end - start) // BOX_SPACING_PX).astype(int).tolist()
 
 
 def to_json(answer: dict) -> str:
@@ -165,92 +187,12 @@ def _box(clicks: Clicks, positive: Sequence[Pixel], width: int, height: int) -> 
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _looked_at(handler: ModelHandler, defect: str, places: Sequence[Box], width: int, height: int) -> list[Box]:
-    """Windows that show the classifier of a defect some places and what they depend on."""
-    return _joined(_surroundings(handler, defect, place, width, height) for place in places)
-
-
-def _surroundings(handler: ModelHandler, defect: str, place: Box, width: int, height: int) -> Box:
-    fact = handler.weights.facts[defect]
-    return _grown(place, fact.window_px // 2 + MARGIN_PX, fact.working_scale, width, height)
-
-
-def _surest_defect(
-    handler: ModelHandler,
-    image_rgb: np.ndarray,
-    places: Sequence[Box],
-    looked_at: Mapping[str, Sequence[Box]],
-    in_force: Mapping[str, dict],
-    deadline: float,
-    progress: Progress,
-) -> str:
-    """The defect with the largest mean logit of its classifier's windows at some places.
-
-    Args:
-        looked_at: defect -> windows of `_looked_at`.
-        progress: is told of every window.
-    """
-    height, width = image_rgb.shape[:2]
-
-    def logit(defect: str) -> float:
-        fact = handler.weights.facts[defect]
-        scale, bias = fact.working_scale, handler.weights.networks[defect].head.bias.item()
-        step = max(1, int(GATE_SPACING_PX / scale))
-        left = {place: _surroundings(handler, defect, place, width, height) for place in places}
-        logits = []
-        for window in looked_at[defect]:
-            x0, y0, x1, y1 = window
-            image = at_working_scale(image_rgb[y0:y1, x0:x1], scale)
-            sums = score_sums(handler.maps(image, defect, in_force[defect] | {"iterations": 0}, deadline).score)
-            progress.add(window_px(handler, defect, window))
-            for place in [place for place, around in left.items() if _joint(around, window) == window]:
-                del left[place]
-                xs = ((np.arange(place[0], place[2], step) - x0) * scale).astype(int)
-                ys = ((np.arange(place[1], place[3], step) - y0) * scale).astype(int)
-                logits.append(window_logits(sums, bias, ys[:, None], xs[None], fact.window_px).mean())
-        return float(np.mean(logits))
-
-    logits = {defect: logit(defect) for defect in looked_at}
-    handler.logger.info("logits at the clicks: " + ", ".join(f"{name} {value:.2f}" for name, value in logits.items()))
-    return max(logits, key=logits.get)
-
-
-def _windows(positive: Sequence[Pixel], working_scale: float, width: int, height: int) -> list[Box]:
-    """A window around every click."""
-    return _joined(_grown((*xy, *xy), WINDOW_PX // 2, working_scale, width, height) for xy in positive)
-
-
-def _joined(boxes: Iterable[Box]) -> list[Box]:
-    """Boxes that cover the given ones, joined as long as that makes no more to do than both alone."""
-    windows: list[Box] = []
-    for window in boxes:
-        others = windows
-        while others:
-            others = [other for other in windows if _area(_joint(window, other)) <= _area(window) + _area(other)]
-            for other in others[:1]:
-                windows.remove(other)
-                window = _joint(window, other)
-        windows.append(window)
-    return windows
-
-
-def _joint(one: Box, other: Box) -> Box:
-    return *map(min, one[:2], other[:2]), *map(max, one[2:], other[2:])
-
-
-def _area(box: Box) -> int:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def _grown(box: Box, margin_px: int, working_scale: float, width: int, height: int) -> Box:
-    """The box with a margin, given in px at working scale, as far as the photo reaches.
-
-    It starts on the grid of the networks' coarsest features, so a window has the scores that the photo has there.
-    """
-    margin, step = math.ceil(margin_px / working_scale), max(1, round(8 / working_scale))
-    x0, y0 = (max(number - margin, 0) // step * step for number in box[:2])
-    x1, y1 = (-(-(number + margin) // step) * step for number in box[2:])
-    return x0, y0, min(x1, width), min(y1, height)
+def _cut_off(mask: np.ndarray, box: Box) -> np.ndarray:
+    """The mask (H, W) bool, False outside the box."""
+    inside = np.zeros_like(mask)
+    x0, y0, x1, y1 = box
+    inside[y0:y1, x0:x1] = mask[y0:y1, x0:x1]
+    return inside
 
 
 def _selected(
@@ -272,7 +214,7 @@ def _selected(
 def _label_at(labels: np.ndarray, xy: Pixel, reach_px: int) -> int:
     """The label (H, W; 0 for none) nearest to a pixel within reach, 0 if there is none."""
     (x, y), left, top = xy, max(xy[0] - reach_px, 0), max(xy[1] - reach_px, 0)
-    near = labels[top : max(y + reach_px + 1, 0), left : max(x + reach_px + 1, 0)]  # a click may lie beside a part
+    near = labels[top : y + reach_px + 1, left : x + reach_px + 1]
     ys, xs = np.nonzero(near)
     squares = (ys + top - y) ** 2 + (xs + left - x) ** 2
     if not len(squares) or squares.min() > reach_px**2:

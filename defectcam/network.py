@@ -1,14 +1,17 @@
-"""The classifier: a U-Net on the first blocks of a ResNet34, global average pooling and one linear layer.
+"""ScoreNet: one network per defect, a U-Net whose signed score map is read per pixel and pooled (paper 3.1, Fig. 3, 4).
 
-Paper 3.1, Fig. 3 (the network) and Fig. 4 (one, two or three down-samplings). The decoder's output has the
-input's height and width, so its class activation map does too. One binary network per defect (paper 4.1).
+The map S has a logit for every pixel of the image. Pooled over a window it is the classifier's logit for that window,
+its positive part above the bias is the class activation map, and climbing follows its gradient to the image. One
+binary network per defect (paper 4.1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
@@ -16,100 +19,141 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# What ResNet34's published ImageNet weights were trained with; the default for networks from scratch as well.
-IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
-IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
+LARGEST_HALO_PX = 96  # the pyramid gives context; wider halos changed the sign of 0.3 % of the pixels
+LOG_MEAN_EXP_SHARPNESS = 4.0
 
 
-class DefectNet(nn.Module):
-    """Binary defect classifier whose features keep the input's resolution.
+@dataclass(frozen=True)
+class Encoder:
+    """What an encoder needs to be known for.
+
+    Attributes:
+        smp_name: of segmentation-models-pytorch.
+        reach_px: pixels around a region that its score map depends on, per number of down-samplings.
+        mean_rgb, std_rgb: what its ImageNet weights were trained with, on the scale 0..1.
+    """
+
+    smp_name: str
+    reach_px: dict[int, int]
+    mean_rgb: tuple[float, float, float]
+    std_rgb: tuple[float, float, float]
+
+
+ENCODERS = {
+    # The paper's: its first blocks, the first convolution with stride 1.
+    "resnet34": Encoder("resnet34", {1: 24, 2: 60, 3: 168}, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # Halves the resolution from its first convolution on: sees four times as far for a tenth of the arithmetic.
+    # Without squeeze-and-excitation, whose global means would let tiles disagree.
+    "efficientnet-lite0": Encoder("tu-tf_efficientnet_lite0", {4: 214}, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+POOLINGS = ("average", "log-mean-exp")
+
+
+class ScoreNet(nn.Module):
+    """Images -> signed score maps of the same height and width -> logits.
 
     Args:
-        decoder_channels: width of the decoder's stages, coarse to fine; `downsamplings` + 1 numbers.
-        downsamplings: how often the encoder halves the resolution, 1, 2 (the paper's choice) or 3.
-        encoder_weights: "imagenet" to start from the published encoder weights (downloaded by
-            segmentation-models-pytorch), None to start from random ones.
-        mean_rgb, std_rgb: normalisation constants of the input, on the scale 0..1.
+        encoder: one of ENCODERS.
+        decoder_channels: width of the decoder's stages, coarse to fine: for resnet34 `downsamplings` + 1 numbers, for
+            efficientnet-lite0 as many as `downsamplings`.
+        downsamplings: how often the encoder halves the resolution: 1, 2 (the paper's choice) or 3 of resnet34, 4 of
+            efficientnet-lite0.
+        pooling: how the map becomes a logit: "average" (the paper's) or "log-mean-exp", which a defect that covers
+            little of the image still moves.
+        encoder_weights: "imagenet" to start from ImageNet weights that segmentation-models-pytorch downloads.
+
+    Raises:
+        ValueError: arguments that do not fit each other; the message names them.
     """
 
     def __init__(
         self,
+        encoder: str = "resnet34",
         decoder_channels: tuple[int, ...] = (64, 32, 16),
         downsamplings: int = 2,
+        pooling: str = "average",
         encoder_weights: str | None = None,
-        mean_rgb: tuple[float, ...] = IMAGENET_MEAN_RGB,
-        std_rgb: tuple[float, ...] = IMAGENET_STD_RGB,
     ) -> None:
         super().__init__()
-        if downsamplings not in (1, 2, 3):
-            raise ValueError(f"downsamplings must be 1, 2 or 3, not {downsamplings!r}")
-        if len(decoder_channels) != downsamplings + 1:
+        if encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, not {encoder!r}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+        known = ENCODERS[encoder]
+        if downsamplings not in known.reach_px:
+            allowed = " or ".join(map(str, known.reach_px))
+            raise ValueError(f"downsamplings of {encoder} must be {allowed}, not {downsamplings!r}")
+        depth = downsamplings + 1 if encoder == "resnet34" else downsamplings
+        if len(decoder_channels) != depth:
             raise ValueError(
-                f"decoder_channels needs {downsamplings + 1} numbers for {downsamplings} down-samplings, "
+                f"decoder_channels needs {depth} numbers for {downsamplings} down-samplings of {encoder}, "
                 f"not {decoder_channels!r}"
             )
-        self.downsamplings = downsamplings
+        self.downsamplings, self.pooling = downsamplings, pooling
+        self.reach_px = known.reach_px[downsamplings]
         unet = smp.Unet(
-            "resnet34",
-            encoder_weights=encoder_weights,
-            encoder_depth=downsamplings + 1,
-            decoder_channels=tuple(decoder_channels),
+            known.smp_name, encoder_depth=depth, encoder_weights=encoder_weights, decoder_channels=tuple(decoder_channels)
         )
-        self.encoder = unet.encoder
-        self.encoder.conv1.stride = (1, 1)  # paper 3.1: stride 1 instead of 2, for resolution
-        for stage in range(downsamplings + 1, 5):  # never run at this depth: 19.9 M of 22 M parameters
-            delattr(self.encoder, f"layer{stage}")
-        self.decoder = unet.decoder
+        self.encoder, self.decoder = unet.encoder, unet.decoder
+        # Stages that never run at this depth go: 19.9 M of ResNet34's 22 M parameters.
+        if encoder == "resnet34":
+            self.encoder.conv1.stride = (1, 1)  # paper 3.1: stride 1 instead of 2, for resolution
+            for stage in range(downsamplings + 1, 5):
+                delattr(self.encoder, f"layer{stage}")
+        else:
+            del self.encoder.model.blocks[depth + 1 :]
         self.head = nn.Linear(decoder_channels[-1], 1)
-        self.register_buffer("mean_rgb", torch.tensor(mean_rgb).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std_rgb", torch.tensor(std_rgb).view(1, 3, 1, 1), persistent=False)
-
-    @property
-    def halo_px(self) -> int:
-        """Pixels around a region that its score map depends on, rounded up to a multiple of `stride_px`.
-
-        The convolutions reach 21, 57 and 161 px; a test checks that by differentiating through the network.
-        """
-        return {1: 24, 2: 60, 3: 168}[self.downsamplings]
-
-    @property
-    def climb_halo_px(self) -> int:
-        """Half of that, in whole strides: enough around a climbed tile, whose edges are no neighbour's equals anyway.
-
-        The outermost pixels of that reach hardly count, and no halo would make climbed tiles one photo: every step
-        reaches farther, and a tile's gradient is scaled by its own largest.
-        """
-        return {1: 12, 2: 32, 3: 88}[self.downsamplings]
+        # From -1..1 to what the encoder's ImageNet weights expect: x * scale + shift.
+        mean, std = np.array(known.mean_rgb), np.array(known.std_rgb)
+        for name, values in (("scale_rgb", 0.5 / std), ("shift_rgb", (0.5 - mean) / std)):
+            buffer = torch.tensor(values, dtype=torch.get_default_dtype()).view(1, 3, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
 
     @property
     def stride_px(self) -> int:
-        """Spacing of the coarsest grid: tiles that start at its multiples see the same pixels pooled together."""
+        """Spacing of the coarsest grid: height and width of every image are its multiples."""
         return 2**self.downsamplings
 
-    def normalise(self, images_rgb: Tensor) -> Tensor:
-        """(N, 3, H, W) RGB on the scale 0..255, any dtype -> the network's input, channels last."""
-        images = (images_rgb.to(self.mean_rgb.dtype) / 255 - self.mean_rgb) / self.std_rgb
-        return images.contiguous(memory_format=torch.channels_last)
+    @property
+    def halo_px(self) -> int:
+        """Pixels of surroundings that a tile is given, a multiple of `stride_px`: the reach, LARGEST_HALO_PX at most."""
+        return min(-(-self.reach_px // self.stride_px) * self.stride_px, LARGEST_HALO_PX)
 
     def score_map(self, images: Tensor) -> Tensor:
-        """Signed score map S = sum_k w_k F_k, without the bias.
+        """Signed score map S, the head's bias included.
 
         Args:
-            images: (N, 3, H, W) from `normalise`; any H, W >= 1.
+            images: (N, 3, H, W) RGB in -1..1 (`normalised`); H and W multiples of `stride_px`.
 
         Returns:
-            (N, H, W). Its mean over an image plus the head's bias is that image's logit.
+            (N, H, W): a logit per pixel.
+
+        Raises:
+            ValueError: H or W is no such multiple: strided convolutions would pad it unevenly.
         """
-        features = self.decoder(self.encoder(images))  # (N, C, H, W)
-        return nn.functional.conv2d(features, self.head.weight[:, :, None, None])[:, 0]
+        height, width = images.shape[2:]
+        if height % self.stride_px or width % self.stride_px:
+            raise ValueError(f"images of {height} x {width} px: both must be multiples of {self.stride_px}")
+        features = self.decoder(self.encoder(images * self.scale_rgb + self.shift_rgb))  # (N, C, H, W)
+        return nn.functional.conv2d(features, self.head.weight[:, :, None, None], self.head.bias)[:, 0]
 
     def logit(self, score_map: Tensor) -> Tensor:
-        """Logits (N,) of score maps (N, H, W): global average pooling, then the linear layer's bias."""
-        return score_map.mean(dim=(1, 2)) + self.head.bias[0]
+        """Logits (N,) of score maps (N, H, W), pooled as the network was built to."""
+        if self.pooling == "average":
+            return score_map.mean(dim=(1, 2))
+        pixels = score_map.shape[1] * score_map.shape[2]
+        summed = torch.logsumexp(LOG_MEAN_EXP_SHARPNESS * score_map, dim=(1, 2))
+        return (summed - np.log(pixels)) / LOG_MEAN_EXP_SHARPNESS
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N,) of normalised images (N, 3, H, W)."""
+        """Logits (N,) of images (N, 3, H, W) in -1..1."""
         return self.logit(self.score_map(images))
+
+
+def normalised(images_rgb: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """RGB of 0..255, any shape and dtype -> -1..1, the networks' input, float32."""
+    floats = images_rgb.float() if isinstance(images_rgb, Tensor) else images_rgb.astype(np.float32)
+    return floats / 127.5 - 1
 
 
 def fold_batchnorm(network: nn.Module) -> nn.Module:
@@ -164,7 +208,7 @@ class DoublingBlock(nn.Module):
     def forward(self, feature_map: Tensor, target_height: int, target_width: int, skip_connection: Tensor | None) -> Tensor:
         """The block's output; maps (N, C, H, W)."""
         height, width = feature_map.shape[2:]
-        if (target_height, target_width) == (height, width) and skip_connection is None:  # DefectNet's last: nothing to double
+        if (target_height, target_width) == (height, width) and skip_connection is None:  # resnet34's last: nothing to double
             return self.after(self.block.conv1[0](feature_map))
         if (target_height, target_width) != (2 * height, 2 * width):
             return self.block(feature_map, target_height, target_width, skip_connection)

@@ -1,49 +1,18 @@
-"""Proposals: the mask of one defect -> components -> the polygons or masks that CVAT stores.
-
-Coordinates. Pixels are (x, y), x to the right, y down, pixel (0, 0) at the upper left. A polygon runs through
-the pixels it encloses, border included: a component whose columns are 3..7 has its leftmost points at x = 3.0
-and its rightmost ones at x = 7.48. So its points, truncated or rounded, are pixels of the component, and
-cv2.fillPoly, which paints the border too, gives the component back; PIL's ImageDraw.polygon all but does.
-Rasterisers that sample pixel centres at (x + 0.5, y + 0.5), pycocotools among them, lose the last row and
-column of every part, which is much of a thin crack; shape "mask" is exact everywhere.
-"""
+"""From a defect's regions to proposals: components, their confidence, names and order."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import permutations
 
 import cv2
 import numpy as np
-from shapely import GEOSException, Polygon, constrained_delaunay_triangles, get_coordinates
-from skimage.measure import find_contours
 
-from defectcam.cam import probability, window_logits
-from defectcam.tiling import TimeLimitError
-
-# The outline passes 0.24 px outside the centres of the component's border pixels, then moves by as much to
-# the right and down: it fills [i, i + 0.48] of pixel i, rounds and truncates to i, and never has zero width.
-OUTLINE_LEVEL = 0.76
-OUTLINE_SHIFT_PX = 0.24
-
-CHUNK_PIXELS = 1_000_000
 LARGEST_LOGIT = 6.0  # surer than that no network is
 PIXEL_VARIANCE = 1 / 12  # of a uniform distribution one pixel wide
-
-# What a polygon should share with its component. Wide components have it at a tolerance of 1 px or more; cracks
-# a few pixels wide do not, so their tolerance shrinks step by step, but never below half of what was asked for:
-# an outline that is a chain of dots agrees perfectly and nobody can edit it.
-MIN_IOU = 0.95
-TOLERANCE_STEP = 0.8
-LEAST_TOLERANCE_SHARE = 0.5
-FINEST_TOLERANCE_PX = 0.2
-MAX_HOLES = 1000  # of a polygon: no one could edit more, and simplifying takes time that grows faster than they do
+FEATURES = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,42 +67,38 @@ def find_components(mask: np.ndarray) -> list[Component]:
     return sorted(components, key=lambda component: (component.top, component.left, component.area_px))
 
 
-def component_features(
-    component: Component,
-    sums: np.ndarray,
-    bias: float,
-    window_px: int,
-    working_scale: float,
-    outline_logits: np.ndarray | None = None,
-) -> tuple[float, float, float, float]:
-    """What a component's confidence is made of: both networks' evidence, its length, and how straight it is.
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """One region that may be a defect, with its confidence (0..1)."""
+
+    component: Component
+    confidence: float
+
+
+def component_features(component: Component, logits: np.ndarray) -> tuple[float, ...]:
+    """What a component's confidence is made of: the map's evidence, size and shape.
 
     Edges of structures and joints are as dark and thin as cracks, but straight.
 
     Args:
-        component: the proposal.
-        sums: `score_sums` of the photo's score map, which has the working scale.
-        bias: of the classifier's head.
-        window_px: side of the windows, at working scale.
-        working_scale: of the score map.
-        outline_logits: (h, w) of the outline network, at working scale; None where there is none.
+        component: a region of the plain map, T = 0.
+        logits: (H, W) float32, that map.
 
     Returns:
-        The mean, over the component's pixels, of the classifier's logit for the window around each; log2 of the
-        component's length (its box's diagonal) in px at working scale; the mean of the outline network's logits, each
-        within -LARGEST_LOGIT..LARGEST_LOGIT, or 0 where there is none; log2 of the minor axis over the major axis of the
-        ellipse with the component's second moments: 0 of a disc, the lower, the straighter.
+        FEATURES numbers: mean and 0.9 quantile of the logits inside, each within -LARGEST_LOGIT..LARGEST_LOGIT; log2 of
+        the box's diagonal in px; log2 of the mean width in px (area over diagonal); log2 of the minor axis over the
+        major axis of the ellipse with the component's second moments: 0 of a disc, the lower, the straighter.
     """
-    total, inside, rows = 0.0, 0.0, max(1, CHUNK_PIXELS // component.mask.shape[1])
-    for start in range(0, len(component.mask), rows):  # in chunks: pixel lists of a large region are large
-        ys, xs = np.nonzero(component.mask[start : start + rows])
-        ys, xs = ys + component.top + start, xs + component.left
-        ys, xs = (ys * working_scale).astype(int), (xs * working_scale).astype(int)
-        total += float(window_logits(sums, bias, ys, xs, window_px).sum())
-        if outline_logits is not None:
-            inside += float(np.clip(outline_logits[ys, xs], -LARGEST_LOGIT, LARGEST_LOGIT).sum())
-    length_px = working_scale * math.hypot(*component.mask.shape)
-    return total / component.area_px, math.log2(length_px), inside / component.area_px, _log2_aspect(component.mask)
+    x0, y0, x1, y1 = component.box_xyxy
+    inside = np.clip(logits[y0 : y1 + 1, x0 : x1 + 1][component.mask], -LARGEST_LOGIT, LARGEST_LOGIT)
+    diagonal_px = math.hypot(*component.mask.shape)
+    return (
+        float(inside.mean()),
+        float(np.quantile(inside, 0.9)),
+        math.log2(diagonal_px),
+        math.log2(len(inside) / diagonal_px),
+        _log2_aspect(component.mask),
+    )
 
 
 def _log2_aspect(mask: np.ndarray) -> float:
@@ -144,207 +109,33 @@ def _log2_aspect(mask: np.ndarray) -> float:
     return 0.5 * math.log2(max(middle - radius, PIXEL_VARIANCE) / (middle + radius))
 
 
-def component_confidence(features: tuple[float, float, float, float], weights: Sequence[float]) -> float:
+def component_confidence(features: Sequence[float], weights: Sequence[float]) -> float:
     """Probability (0..1) that a component is a defect: logistic regression fitted on val proposals.
 
     Args:
         features: of `component_features`.
-        weights: of the four features in their order, and the intercept.
+        weights: of the features in their order, and the intercept.
     """
     return float(probability(np.dot(weights, (*features, 1.0))))
 
 
-def outline_length_px(mask: np.ndarray) -> int:
-    """Pixel edges between the mask and its outside."""
-    inner = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
-    return inner + sum(np.count_nonzero(rim) for rim in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+def probability(logits: np.ndarray) -> np.ndarray:
+    """Logistic function, without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))
 
 
-def polygon_points_xy(
-    component: Component,
-    tolerance_px: float,
-    hole_share: float,
-    image_width: int,
-    image_height: int,
-    deadline: float = math.inf,
-) -> list[float]:
-    """Outlines a component by one polygon; the holes that matter are cut free along zero-width bridges.
-
-    Args:
-        component: the region.
-        tolerance_px: how far the simplified outline may leave the exact one, px, 0 or more. It is reduced, to
-            half at the least, for a component that would otherwise agree with its polygon at an IoU below 0.95;
-            further only where the polygon would cross itself.
-        hole_share: holes are filled, smallest first, as long as together they have at most this share of the
-            component's area; 0 keeps all, infinity none. Above 0.03 that IoU may be missed. Of more than MAX_HOLES
-            holes all but the largest are filled.
-        image_width: px.
-        image_height: px.
-        deadline: on the clock of time.monotonic, s.
-
-    Returns:
-        [x0, y0, x1, y1, ...] in px of the image as told at the top of this module, two decimals, inside the
-        image. Three points or more, no point twice in a row, the last not the first. Without holes the ring
-        is valid; a bridge runs from a point of the outline to a point of the hole and back again.
-
-    Raises:
-        ValueError: a negative or undefined tolerance or share, or a component that leaves the image.
-        TimeLimitError: the deadline passed.
-    """
-    if not 0 <= tolerance_px < math.inf or not hole_share >= 0:
-        raise ValueError(f"tolerance_px {tolerance_px!r} or hole_share {hole_share!r} is not 0 or more")
-    left, top, right, bottom = component.box_xyxy
-    if left < 0 or top < 0 or right >= image_width or bottom >= image_height:
-        raise ValueError(f"component {component.box_xyxy} leaves the {image_width} x {image_height} image")
-    polygon = _simplified(_outline(component.mask, hole_share), component.mask, tolerance_px, deadline)
-    points = _single_ring(polygon.normalize())
-    return [round(value, 2) for x, y in points for value in (x + left, y + top)]
+def logit(probability_: float) -> float:
+    """Its inverse; 0 and 1 are taken for 1e-6 and 1 - 1e-6."""
+    clipped = min(max(probability_, 1e-6), 1 - 1e-6)
+    return math.log(clipped / (1 - clipped))
 
 
-def mask_crop(component: Component) -> list[int]:
-    """The component as CVAT's mask: its box row by row as 0 and 1, then x0, y0, x1, y1 inclusive, px."""
-    return component.mask.astype(int).ravel().tolist() + list(component.box_xyxy)
-
-
-def proposal_id(component: Component, defect: str, digest: str) -> str:
+def proposal_id(digest: str, defect: str, rank: int) -> str:
     """Names a proposal: 8 hex digits, the same whenever all arguments are.
 
     Args:
-        component: the region.
-        defect: its label.
-        digest: stands for all else the proposal depends on: the image's pixels, weights and settings.
-    """
-    key = repr((digest, defect, component.box_xyxy)).encode() + np.packbits(component.mask).tobytes()
-    return hashlib.blake2s(key, digest_size=4).hexdigest()
-
-
-def cvat_shape(
-    component: Component,
-    *,
-    defect: str,
-    confidence: float,
-    iterations: int | str,
-    digest: str,
-    shape: str,
-    tolerance_px: float,
-    hole_share: float,
-    image_width: int,
-    image_height: int,
-    deadline: float = math.inf,
-) -> dict:
-    """One element of the answer to CVAT.
-
-    Args:
-        component: the region.
+        digest: stands for the photo's pixels, the weights and the settings.
         defect: the label.
-        confidence: 0..1; what lies beyond is clipped.
-        iterations: climbing steps the region was found with, as the label's select attribute lists them.
-        digest: see `proposal_id`.
-        shape: "polygon" or "mask". A mask carries the polygon too, for CVAT's "Convert masks to polygons".
-        tolerance_px, hole_share, image_width, image_height, deadline: see `polygon_points_xy`.
-
-    Returns:
-        label, type, points, mask (only for masks) and attributes, all built-in types ready for JSON. CVAT
-        keeps attribute values only if they are strings and, for a number attribute, digits alone.
-
-    Raises:
-        ValueError: confidence is not finite, an unknown shape.
-        ValueError, TimeLimitError: as `polygon_points_xy`.
+        rank: among the proposals of that defect on the photo.
     """
-    if not math.isfinite(confidence):
-        raise ValueError(f"confidence is a finite number, not {confidence!r}")
-    if shape not in ("polygon", "mask"):
-        raise ValueError(f'shape is "polygon" or "mask", not {shape!r}')
-    attributes = {
-        "confidence": round(100 * min(max(float(confidence), 0.0), 1.0)),
-        "iterations": iterations,
-        "proposal": proposal_id(component, defect, digest),
-    }
-    element = {
-        "label": defect,
-        "type": shape,
-        "points": polygon_points_xy(component, tolerance_px, hole_share, image_width, image_height, deadline),
-        "attributes": [{"name": name, "value": str(value)} for name, value in attributes.items()],
-    }
-    if shape == "mask":
-        element["mask"] = mask_crop(component)
-    return element
-
-
-def _outline(mask: np.ndarray, hole_share: float) -> Polygon:
-    """The exact outline of a component's (h, w) mask in crop coordinates, without the holes to be filled."""
-    # "high" joins pixels that touch at a corner, so an 8-connected component has exactly one outer ring.
-    rings_yx = find_contours(np.pad(mask, 1).view(np.uint8), OUTLINE_LEVEL, fully_connected="high")
-    rings = [Polygon(np.round(ring[:, ::-1] - 1 + OUTLINE_SHIFT_PX, 2)) for ring in rings_yx]
-    *holes, shell = sorted(rings, key=lambda ring: ring.area)
-    filled_px = np.cumsum([hole.area for hole in holes])
-    first = np.searchsorted(filled_px, hole_share * np.count_nonzero(mask), side="right")
-    first = max(first, len(holes) - MAX_HOLES)
-    return Polygon(shell.exterior, [hole.exterior for hole in holes[first:]])
-
-
-def _simplified(outline: Polygon, mask: np.ndarray, tolerance_px: float, deadline: float) -> Polygon:
-    """The outline at the largest tolerance, tolerance_px at most, that is sound and agrees with the mask."""
-    # Where the holes filled have used up the promise, simplifying still gets a share of its own.
-    enough = min(MIN_IOU, _iou(outline, mask) - 0.02)
-    finest_px = LEAST_TOLERANCE_SHARE * tolerance_px
-    while tolerance_px >= FINEST_TOLERANCE_PX:
-        if time.monotonic() > deadline:
-            raise TimeLimitError
-        polygon = outline.simplify(tolerance_px, preserve_topology=True)
-        # Rings may touch in a valid polygon, but then a point would not tell its ring.
-        if polygon.is_valid and polygon.boundary.is_simple:
-            if tolerance_px * TOLERANCE_STEP < finest_px or _iou(polygon, mask) >= enough:
-                return polygon
-        tolerance_px *= TOLERANCE_STEP
-    return outline.simplify(0, preserve_topology=True)
-
-
-def _iou(polygon: Polygon, mask: np.ndarray) -> float:
-    """Intersection over union, 0..1, of a polygon in crop coordinates, painted, and the (h, w) mask."""
-    rings_xy = (get_coordinates(ring) for ring in (polygon.exterior, *polygon.interiors))
-    rings = [np.rint(ring_xy).astype(np.int32) for ring_xy in rings_xy]
-    painted = cv2.fillPoly(np.zeros(mask.shape, np.uint8), rings, 1).view(bool)
-    return np.count_nonzero(painted & mask) / np.count_nonzero(painted | mask)
-
-
-def _single_ring(polygon: Polygon) -> list[tuple[float, float]]:
-    """The polygon's points as one open ring, each hole tied in by the shortest way there and back."""
-    shell, *holes = (list(ring.coords)[:-1] for ring in (polygon.exterior, *polygon.interiors))
-    if not holes:
-        return shell
-    # Edges of a triangulation cross neither each other nor a ring and lead from each ring to its neighbours.
-    ring_of = {point: number for number, ring in enumerate([shell, *holes]) for point in ring}
-    links = defaultdict(set)
-    try:
-        triangles = constrained_delaunay_triangles(polygon).geoms
-    except GEOSException:  # it gives up on some rings full of tiny holes: better an outline without the smaller half
-        kept = sorted(polygon.interiors, key=lambda ring: Polygon(ring).area)[len(holes) // 2 + 1 :]
-        return _single_ring(Polygon(polygon.exterior, kept))
-    for triangle in triangles:
-        for start, end in permutations(triangle.exterior.coords[:3], 2):
-            if ring_of[start] != ring_of[end]:
-                links[ring_of[start]].add((math.dist(start, end), start, end))
-    joined, reachable = {0}, sorted(links[0])
-    detours = defaultdict(list)  # from a point: to a hole, once around it, and back
-    while len(joined) <= len(holes):
-        _, start, end = heappop(reachable)
-        number = ring_of[end]
-        if number in joined:
-            continue
-        joined.add(number)
-        for link in links[number]:
-            heappush(reachable, link)
-        hole = holes[number - 1]
-        first = hole.index(end)
-        detours[start].append([*hole[first:], *hole[: first + 1], start])
-    path, ways = [], [iter(shell)]
-    while ways:
-        for point in ways[-1]:
-            path.append(point)
-            if point in detours:  # first these, then on from here
-                ways += map(iter, detours.pop(point))
-                break
-        else:
-            ways.pop()
-    return path
+    return hashlib.blake2s(repr((digest, defect, rank)).encode(), digest_size=4).hexdigest()

@@ -44,7 +44,13 @@ JPEG_END = b"\xff\xd9"
 JPEG_FILLER = bytes(range(254, -1, -1)) * 4096
 MISSING_SHARE = 1 / 200  # of its pixels that a JPEG cut off at its end may lack: a few blocks of a small photo
 MAX_CLICKS = 100
-SNAP_REMOVED = "was removed: outlines always follow the image; cam_threshold makes proposals wider or narrower"
+# What earlier versions had, and what to do instead.
+SNAP_REMOVED = "was removed: the outline is the map's; cam_threshold makes proposals wider or narrower"
+AUTO_REMOVED = 'is "auto", which was removed: give a number of steps, or leave it out for the weights\' own'
+REMOVED_VARIABLES = {
+    "ADVCAM_SNAP": SNAP_REMOVED,
+    "ADVCAM_IDLE_SECONDS": "was removed: the networks are small and stay on the GPU",
+}
 
 # Pillow warns of odd metadata and of images above 89 MP; neither concerns the caller. The filter is set once,
 # here: warnings.catch_warnings around each decode would swap process-wide state under other threads.
@@ -66,13 +72,14 @@ class ImageError(ValueError):
 class Settings:
     """What may be set per request or per deployment; None = the manifest's value for each defect."""
 
-    iterations: int | str | None = None  # climbing steps T, 0..50, or "auto"
+    iterations: int | None = None  # climbing steps T, 0..50
     threshold: float | None = None  # minimum confidence of a proposal, 0..1
-    cam_threshold: float | None = None  # theta on the normalised CAM, 0..1
+    cam_threshold: float | None = None  # theta, the probability above which a pixel counts, 0..1
     defects: tuple[str, ...] | None = None  # the defects to propose, not empty
     shape: str | None = None  # "polygon" or "mask"
     tolerance_px: float | None = None  # Douglas-Peucker tolerance of polygons, 0..20
     hole_share: float | None = None  # holes above this share of the area are kept in polygons, 0..1
+    max_proposals: int | None = None  # of a defect on a photo
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,11 @@ def settings_from_env(environ: Mapping[str, str], defects: Sequence[str]) -> Set
     Raises:
         RequestError: a value that is not allowed; names the variable, the value and what is allowed.
     """
-    if environ.get("ADVCAM_SNAP", "").strip():
-        raise RequestError(f"ADVCAM_SNAP {SNAP_REMOVED}; unset it")
+    for variable, removed in REMOVED_VARIABLES.items():
+        if environ.get(variable, "").strip():
+            raise RequestError(f"{variable} {removed}; unset it")
+    if environ.get("ADVCAM_ITERATIONS", "").strip() == "auto":
+        raise RequestError(f"ADVCAM_ITERATIONS {AUTO_REMOVED}")
     given = {}
     for key, rule in _rules(defects).items():
         variable = f"ADVCAM_{key.upper()}"
@@ -144,6 +154,8 @@ def parse_request(body: object, defaults: Settings, defects: Sequence[str]) -> R
     envelope = _envelope(body)
     if envelope.get("snap") is not None:
         raise RequestError(f"snap {SNAP_REMOVED}; leave it out")
+    if envelope.get("iterations") == "auto":
+        raise RequestError(f"iterations {AUTO_REMOVED}")
     image_bytes = _base64_bytes(envelope.get("image"))
     rules = _rules(defects)
     given = {}
@@ -204,7 +216,7 @@ Rule = tuple[str, Callable[[object], object]]
 def _rules(defects: Sequence[str]) -> dict[str, Rule]:
     """The rule for each field of Settings."""
     return {
-        "iterations": (f'an integer from 0 to {ITERATIONS_MAX} or "auto"', _iterations),
+        "iterations": _integer(0, ITERATIONS_MAX),
         "threshold": _number(0, 1),
         "cam_threshold": _number(0, 1),
         "defects": (f"one or more of {', '.join(defects)}", lambda value: _names(value, defects)),
@@ -214,6 +226,7 @@ def _rules(defects: Sequence[str]) -> dict[str, Rule]:
         ),
         "tolerance_px": _number(0, 20),
         "hole_share": _number(0, 1),
+        "max_proposals": _integer(1, 10_000),
     }
 
 
@@ -226,10 +239,12 @@ def _checked(name: str, value: object, rule: Rule, shown: object) -> object:
     return result
 
 
-def _iterations(value: object) -> int | str | None:
-    # type() and not isinstance(): True is an int to Python, but no number of steps
-    in_range = type(value) is int and 0 <= value <= ITERATIONS_MAX
-    return value if in_range or isinstance(value, str) and value == "auto" else None
+def _integer(low: int, high: int) -> Rule:
+    def read(value: object) -> int | None:
+        # type() and not isinstance(): True is an int to Python, but no number of steps
+        return value if type(value) is int and low <= value <= high else None
+
+    return f"an integer from {low} to {high}", read
 
 
 def _number(low: int, high: int) -> Rule:

@@ -1,13 +1,14 @@
 """Weights of all defects: one safetensors file each and a manifest that says what they are and how to use them.
 
-    weights/manifest.json        {"version", "defects": {<defect>: {...}}}, the fields of `DefectWeights`
-    weights/<defect>.safetensors    the classifier's tensors, and as "outline.*" those of the outline network
+    weights/manifest.json           {"version", "defects": {<defect>: {...}}}, the fields of `DefectWeights`
+    weights/<defect>.safetensors    the network's tensors
 
 Loading verifies before it trusts: checksum, names and shapes of all tensors, finite values. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from dataclasses import dataclass
@@ -16,16 +17,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import nn
 
-from defectcam.climb import ClimbParameters
-from defectcam.network import DefectNet, fold_batchnorm, fold_upsampling
-from defectcam.outline_network import OutlineNet
-from defectcam.snap import NETWORK_METHODS, check_parameters
-
-
-OUTLINE_PREFIX = "outline."
-OUTLINE_ENCODERS = ("resnet34", "efficientnet-lite0")
+from defectcam.climb import Climb, LocalClimb, PaperClimb
+from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
+from defectcam.postprocess import Cleaning
+from defectcam.proposals import FEATURES, logit
+from defectcam.pyramid import FINEST_SCALES, Reading
 
 
 class WeightsError(RuntimeError):
@@ -38,99 +35,91 @@ class DefectWeights:
 
     Attributes:
         file, sha256: the safetensors file beside the manifest and its checksum.
-        decoder_channels, downsamplings, mean_rgb, std_rgb: the classifier, see `DefectNet`.
-        outline_encoder: of the outline network: "resnet34", the classifier's U-Net, or "efficientnet-lite0".
-        working_scale: the networks see the photo resized by it; every px below but tolerance_px is of that size.
-        window_px: side of the window whose probability gates and gives confidences.
-        gate: window probability from which a tile is climbed, 0..1.
+        encoder, decoder_channels, downsamplings, pooling: the network, see `ScoreNet`.
+        finest_scale, levels, sharpness: how it reads the pyramid, see `Reading`.
+        climb: {"form": "local", "xi", "g_ref": one per level} or {"form": "paper", "xi", "penalty_weight",
+            "salient_share"}, see `defectcam.climb`.
+        platt: (a, c), the probability of a pixel is sigmoid(a * M + c), M the merged map.
+        cam_threshold: theta, the probability above which a pixel counts.
+        closing_radius_px, gap_px, min_area_px: see `Cleaning`.
         confidence_weights: see `component_confidence`.
         threshold: minimum confidence of a proposal, 0..1.
-        iterations: T where nobody sets it.
-        xi, penalty_weight, salient_share: see `ClimbParameters`.
-        cam_max: divisors of the summed maps for T = 0, 1, ..., see `climbed_map`.
-        cam_threshold: theta on the normalised map.
-        closing_radius_px, min_area_px: see `binarise`.
-        snap: parameters of `snap`, or None where outlines stay the map's.
-        tolerance_px, hole_share: polygon simplification, see `proposals`.
+        iterations: T where the request, the task and the deployment do not set it.
+        tolerance_px, hole_share: polygon simplification, see `polygons`.
         training: the record of how the weights were made.
     """
 
     file: str
     sha256: str
+    encoder: str
     decoder_channels: tuple[int, ...]
     downsamplings: int
-    mean_rgb: tuple[float, ...]
-    std_rgb: tuple[float, ...]
-    working_scale: float
-    window_px: int
-    gate: float
+    pooling: str
+    finest_scale: float
+    levels: int
+    sharpness: float
+    climb: dict
+    platt: tuple[float, float]
+    cam_threshold: float
+    closing_radius_px: int
+    gap_px: int
+    min_area_px: int
     confidence_weights: tuple[float, ...]
     threshold: float
     iterations: int
-    xi: float
-    penalty_weight: float
-    salient_share: float
-    cam_max: tuple[float, ...]
-    cam_threshold: float
-    closing_radius_px: int
-    min_area_px: int
-    snap: dict | None
     tolerance_px: float
     hole_share: float
     training: dict
-    outline_encoder: str = "resnet34"  # manifests of before there was a choice do not name it
 
     @property
-    def has_outline_network(self) -> bool:
-        """Whether outlines are read from a network of their own."""
-        return self.snap is not None and self.snap["method"] in NETWORK_METHODS
+    def reading(self) -> Reading:
+        """How the network reads a pyramid."""
+        return Reading(self.finest_scale, self.levels, self.sharpness, climbs_of(self.climb))
 
     @property
-    def climb_parameters(self) -> ClimbParameters:
-        return ClimbParameters(self.xi, self.penalty_weight, self.salient_share)
+    def cleaning(self) -> Cleaning:
+        """From the thresholded map to regions."""
+        return Cleaning(self.closing_radius_px, self.gap_px, self.min_area_px)
 
-    def build_network(self) -> DefectNet:
+    def least_logit(self, cam_threshold: float) -> float:
+        """The value of the merged map at which a pixel's probability is `cam_threshold`."""
+        slope, intercept = self.platt
+        return (logit(cam_threshold) - intercept) / slope
+
+    def build_network(self) -> ScoreNet:
         """An untrained network of this architecture."""
-        return DefectNet(self.decoder_channels, self.downsamplings, None, self.mean_rgb, self.std_rgb)
+        return ScoreNet(self.encoder, self.decoder_channels, self.downsamplings, self.pooling)
 
-    def build_outline_network(self) -> DefectNet | OutlineNet:
-        """The same for the outline network."""
-        return OutlineNet() if self.outline_encoder == "efficientnet-lite0" else self.build_network()
+
+def climbs_of(climb: dict) -> tuple[Climb, ...]:
+    """The climb of each level, from the manifest's `climb`."""
+    if climb["form"] == "paper":
+        return (PaperClimb(climb["xi"], climb["penalty_weight"], climb["salient_share"]),)
+    return tuple(LocalClimb(climb["xi"], g_ref) for g_ref in climb["g_ref"])
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A verified folder of weights: its version and, per defect in the manifest's order, facts and networks.
-
-    `networks` are the classifiers, `outlines` the outline networks of the defects that have one.
-    """
+    """A verified folder of weights: its version and, per defect in the manifest's order, facts and network."""
 
     version: str
     facts: dict[str, DefectWeights]
-    networks: dict[str, DefectNet]
-    outlines: dict[str, DefectNet | OutlineNet]
+    networks: dict[str, ScoreNet]
 
 
-def load_weights(folder: Path, device: str) -> Weights:
-    """Verify and load a weights folder; networks come frozen, folded and in eval mode, on `device`.
+def load_weights(folder: Path) -> Weights:
+    """Verify and load a weights folder; networks come frozen, folded and in eval mode, on the CPU.
 
     Raises:
         WeightsError: for a missing, truncated, swapped or altered file, or a manifest that does not fit.
     """
     version, facts = read_manifest(folder)
-    networks, outlines = {}, {}
+    networks = {}
     for defect, fact in facts.items():
-        parts = {"": fact.build_network()}
-        if fact.has_outline_network:
-            parts[OUTLINE_PREFIX] = fact.build_outline_network()
-        _load_verified(parts, folder / fact.file, fact.sha256)
-        for network in parts.values():
-            fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval()))
-            network.to(device, memory_format=torch.channels_last)
-        networks[defect] = parts[""]
-        if fact.has_outline_network:
-            outlines[defect] = parts[OUTLINE_PREFIX]
-    return Weights(version, facts, networks, outlines)
+        network = fact.build_network()
+        _load_verified(network, folder / fact.file, fact.sha256)
+        networks[defect] = fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval()))
+    return Weights(version, facts, networks)
 
 
 def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[str, DefectWeights]]:
@@ -156,6 +145,11 @@ def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[s
     for defect, entry in defects.items():
         if defect == but_for:
             continue
+        if isinstance(entry, dict) and "cam_max" in entry:
+            raise WeightsError(
+                f"{path}, defect {defect!r}: these weights were made for an earlier version of this function, with two "
+                "networks; take the weights folder that came with this version, or train and calibrate again"
+            )
         try:
             entry = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
             facts[defect] = DefectWeights(**entry)
@@ -166,17 +160,25 @@ def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[s
     return version, facts
 
 
-def write_manifest(folder: Path, version: str, defects: dict[str, dict], parent: dict | None = None) -> None:
+def write_manifest(folder: Path, defects: dict[str, dict], parent: dict | None = None) -> str:
     """Write the manifest of a weights folder; `sha256` of each entry is taken from its file.
 
     Args:
         parent: what names the version that this one was retrained from.
+
+    Returns:
+        The version: the day it was made and the first letters of the checksum of all files.
     """
     for entry in defects.values():
         entry["sha256"] = sha256_of(folder / entry["file"])
+    content = hashlib.sha256(json.dumps(defects, sort_keys=True).encode()).hexdigest()
+    version = f"{datetime.date.today().isoformat()}-{content[:6]}"
     origin = {"parent": parent} if parent else {}
     text = json.dumps({"version": version, **origin, "defects": defects}, indent=1)
-    (folder / "manifest.json").write_text(text + "\n")
+    temporary = folder / "manifest.json.tmp"
+    temporary.write_text(text + "\n")
+    temporary.replace(folder / "manifest.json")
+    return version
 
 
 def sha256_of(path: Path) -> str:
@@ -187,60 +189,75 @@ def sha256_of(path: Path) -> str:
 def _check_facts(fact: DefectWeights) -> None:
     """Raise ValueError, naming the field, for a value the function could not work with."""
 
-    def need(name: str, values: object, low: float, high: float, kind: type = float) -> None:
-        for value in values if isinstance(values, tuple) else (values,):
-            right = type(value) is int or (kind is float and type(value) is float)
-            if not right or not low <= value <= high:  # NaN lies in no range
-                what = "an integer" if kind is int else "a number"
-                raise ValueError(f"{name} must be {what} in {low:g}..{high:g}, not {value!r}")
+    def need(name: str, value: object, low: float, high: float, kind: type = float) -> None:
+        right = type(value) is int or (kind is float and type(value) is float)
+        if not right or not low <= value <= high:  # NaN lies in no range
+            what = "an integer" if kind is int else "a number"
+            raise ValueError(f"{name} must be {what} in {low:g}..{high:g}, not {_as_json(value)}")
 
-    if not isinstance(fact.file, str) or Path(fact.file).name != fact.file:
+    for name in ("file", "sha256", "encoder", "pooling"):
+        if not isinstance(getattr(fact, name), str):
+            raise ValueError(f"{name} must be a text, not {_as_json(getattr(fact, name))}")
+    if Path(fact.file).name != fact.file:
         raise ValueError(f"file must be a name without folders, not {fact.file!r}")
-    if not isinstance(fact.sha256, str):
-        raise ValueError(f"sha256 must be a text, not {fact.sha256!r}")
-    for name in ("decoder_channels", "mean_rgb", "std_rgb", "confidence_weights", "cam_max"):
+    for name in ("decoder_channels", "platt", "confidence_weights"):
         if not isinstance(getattr(fact, name), tuple):
             raise ValueError(f"{name} must be a list, not {getattr(fact, name)!r}")
-    if fact.outline_encoder not in OUTLINE_ENCODERS:
-        raise ValueError(f"outline_encoder must be one of {', '.join(OUTLINE_ENCODERS)}, not {fact.outline_encoder!r}")
-    for name, optional in (("training", False), ("snap", True)):
-        value = getattr(fact, name)
-        if not isinstance(value, dict) and not (optional and value is None):
-            raise ValueError(f"{name} must be an object{' or null' * optional}, not {value!r}")
-    for name in ("gate", "threshold", "cam_threshold", "salient_share", "hole_share", "mean_rgb"):
+    for name in ("training", "climb"):
+        if not isinstance(getattr(fact, name), dict):
+            raise ValueError(f"{name} must be an object, not {_as_json(getattr(fact, name))}")
+    if fact.finest_scale not in FINEST_SCALES or isinstance(fact.finest_scale, bool):
+        allowed = ", ".join(map(str, FINEST_SCALES))
+        raise ValueError(f"finest_scale must be one of {allowed}, not {_as_json(fact.finest_scale)}")
+    for name in ("threshold", "cam_threshold", "hole_share"):
         need(name, getattr(fact, name), 0, 1)
-    need("std_rgb", fact.std_rgb, 1e-3, 1)
     for name, least, most in [
-        ("window_px", 1, 100_000),
         ("iterations", 0, 50),
+        ("levels", 1, 16),
         ("closing_radius_px", 0, 1000),
+        ("gap_px", 0, 100),
         ("min_area_px", 0, 10**9),
-        ("downsamplings", 1, 3),
-        ("decoder_channels", 1, 4096),
+        ("downsamplings", 1, 4),
     ]:
         need(name, getattr(fact, name), least, most, int)
     need("tolerance_px", fact.tolerance_px, 1, 20)  # unasked for, no annotator gets an outline full of dots
-    need("working_scale", fact.working_scale, 0.01, 1)
-    for name in ("xi", "penalty_weight"):
-        need(name, getattr(fact, name), 0, 1e6)
-    need("cam_max", fact.cam_max, 1e-9, 1e9)
-    if not fact.cam_max or list(fact.cam_max) != sorted(fact.cam_max):
-        raise ValueError(f"cam_max must be numbers that do not decrease, not {fact.cam_max!r}")
-    need("confidence_weights", fact.confidence_weights, -1e6, 1e6)
+    need("sharpness", fact.sharpness, 0.1, 4)
+    for channels in fact.decoder_channels:
+        need("decoder_channels", channels, 1, 4096, int)
     for name, count, remedy in (
-        ("mean_rgb", 3, ""),
-        ("std_rgb", 3, ""),
-        ("decoder_channels", fact.downsamplings + 1, ": one more than downsamplings"),
-        ("confidence_weights", 5, ": weights of an earlier version must be calibrated again (defectcam calibrate)"),
+        ("platt", 2, ""),
+        ("confidence_weights", FEATURES + 1, ": calibrate again (defectcam calibrate)"),
     ):
-        if len(getattr(fact, name)) != count:
-            raise ValueError(f"{name} must have {count} numbers, not {list(getattr(fact, name))}{remedy}")
-    if fact.snap is not None:
-        check_parameters(fact.snap)
+        numbers = getattr(fact, name)
+        for number in numbers:
+            need(name, number, -1e6, 1e6)
+        if len(numbers) != count:
+            raise ValueError(f"{name} must have {count} numbers, not {list(numbers)}{remedy}")
+    if fact.platt[0] <= 0:
+        raise ValueError(f"platt must begin with a number above 0, not {fact.platt[0]!r}")
+    fields = {"local": {"form", "xi", "g_ref"}, "paper": {"form", "xi", "penalty_weight", "salient_share"}}
+    if fact.climb.keys() != fields.get(str(fact.climb.get("form"))):
+        raise ValueError(
+            "climb must have form 'local' with xi, g_ref or 'paper' with xi, penalty_weight, salient_share, "
+            f"not {fact.climb!r}"
+        )
+    for name, least, most in (("xi", 0, 2), ("penalty_weight", 0, 1e6), ("salient_share", 0, 1)):
+        need(f"climb {name}", fact.climb.get(name, least), least, most)
+    g_ref = fact.climb.get("g_ref", [1.0])
+    if not isinstance(g_ref, list) or not g_ref:
+        raise ValueError(f"climb g_ref must be a list of numbers, one per level, not {g_ref!r}")
+    for number in g_ref:
+        need("climb g_ref", number, 1e-12, 1e12)
+    fact.build_network()
 
 
-def _load_verified(parts: dict[str, nn.Module], path: Path, sha256: str) -> None:
-    """Fill networks from one file; their tensors' names start with the networks' keys."""
+def _as_json(value: object) -> str:
+    """A value as the manifest has it: lists were made tuples."""
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _load_verified(network: ScoreNet, path: Path, sha256: str) -> None:
+    """Fill a network from its file."""
     remedy = "take the weights folder as it was published, or deploy another version"
     try:
         data = path.read_bytes()
@@ -256,7 +273,7 @@ def _load_verified(parts: dict[str, nn.Module], path: Path, sha256: str) -> None
         tensors = load(data)
     except SafetensorError as error:
         raise WeightsError(f"weights file {path} is not a safetensors file ({error}); {remedy}") from error
-    wanted = {prefix + name: value for prefix, part in parts.items() for name, value in part.state_dict().items()}
+    wanted = network.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
             where = "is missing" if name in wanted else "belongs to another architecture"
@@ -268,5 +285,4 @@ def _load_verified(parts: dict[str, nn.Module], path: Path, sha256: str) -> None
             )
         if not torch.isfinite(tensors[name]).all():
             raise WeightsError(f"weights file {path}: tensor {name} has values that are not finite; {remedy}")
-    for prefix, network in parts.items():
-        network.load_state_dict({name: tensors[prefix + name] for name in network.state_dict()})
+    network.load_state_dict(tensors)

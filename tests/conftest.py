@@ -1,11 +1,14 @@
-"""Shared fixtures: a small network with random weights, the shipped weights, the real photos where they are."""
+"""Shared helpers: small networks and weights folders with random numbers, and the real photos where they are."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -15,25 +18,120 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from safetensors.torch import save_file
+from torch import nn
 from nuclio_sdk.event import _EventDeserializer
 
 from defectcam import serve
-from defectcam.network import DefectNet
+from defectcam.network import ScoreNet, normalised
 from defectcam.training.clicks import photo_path, split_stems
+from defectcam.weights import WeightsError, read_manifest, write_manifest
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 
-def random_network(seed: int = 0, downsamplings: int = 2, dtype: torch.dtype = torch.float64) -> DefectNet:
-    """A frozen network whose BatchNorm has seen data, so that its maps have structure and positive parts."""
+def random_network(
+    seed: int = 0,
+    downsamplings: int = 2,
+    dtype: torch.dtype = torch.float64,
+    encoder: str = "resnet34",
+    pooling: str = "average",
+) -> ScoreNet:
+    """A frozen network whose BatchNorms have seen data, with a third of its scores on such data above 0."""
+    return copy.deepcopy(_random_network(seed, downsamplings, encoder, pooling)).to(dtype)
+
+
+@lru_cache
+def _random_network(seed: int, downsamplings: int, encoder: str, pooling: str) -> ScoreNet:
     torch.manual_seed(seed)
-    network = DefectNet((16, 16, 8, 8)[: downsamplings + 1], downsamplings)
-    network.train()
+    depth = downsamplings + (encoder == "resnet34")
+    network = ScoreNet(encoder, (16, 16, 8, 8)[:depth], downsamplings, pooling)
+    return _standardised(network)
+
+
+class SmallNetwork(nn.Module):
+    """What an engine takes for a ScoreNet, with so few layers that many tiles can climb; float32, random numbers.
+
+    Attributes:
+        reach_px: pixels around a pixel that its score depends on.
+    """
+
+    stride_px, halo_px, reach_px = 2, 6, 5
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fine, self.coarse = nn.Conv2d(3, 6, 5, padding=2), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 1)
+        _standardised(self)
+
+    def score_map(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.fine(images).tanh()
+        coarse = self.coarse(nn.functional.avg_pool2d(features, 2)).tanh()
+        features = features + nn.functional.interpolate(coarse, scale_factor=2)
+        return nn.functional.conv2d(features, self.head.weight[:, :, None, None], self.head.bias)[:, 0]
+
+
+def _standardised(network: nn.Module) -> nn.Module:
+    """The network frozen, with scores of mean -1 and standard deviation 2 on images like `textured`."""
+    coarse = nn.functional.interpolate(2 * torch.rand(8, 3, 6, 6) - 1, size=(64, 64), mode="bicubic")
+    images = (coarse + 0.3 * (2 * torch.rand(8, 3, 64, 64) - 1)).clamp(-1, 1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches
     with torch.no_grad():
-        for _ in range(3):
-            network(torch.randn(4, 3, 64, 64))
-    return network.to(dtype).requires_grad_(False).eval()
+        network.train().score_map(images)
+        score = network.eval().score_map(images)
+        scale = 2 / score.std()
+        network.head.bias.sub_(score.mean()).mul_(scale).sub_(1)
+        network.head.weight.mul_(scale)
+    return network.requires_grad_(False)
+
+
+def tiny_weights(
+    folder: Path,
+    defects: Sequence[str] = ("crack", "spalling", "rust"),
+    trained: ScoreNet | None = None,
+    **fields: object,
+) -> Path:
+    """Write a weights folder of small random networks, or of one trained network (`dark_network`) for all defects.
+
+    Args:
+        fields: in place of every entry's own.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for seed, defect in enumerate(defects):
+        network = trained or random_network(seed, 4, torch.float32, "efficientnet-lite0", "log-mean-exp")
+        save_file(network.state_dict(), folder / f"{defect}.safetensors")
+        entries[defect] = {
+            "file": f"{defect}.safetensors",
+            "encoder": "efficientnet-lite0",
+            "decoder_channels": [16, 16, 8, 8],
+            "downsamplings": 4,
+            "pooling": "log-mean-exp",
+            "finest_scale": 1.0,
+            "levels": 8,
+            "sharpness": 1.0,
+            "climb": {"form": "local", "xi": 0.04, "g_ref": [500.0]},
+            "platt": [1.0, 0.0],
+            "cam_threshold": 0.8,
+            "closing_radius_px": 1,
+            "gap_px": 4,
+            "min_area_px": 16,
+            "confidence_weights": [1.0, 0.0, 0.0, 0.0, 0.0, -2.0],
+            "threshold": 0.5,
+            "iterations": 2,
+            "tolerance_px": 1.0,
+            "hole_share": 0.02,
+            "training": {},
+        } | fields
+    write_manifest(folder, entries)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +169,18 @@ def sdk_as_installed():
 
 
 @pytest.fixture
-def network() -> DefectNet:
+def network() -> ScoreNet:
     return random_network()
+
+
+@pytest.fixture(scope="session")
+def shipped_weights() -> Path:
+    """The repository's weights folder."""
+    try:
+        read_manifest(ROOT / "weights")
+    except WeightsError as error:
+        pytest.skip(str(error))
+    return ROOT / "weights"
 
 
 @pytest.fixture(scope="session")
@@ -93,10 +201,53 @@ def photos():
     return load
 
 
+def textured(height: int, width: int, seed: int = 5) -> np.ndarray:
+    """(height, width, 3) uint8 RGB with structure at several scales."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 255, (height // 12 or 1, width // 12 or 1, 3), np.uint8)
+    noise = rng.integers(-40, 40, (height, width, 3))
+    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC) + noise, 0, 255).astype(np.uint8)
+
+
 @pytest.fixture(scope="session")
 def textured_image() -> np.ndarray:
     """(150, 203, 3) uint8 RGB with structure at several scales."""
-    rng = np.random.default_rng(5)
-    coarse = cv2.resize(rng.integers(0, 255, (12, 16, 3), np.uint8), (203, 150), interpolation=cv2.INTER_CUBIC)
-    noise = rng.integers(-40, 40, (150, 203, 3))
-    return np.clip(coarse.astype(int) + noise, 0, 255).astype(np.uint8)
+    return textured(150, 203)
+
+
+def dark_wall(spots_xyr: Sequence[tuple[int, int, int]], height: int = 96, width: int = 160, seed: int = 0):
+    """A photo (height, width, 3) uint8 RGB of a light wall with dark spots, and the spots' mask, bool."""
+    rng = np.random.default_rng(seed)
+    photo, mask = rng.integers(120, 180, (height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
+    for x, y, radius in spots_xyr:
+        cv2.ellipse(mask, (x, y), (radius, 2 * radius // 3), 0, 0, 360, 1, -1)
+    photo[mask > 0] = rng.integers(20, 60, (np.count_nonzero(mask), 3), np.uint8)
+    return photo, mask > 0
+
+
+@lru_cache
+def dark_network(decoder_channels: tuple[int, ...] = (16, 16, 8, 8)) -> ScoreNet:
+    """A network that has learnt to see dark spots, in a few steps."""
+    torch.manual_seed(0)
+    network = ScoreNet("efficientnet-lite0", decoder_channels, 4, "log-mean-exp").train()
+    walls = [dark_wall([(20 + 12 * i, 30, 16), (52, 10 * i, 6)], 64, 64, seed=i) for i in range(3)]
+    images = torch.stack([normalised(torch.from_numpy(photo)).permute(2, 0, 1) for photo, _ in walls])
+    truth = torch.stack([torch.from_numpy(mask).float() for _, mask in walls])
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(25):
+        optimiser.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(network.score_map(images), truth).backward()
+        optimiser.step()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean of all batches
+    with torch.no_grad():
+        network.score_map(images)
+    return network.requires_grad_(False).eval()
+
+
+def dark_weights(folder: Path, defects: Sequence[str] = ("crack",), **fields: object) -> Path:
+    """Write a weights folder whose networks see dark spots, with `fields` in place of every entry's; returns it."""
+    fields = {"cam_threshold": 0.5, "confidence_weights": [2.0, 0.0, 0.0, 0.0, 0.0, -2.0]} | fields
+    return tiny_weights(folder, defects, dark_network(), **fields)

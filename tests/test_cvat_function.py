@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-from dataclasses import replace
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
@@ -18,10 +17,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from defectcam.proposals import outline_length_px
+from defectcam.polygons import outline_length_px
 from defectcam.request import RequestError
 from defectcam.weights import WeightsError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, dark_wall, dark_weights
 
 cvataa = pytest.importorskip("cvat_sdk.auto_annotation", reason="cvat-sdk is not installed: pip install '.[cvat]'")
 
@@ -38,13 +37,19 @@ SPEC = json.loads(yaml.safe_load((ROOT / "function.yaml").read_text())["metadata
 
 
 @pytest.fixture(scope="module")
-def crop_rgb() -> np.ndarray:
-    sample = np.asarray(Image.open(ROOT / "docs" / "sample.jpg").convert("RGB"))
-    return np.ascontiguousarray(sample[330:570, 480:800])
+def photo_rgb() -> np.ndarray:
+    """(240, 320, 3) uint8 with dark spots, which the weights call cracks, some with more confidence than others."""
+    return dark_wall([(70, 60, 40), (220, 80, 24), (120, 180, 12), (280, 200, 7)], 240, 320)[0]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return dark_weights(tmp_path_factory.mktemp("weights"), ["crack", "spalling", "rust"])
 
 
 @pytest.fixture(autouse=True)
-def cracks_on_a_cpu(monkeypatch):
+def cracks_on_a_cpu(weights, monkeypatch):
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(weights))
     monkeypatch.setenv("ADVCAM_DEVICE", "cpu")
     monkeypatch.setenv("ADVCAM_DEFECTS", "crack")
 
@@ -77,9 +82,9 @@ def attributes(annotation) -> dict[int, str]:
     return {entry.spec_id: entry.value for entry in annotation.attributes}
 
 
-def test_shapes_pass_the_drivers_checks_with_their_attributes(crop_rgb):
+def test_shapes_pass_the_drivers_checks_with_their_attributes(photo_rgb):
     function = cvat_function.create(iterations=1, threshold=0.01)
-    tags, shapes = detected(function, Image.fromarray(crop_rgb))
+    tags, shapes = detected(function, Image.fromarray(photo_rgb))
     assert shapes and not tags
     for shape in shapes:
         assert (shape.type.value, shape.label_id, shape.frame) == ("polygon", 40, 3)
@@ -88,18 +93,18 @@ def test_shapes_pass_the_drivers_checks_with_their_attributes(crop_rgb):
         assert len(shape.points) >= 6 and max(shape.points[::2]) <= 320 and max(shape.points[1::2]) <= 240
 
 
-def test_it_answers_what_the_nuclio_handler_answers(crop_rgb):
+def test_it_answers_what_the_nuclio_handler_answers(photo_rgb):
     function = cvat_function.create(iterations=0)
-    _, shapes = detected(function, Image.fromarray(crop_rgb))
-    direct = function.model.propose(crop_rgb, function.model.settings)
+    _, shapes = detected(function, Image.fromarray(photo_rgb))
+    direct = function.model.propose(photo_rgb, function.model.settings)
     assert [shape.points for shape in shapes] == [shape["points"] for shape in direct]
 
 
-def test_conf_threshold_comes_before_every_other(crop_rgb):
-    function, image = cvat_function.create(iterations=0, threshold=0.99), Image.fromarray(crop_rgb)
+def test_conf_threshold_comes_before_every_other(photo_rgb):
+    function, image = cvat_function.create(iterations=0, threshold=0.99), Image.fromarray(photo_rgb)
     assert detected(function, image) == ([], [])
-    everything = function.model.components(crop_rgb, "crack", replace(function.model.settings, threshold=0.0))
-    confidences = sorted(confidence for _, confidence in everything)
+    everything = function.model.predictor.propose(photo_rgb, "crack", 0, threshold=0.0)
+    confidences = sorted(proposal.confidence for proposal in everything)
     assert len(confidences) >= 2
     for above, least in enumerate(confidences):
         assert len(detected(function, image, conf_threshold=least)[1]) == len(confidences) - above
@@ -109,12 +114,12 @@ def test_conf_threshold_comes_before_every_other(crop_rgb):
         assert int(attributes(shape)[500]) >= 30
 
 
-def test_masks_are_masks_and_polygons_where_the_driver_wants_them(crop_rgb):
-    function, image = cvat_function.create(iterations=0, shape="mask"), Image.fromarray(crop_rgb)
+def test_masks_are_masks_and_polygons_where_the_driver_wants_them(photo_rgb):
+    function, image = cvat_function.create(iterations=0, shape="mask"), Image.fromarray(photo_rgb)
     _, masks = detected(function, image, labels=task_labels(type="mask"))
     assert masks and {shape.type.value for shape in masks} == {"mask"}
-    components = function.model.components(crop_rgb, "crack", function.model.settings)
-    for shape, (component, _) in zip(masks, components, strict=True):
+    components = [one.component for one in function.model.predictor.propose(photo_rgb, "crack", 0)]
+    for shape, component in zip(masks, components, strict=True):
         x0, y0, x1, y1 = component.box_xyxy
         bitmap = decode_mask(shape.points, image_width=320, image_height=240)
         assert np.array_equal(bitmap[y0 : y1 + 1, x0 : x1 + 1], component.mask) and bitmap.sum() == component.area_px
@@ -137,8 +142,8 @@ def test_the_spec_is_function_yamls_for_the_defects_there_are(monkeypatch):
             assert list(attribute.values) == wanted["values"]
 
 
-def test_a_count_that_the_select_has_not_is_refused_unless_the_task_has_it(crop_rgb):
-    function, image = cvat_function.create(iterations=3, threshold=0.01), Image.fromarray(crop_rgb[:160, :160])
+def test_a_count_that_the_select_has_not_is_refused_unless_the_task_has_it(photo_rgb):
+    function, image = cvat_function.create(iterations=3, threshold=0.01), Image.fromarray(photo_rgb[:160, :160])
     with pytest.raises(cvataa.BadFunctionError, match="'iterations'"):
         detected(function, image)
     labels = task_labels()
@@ -148,8 +153,8 @@ def test_a_count_that_the_select_has_not_is_refused_unless_the_task_has_it(crop_
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
-def test_images_of_any_mode_are_answered(crop_rgb, mode):
-    grey = Image.fromarray(crop_rgb[:64, :64]).convert("L")
+def test_images_of_any_mode_are_answered(photo_rgb, mode):
+    grey = Image.fromarray(photo_rgb[:64, :64]).convert("L")
     image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
     assert image.mode == mode
     assert detected(cvat_function.create(iterations=0), image)[0] == []
@@ -163,27 +168,39 @@ def test_a_frame_that_cannot_be_processed_is_a_tag_with_the_reason():
     assert tag.label_id == 43 and "broken" in attributes(tag)[800] and not shapes
 
 
-def test_a_notice_is_printed_and_needs_no_label_of_the_task(crop_rgb, monkeypatch, capsys):
+def test_a_notice_is_printed_and_needs_no_label_of_the_task(photo_rgb, monkeypatch, capsys):
     function = cvat_function.create(iterations=0, threshold=0.01)
-    _, all_shapes = detected(function, Image.fromarray(crop_rgb))
-    components = function.model.components(crop_rgb, "crack", function.model.settings)
-    lengths = [outline_length_px(component.mask) for component, _ in components]
+    _, all_shapes = detected(function, Image.fromarray(photo_rgb))
+    proposals = function.model.predictor.propose(photo_rgb, "crack", 0, threshold=0.01)
+    lengths = [outline_length_px(proposal.component.mask) for proposal in proposals]
     monkeypatch.setattr(model_handler, "MAX_OUTLINE_PX", max(lengths) - 1)
     capsys.readouterr()
-    tags, shapes = detected(function, Image.fromarray(crop_rgb))
+    tags, shapes = detected(function, Image.fromarray(photo_rgb))
     assert not tags and capsys.readouterr().err.endswith(": 1 too ragged: crack; raise cam_threshold\n")
     assert len(shapes) == len(all_shapes) - 1 > 0
+
+
+def test_the_largest_and_surest_are_proposed_where_there_are_too_many(photo_rgb, capsys):
+    _, all_shapes = detected(cvat_function.create(iterations=0), Image.fromarray(photo_rgb))
+    capsys.readouterr()
+    tags, (shape,) = detected(cvat_function.create(iterations=0, max_proposals=1), Image.fromarray(photo_rgb))
+    told = f": {len(all_shapes) - 1} more crack; raise threshold or max_proposals\n"
+    assert not tags and capsys.readouterr().err.endswith(told)
+    assert shape.points == all_shapes[0].points and len(all_shapes) > 1
 
 
 @pytest.mark.parametrize("given, error, words", [
     ({"iterations": 51}, RequestError, ["ITERATIONS", "51", "0 to 50"]),
     ({"iterations": "many"}, RequestError, ["ITERATIONS", "many"]),
+    ({"iterations": "auto"}, RequestError, ["ITERATIONS", "auto", "removed"]),
+    ({"max_proposals": 0}, RequestError, ["MAX_PROPOSALS", "0"]),
     ({"threshold": 2.0}, RequestError, ["THRESHOLD", "2.0", "0 to 1"]),
     ({"defects": "crack,moss"}, RequestError, ["DEFECTS", "moss", "crack"]),
     ({"shape": "circle"}, RequestError, ["SHAPE", "circle"]),
     ({"device": "tpu"}, RequestError, ["DEVICE", "tpu"]),
     ({"weights": "/nowhere"}, WeightsError, ["/nowhere", "manifest.json"]),
     ({"steps": 4}, TypeError, ["steps"]),
+    ({"snap": False}, TypeError, ["snap"]),
 ])  # fmt: skip
 def test_bad_parameters_are_named(given, error, words):
     with pytest.raises(error) as caught:
@@ -194,10 +211,10 @@ def test_bad_parameters_are_named(given, error, words):
 def test_parameters_come_before_the_environment_before_the_manifest(monkeypatch):
     monkeypatch.setenv("ADVCAM_ITERATIONS", "2")
     monkeypatch.setenv("ADVCAM_CVAT_URL", "http://cvat")  # belongs to the function that CVAT calls
-    assert cvat_function.create(iterations="auto", shape="mask").model.settings.iterations == "auto"
-    function = cvat_function.create(cam_threshold=0.2, hole_share=0.5, tolerance_px=2.0)
+    assert cvat_function.create(iterations=8).model.settings.iterations == 8
+    function = cvat_function.create(cam_threshold=0.2, max_proposals=5, hole_share=0.5, tolerance_px=2.0)
     effective = function.model.effective("crack", function.model.settings)
-    assert effective["iterations"] == 2 and effective["cam_threshold"] == 0.2
+    assert (effective["iterations"], effective["max_proposals"], effective["cam_threshold"]) == (2, 5, 0.2)
     assert (effective["hole_share"], effective["tolerance_px"]) == (0.5, 2.0)
     assert effective["threshold"] == function.model.weights.facts["crack"].threshold
     assert function.model.cvat_task is None
@@ -224,13 +241,13 @@ def test_cvat_cli_can_load_it_from_any_folder(tmp_path):
 
 
 @pytest.fixture
-def server(crop_rgb, tmp_path):
+def server(photo_rgb, tmp_path):
     """One task of two frames, the second deleted, with the addresses that the driver asks for."""
     chunk = io.BytesIO()
     with zipfile.ZipFile(chunk, "w") as archive:
         for number in range(2):
             buffer = io.BytesIO()
-            Image.fromarray(crop_rgb).save(buffer, "PNG")
+            Image.fromarray(photo_rgb).save(buffer, "PNG")
             archive.writestr(f"{number:06}.png", buffer.getvalue())
     uploads, labels = [], task_labels()
     frame = {"width": 320, "height": 240, "name": "photo.png", "related_files": 0, "has_related_context": False}

@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from defectcam.cvat_runs import Run, frames_at
 from defectcam.cvat_task import CvatTask, TaskSetting
 from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.request import RequestError
-from tests.conftest import DATA, ROOT
+from tests.conftest import DATA, ROOT, dark_wall, dark_weights
 
 EXCHANGES = DATA / "cvat_exchanges"
 LOG = logging.getLogger("test")
@@ -644,14 +645,18 @@ def test_without_url_and_token_nobody_is_asked():
     assert CvatTask.from_env({"NUCLIO_FUNCTION_NAME": "f"}, LOG) is None
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return dark_weights(tmp_path_factory.mktemp("weights"))
+
+
 @pytest.fixture
-def handled(running, monkeypatch):
-    """The Nuclio handler with the shipped weights, which asks that server; answers to a frame as CVAT sends it."""
-    sample = np.asarray(Image.open(ROOT / "docs" / "sample.jpg").convert("RGB"))
-    file = encoded(np.ascontiguousarray(sample[420:580, 760:920]))
+def handled(running, weights, monkeypatch):
+    """The Nuclio handler, which asks that server; answers to a frame with a spot as CVAT sends it."""
+    file = encoded(dark_wall([(40, 30, 18)], 64, 96)[0])
     running.routes[frame_path(1)] = file
     environ = {"ADVCAM_CVAT_URL": running.url, "ADVCAM_CVAT_TOKEN": TOKEN, "NUCLIO_FUNCTION_NAME": "det-attrs"}
-    environ |= {"ADVCAM_DEVICE": "cpu", "ADVCAM_DEFECTS": "crack", "ADVCAM_THRESHOLD": "0.01"}
+    environ |= {"ADVCAM_DEVICE": "cpu", "ADVCAM_WEIGHTS": str(weights), "ADVCAM_TIME_LIMIT": "80000"}
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(cvat_task, "PATIENCE_S", 0)
@@ -682,6 +687,14 @@ def test_the_handler_uses_the_tasks_setting_and_the_requests_own_wins(handled):
     assert values(handled.answer(), "iterations") == {default}
 
 
+def test_auto_on_a_label_of_an_earlier_version_is_the_weights_own_t(handled):
+    handled.model.settings = replace(handled.model.settings, iterations=1)
+    handled.cvat.routes[LABELS] = labels_with(crack="auto")
+    assert values(handled.answer(), "iterations") == {str(handled.model.weights.facts["crack"].iterations)} == {"2"}
+    handled.cvat.routes[RUNS] = []
+    assert values(handled.answer(), "iterations") == {"1"}
+
+
 def test_a_refused_token_is_told_by_a_tag_beside_the_proposals_and_by_get(handled, tmp_path):
     spec = json.loads(yaml.safe_load((ROOT / "function.yaml").read_text())["metadata"]["annotations"]["spec"])
     handled.model.proposal_log = ProposalLog(tmp_path, LOG)
@@ -694,7 +707,7 @@ def test_a_refused_token_is_told_by_a_tag_beside_the_proposals_and_by_get(handle
     assert tag == {"label": "notice", "type": "tag"} and reason["value"].startswith(f"T={default} used: CVAT 401")
     assert {"name": "notice", "type": "tag"}.items() <= spec[-1].items()
     assert [entry["name"] for entry in spec[-1]["attributes"]] == [reason["name"]]
-    other = encoded(np.full((32, 32, 3), 128, np.uint8))
+    other = encoded(np.full((32, 32, 3), 150, np.uint8))
     assert handled.answer(image=other) == []  # one notice for a run
     assert handled.answer("GET")["cvat"]["last_problem"]["reason"] == reason["value"]
     first, second = read_proposal_log(tmp_path)

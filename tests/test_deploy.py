@@ -27,7 +27,8 @@ import numpy as np
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT, tiny_weights
+
 NUCTL_OPTIONS = ROOT.parent / "shared" / "data" / "cli" / "nuctl-1.14.1.json"
 REAL_DOCKER = shutil.which("docker")
 DEPLOYMENT_TOOLS = ("docker", "nuctl", "kubectl", "curl")  # whose commands a dry run prints
@@ -42,11 +43,11 @@ import json, os
 
 def answer(body, environ):
     weights = environ["WEIGHTS"]  # "better T=4" were found best with 4 steps
-    iterations = environ.get("ADVCAM_ITERATIONS", weights.partition("T=")[2] or "0")
+    iterations = environ.get("ADVCAM_ITERATIONS", weights.partition("T=")[2] or "2")
     if weights == "broken":
         raise RuntimeError("crack.safetensors: its checksum is wrong")
     if not body:
-        defaults = {"crack": {"iterations": iterations}}
+        defaults = {"crack": {"iterations": int(iterations)}}
         said = {"version": "1", "weights": weights, "defects": ["crack"], "device": "cpu", "defaults": defaults}
         return said | {"cvat": {"last_problem": None} if "ADVCAM_CVAT_TOKEN" in environ else None}
     request = json.loads(body)
@@ -367,6 +368,7 @@ def test_help_names_every_command_and_option():
         ("gpu --iterations", "needs a value"),
         ("gpu --iterations 0,fifty", "'fifty'"),
         ("gpu --iterations 51", "'51'"),
+        ("gpu --iterations auto", "'auto', but may have numbers from 0 to 50"),
         ("gpu --iterations 2,2", "two entries named 'AdvCAM defects T=2'"),
         ("cpu --platform docker", "'docker'"),
         ("cpu --max-replicas 2", "need --platform kube"),
@@ -680,7 +682,7 @@ def test_the_project_is_made_once(world):
     assert len(made[0]) == 1 and made[1] == []
 
 
-@pytest.mark.parametrize("steps, values", [("4", "4 0 1 2 8 auto"), ("0", "0 1 2 4 8 auto"), ("16", "16 0 1 2 4 8 auto")])
+@pytest.mark.parametrize("steps, values", [("4", "4 2 0 1 8"), ("2", "2 0 1 4 8"), ("16", "16 2 0 1 4 8")])
 def test_the_t_of_new_weights_is_the_default_of_their_labels(world, steps, values):
     world.succeed("cpu", "--iterations", "2")
     output = world.succeed("weights", world.write_weights(world.folder / "new", f"better T={steps}"))
@@ -688,7 +690,7 @@ def test_the_t_of_new_weights_is_the_default_of_their_labels(world, steps, value
         spec = json.loads(function["config"]["metadata"]["annotations"]["spec"])
         selects = {label["name"]: label["attributes"][1]["values"] for label in spec[:3]}
         assert selects["crack"] == values.split()
-        assert selects["rust"] == selects["spalling"] == ["0", "1", "2", "4", "8", "auto"], "they have no weights"
+        assert selects["rust"] == selects["spalling"] == ["2", "0", "1", "4", "8"], "they have no weights"
     labels = json.loads(output[output.index("\n[") :])
     assert labels[0]["attributes"][1]["default_value"] == steps
     assert labels[0]["attributes"][1]["values"] == values.split()
@@ -1190,15 +1192,17 @@ def run_in_image(name: str, data: str, **environ: str) -> subprocess.CompletedPr
     )
 
 
-def test_expected_answers_come_from_the_real_handler():
+def test_expected_answers_come_from_the_real_handler(tmp_path):
+    weights = tiny_weights(tmp_path, ["crack"])
+    environ = {"ADVCAM_WEIGHTS": str(weights)}
     encoded = subprocess.run(["base64", "-w0"], input=small_png(), capture_output=True).stdout.decode()
-    done = run_in_image("ANSWER_PROGRAM", json.dumps({"image": encoded}), ADVCAM_ITERATIONS="1")
+    done = run_in_image("ANSWER_PROGRAM", json.dumps({"image": encoded}), ADVCAM_ITERATIONS="1", **environ)
     assert done.returncode == 0, done.stderr
     described, answer = map(json.loads, done.stdout.splitlines())
-    assert described["weights"] == json.loads((ROOT / "weights" / "manifest.json").read_text())["version"]
+    assert described["weights"] == json.loads((weights / "manifest.json").read_text())["version"]
     assert all(default["iterations"] == 1 for default in described["defaults"].values())
     assert isinstance(answer, list)
-    refused = run_in_image("ANSWER_PROGRAM", json.dumps({"image": encoded}), ADVCAM_ITERATIONS="many")
+    refused = run_in_image("ANSWER_PROGRAM", json.dumps({"image": encoded}), ADVCAM_ITERATIONS="many", **environ)
     assert refused.returncode != 0 and "many" in refused.stderr
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from defectcam import serve
-from defectcam.request import MAX_BODY_BYTES, MAX_REST_BYTES, Settings
+from defectcam.request import ITERATIONS_MAX, MAX_BODY_BYTES, MAX_REST_BYTES, Settings
 
 ROOT = Path(__file__).parents[1]
 FILES = ("function.yaml", "function-gpu.yaml", "interactor.yaml")
@@ -80,9 +80,17 @@ def test_attributes_fit_their_input_type(attribute):
     elif attribute["name"] == "iterations":
         assert attribute["input_type"] == "select"
         assert len(set(values)) == len(values)
-        assert all(value == "auto" or 0 <= int(value) <= 50 for value in values)
+        assert all(0 <= int(value) <= ITERATIONS_MAX for value in values)
     else:
         assert (attribute["input_type"], values) == ("text", [""])
+
+
+def test_the_first_count_offered_is_that_of_the_weights():
+    """It becomes the default of a task whose labels are made "From model"."""
+    defects = json.loads((ROOT / "weights" / "manifest.json").read_text())["defects"]
+    for label in LABELS[:3]:
+        values = next(a["values"] for a in label["attributes"] if a["name"] == "iterations")
+        assert values[0] == str(defects[label["name"]]["iterations"])
 
 
 def test_gpu_file_differs_only_where_it_must():
@@ -126,8 +134,8 @@ def test_handler_and_init_context_exist():
 def test_environment_has_only_variables_that_are_read():
     read = {f"ADVCAM_{field.name.upper()}" for field in fields(Settings)}
     read |= {"ADVCAM_DEVICE", "ADVCAM_MAX_MEGAPIXELS", "ADVCAM_TIME_LIMIT", "ADVCAM_WEIGHTS"}
-    read |= {"ADVCAM_IDLE_SECONDS", "ADVCAM_CVAT_URL", "ADVCAM_CVAT_TOKEN", "ADVCAM_LOG_DIR"}
-    for name in ("function.yaml", "function-gpu.yaml"):
+    read |= {"ADVCAM_CVAT_URL", "ADVCAM_CVAT_TOKEN", "ADVCAM_LOG_DIR"}
+    for name in FILES:
         assert set(re.findall(r"\bADVCAM_\w+", (ROOT / name).read_text())) <= read  # the commented ones too
     assert all(isinstance(variable["value"], str) for variable in CPU["spec"]["env"])
 

@@ -25,13 +25,15 @@ from sqlalchemy import Engine, event
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
+from defectcam.deadline import NO_DEADLINE
 from defectcam.feedback import cvat as cvat_module
 from defectcam.feedback import harvest, report
 from defectcam.feedback.cvat import CvatServer
 from defectcam.feedback.regions import edited_share, region_of, run_lengths
 from defectcam.feedback.store import Table
 from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
-from defectcam.proposals import Component, cvat_shape
+from defectcam.proposals import Component, Proposal
+from model_handler import cvat_shape
 from tests.conftest import DATA, ROOT
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
@@ -790,11 +792,11 @@ def test_masks_and_masks_that_cvat_converts_to_polygons(workplace, converted):
     place, cvat = workplace, workplace.cvat
     blob = cv2.circle(np.zeros((41, 41), np.uint8), (20, 20), 20, 1, -1)
     blob[15:25, 15:25] = 0
+    settings = {"iterations": 2, "shape": "mask", "tolerance_px": 1.0, "hole_share": 0.0}
     answer = [
-        cvat_shape(Component(blob > 0, left, 30), defect="crack", confidence=0.9, iterations=2, digest="x", shape="mask",
-                   tolerance_px=1.0, hole_share=0.0, image_width=200, image_height=150)
+        cvat_shape(Proposal(Component(blob > 0, left, 30), 0.9), "crack", f"{left:08}", settings, (150, 200), NO_DEADLINE)
         for left in (10, 80)
-    ]  # fmt: skip
+    ]
     place.answer(0, answer)
     if converted:
         for shape, element in zip(cvat.shapes, answer):

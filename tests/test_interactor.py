@@ -1,12 +1,13 @@
-"""The click tool: the function over real HTTP with its shipped weights, with clicks as CVAT sends them."""
+"""The click tool: the function over real HTTP, with clicks as CVAT sends them; its weights are tiny and see dark spots."""
 
 import base64
 import io
 import json
 import logging
 import re
-import shutil
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -15,17 +16,18 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from defectcam.interactor import DISC_PX, MARGIN_PX, WINDOW_PX, _grown, _windows, outline_clicked, to_json
+from defectcam.deadline import Deadline, TimeLimitError
+from defectcam.interactor import LEAST_REACH_PX, NEAR_PX, OVERLOOKED_RADIUS_PX, ClickSettings, outline_clicked, to_json
+from defectcam.predict import find_cores, paste
 from defectcam.proposals import find_components
+from defectcam.pyramid import Pyramid
 from defectcam.request import Clicks, RequestError, Settings, parse_request
-from defectcam.tiling import TimeLimitError
-from defectcam.weights import sha256_of
-from model_handler import Maps, ModelHandler
-from tests.conftest import DATA, ROOT, running_function
+from model_handler import ModelHandler
+from tests.conftest import DATA, ROOT, dark_wall, dark_weights, running_function
 
 LOG = logging.getLogger("test")
+PLAIN = {"crack": ClickSettings(0, 0.5, 1.0, 0.02)}
 
 
 def encoded(image_rgb: np.ndarray) -> str:
@@ -40,73 +42,66 @@ def as_cvat_sends(image_rgb: np.ndarray, pos_points, neg_points=(), obj_bbox=Non
     return {"image": encoded(image_rgb), **clicks}
 
 
-@pytest.fixture(scope="module")
-def sample_rgb() -> np.ndarray:
-    return np.asarray(Image.open(ROOT / "docs" / "sample.jpg").convert("RGB"))
+def sound(height: int, width: int) -> np.ndarray:
+    """A wall without a defect, (height, width, 3) uint8."""
+    return np.full((height, width, 3), 150, np.uint8)
 
 
 @pytest.fixture(scope="module")
-def crop_rgb(sample_rgb) -> np.ndarray:
-    """(240, 320, 3), smaller than a window, with cracks."""
-    return np.ascontiguousarray(sample_rgb[330:570, 480:800])
+def weights(tmp_path_factory) -> Path:
+    return dark_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
-def model() -> ModelHandler:
-    return ModelHandler(ROOT / "weights", "cpu", Settings(defects=("crack",)), LOG)
+def photo_rgb() -> np.ndarray:
+    """(96, 160, 3) uint8: a wall with two spots."""
+    return dark_wall([(44, 44, 24), (120, 60, 16)], 96, 160)[0]
+
+
+def handler_with(weights: Path, time_limit_s: float = 80_000) -> ModelHandler:
+    return ModelHandler(weights, "cpu", Settings(), LOG, time_limit_s=time_limit_s)
 
 
 @pytest.fixture(scope="module")
-def cracks(model, crop_rgb):
-    """All components that the detector has on the crop, as masks of the crop, largest first."""
+def model(weights) -> ModelHandler:
+    return handler_with(weights)
+
+
+@pytest.fixture(scope="module")
+def spots(model, photo_rgb) -> list[np.ndarray]:
+    """All regions that the detector has on the photo, as masks of the photo, largest first."""
+    logits = model.predictor.maps(Pyramid(photo_rgb), "crack").merged()
     masks = []
-    for component, _ in model.components(crop_rgb, "crack", Settings(threshold=0.0)):
-        x0, y0, x1, y1 = component.box_xyxy
-        masks.append(np.zeros(crop_rgb.shape[:2], bool))
-        masks[-1][y0 : y1 + 1, x0 : x1 + 1] = component.mask
+    for core in find_cores(logits, model.weights.facts["crack"]).found:
+        masks.append(np.zeros(photo_rgb.shape[:2], bool))
+        paste(masks[-1], core.component)
     assert len(masks) >= 2
     return sorted(masks, key=np.count_nonzero, reverse=True)
 
 
 @pytest.fixture(scope="module")
-def client():
-    """A client of a running server of the real function, deployed for cracks."""
-    with running_function(ADVCAM_DEFECTS="crack", ADVCAM_DEVICE="cpu") as url:
+def client(weights):
+    """A client of a running server of the real function."""
+    with running_function(ADVCAM_WEIGHTS=str(weights), ADVCAM_DEVICE="cpu", ADVCAM_TIME_LIMIT="80000") as url:
         with httpx.Client(base_url=url, timeout=300) as client:
             yield client
-
-
-@pytest.fixture
-def changed_weights(tmp_path):
-    """Function (fields of crack's manifest, bias to add to rust's head) -> handler; with a bias there is rust too,
-    which has crack's tensors and half its scale."""
-
-    def build(crack: dict | None = None, rust_bias: float | None = None) -> ModelHandler:
-        manifest = json.loads((ROOT / "weights" / "manifest.json").read_text())
-        entry = manifest["defects"]["crack"] | (crack or {})
-        shutil.copy(ROOT / "weights" / entry["file"], tmp_path)
-        manifest["defects"] = {"crack": entry}
-        if rust_bias is not None:
-            tensors = load_file(tmp_path / entry["file"])
-            tensors["head.bias"] = tensors["head.bias"] + rust_bias
-            save_file(tensors, tmp_path / "rust.safetensors")
-            rust = {"file": "rust.safetensors", "sha256": sha256_of(tmp_path / "rust.safetensors")}
-            manifest["defects"]["rust"] = entry | rust | {"working_scale": entry["working_scale"] / 2}
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        return ModelHandler(tmp_path, "cpu", Settings(), LOG)
-
-    return build
 
 
 def middle_xy(mask: np.ndarray, share: float = 0.5) -> list[float]:
     """A click in the middle of the mask's pixel at this share of the way from its top to its bottom."""
     ys, xs = np.nonzero(mask)
     number = int(share * (len(ys) - 1))
-    return [xs[number] + 0.5, ys[number] + 0.5]
+    return [float(xs[number]) + 0.5, float(ys[number]) + 0.5]
 
 
 def has(mask: np.ndarray, xy) -> bool:
     return bool(mask[int(xy[1]), int(xy[0])])
+
+
+def farthest_px(mask: np.ndarray, xy) -> float:
+    """How far from a point the mask reaches."""
+    ys, xs = np.nonzero(mask)
+    return float(np.hypot(xs - int(xy[0]), ys - int(xy[1])).max())
 
 
 def check_answer(answer: dict, height: int, width: int) -> np.ndarray:
@@ -120,10 +115,9 @@ def check_answer(answer: dict, height: int, width: int) -> np.ndarray:
     assert points.ndim == 2 and points.shape[1] == 2 and len(np.unique(points, axis=0)) >= 3
     assert (points >= 0).all() and (points <= [width, height]).all()
     largest = max(find_components(mask), key=lambda component: component.area_px)
-    x0, y0, x1, y1 = largest.box_xyxy
     painted = cv2.fillPoly(np.zeros(mask.shape, np.uint8), [np.rint(points).astype(np.int32)], 1).astype(bool)
     region = np.zeros_like(mask)
-    region[y0 : y1 + 1, x0 : x1 + 1] = largest.mask
+    paste(region, largest)
     assert (painted & region).sum() / (painted | region).sum() > 0.7
     return mask
 
@@ -137,69 +131,86 @@ def clicked(client, image_rgb, pos_points, neg_points=(), obj_bbox=None) -> np.n
 # ---- what a click gets ----
 
 
-def test_a_click_gets_the_component_under_it_as_the_detector_has_it(client, crop_rgb, cracks):
-    for mask in cracks[:2]:
-        assert np.array_equal(clicked(client, crop_rgb, [middle_xy(mask)]), mask)
+def test_a_click_gets_the_region_under_it_as_the_detector_has_it(client, photo_rgb, spots):
+    for mask in spots[:2]:
+        assert np.array_equal(clicked(client, photo_rgb, [middle_xy(mask)]), mask)
 
 
-def test_a_click_beside_a_thin_crack_means_the_crack(client, crop_rgb, cracks):
-    reach = cv2.dilate(cracks[0].astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
-    beside = middle_xy(reach & ~sum(cracks).astype(bool))
-    assert np.array_equal(clicked(client, crop_rgb, [beside]), cracks[0])
+def test_a_click_beside_a_defect_means_the_defect(client, photo_rgb, spots):
+    reach = cv2.dilate(spots[0].astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
+    beside = middle_xy(reach & ~sum(spots).astype(bool))
+    assert np.array_equal(clicked(client, photo_rgb, [beside]), spots[0])
 
 
-def test_clicks_on_two_components_get_both(client, crop_rgb, cracks):
-    found = clicked(client, crop_rgb, [middle_xy(cracks[0]), middle_xy(cracks[1])])
-    assert np.array_equal(found, cracks[0] | cracks[1])
+def test_clicks_on_two_regions_get_both(client, photo_rgb, spots):
+    found = clicked(client, photo_rgb, [middle_xy(spots[0]), middle_xy(spots[1])])
+    assert np.array_equal(found, spots[0] | spots[1])
 
 
-def test_a_negative_click_leaves_its_component_out(client, crop_rgb, cracks):
-    ys, xs = np.nonzero(sum(cracks))
-    box = [[xs.min(), ys.min()], [xs.max() + 1, ys.max() + 1]]
-    box = [[float(number) for number in corner] for corner in box]
-    everything = clicked(client, crop_rgb, [], [], box)
-    assert np.array_equal(everything, sum(cracks).astype(bool))
-    found = clicked(client, crop_rgb, [], [middle_xy(cracks[0])], box)
-    assert np.array_equal(found, sum(cracks[1:]).astype(bool))
+def test_a_negative_click_leaves_its_region_out(client, photo_rgb, spots):
+    ys, xs = np.nonzero(sum(spots))
+    box = [[float(xs.min()), float(ys.min())], [float(xs.max() + 1), float(ys.max() + 1)]]
+    assert np.array_equal(clicked(client, photo_rgb, [], [], box), sum(spots).astype(bool))
+    found = clicked(client, photo_rgb, [], [middle_xy(spots[0])], box)
+    assert np.array_equal(found, sum(spots[1:]).astype(bool))
 
 
-def test_a_negative_click_on_the_same_component_cuts_it(client, crop_rgb, cracks):
-    positive, negative = middle_xy(cracks[0], 0.1), middle_xy(cracks[0], 0.9)
-    found = clicked(client, crop_rgb, [positive], [negative])
+def test_a_negative_click_on_the_same_region_cuts_it(client, photo_rgb, spots):
+    positive, negative = middle_xy(spots[0], 0.1), middle_xy(spots[0], 0.9)
+    found = clicked(client, photo_rgb, [positive], [negative])
     assert has(found, positive) and not has(found, negative)
-    assert not (found & ~cracks[0]).any() and 0 < found.sum() < cracks[0].sum()
+    assert not (found & ~spots[0]).any() and 0 < found.sum() < spots[0].sum()
     assert len(find_components(found)) == 1  # what hangs together with the positive click
 
 
-def test_a_box_ends_the_outline(client, crop_rgb, cracks):
-    x, y = middle_xy(cracks[0])
-    found = clicked(client, crop_rgb, [[x, y]], [], [[x + 20.2, y + 20.7], [x - 20.2, y - 20.7]])
+def test_a_box_ends_the_outline(client, photo_rgb, spots):
+    x, y = middle_xy(spots[0])
+    found = clicked(client, photo_rgb, [[x, y]], [], [[x + 8.2, y + 8.7], [x - 8.2, y - 8.7]])
     ys, xs = np.nonzero(found)
-    assert has(found, (x, y)) and xs.min() >= x - 22 and xs.max() <= x + 22 and np.ptp(ys) <= 44
-    beyond = middle_xy(cracks[0], 0.95)
-    assert has(clicked(client, crop_rgb, [[x, y], beyond], [], [[x - 5, y - 5], [x + 5, y + 5]]), beyond)
+    assert has(found, (x, y)) and xs.min() >= x - 10 and xs.max() <= x + 10 and np.ptp(ys) <= 20
+    assert found.sum() < spots[0].sum()
+    beyond = middle_xy(spots[0], 0.95)
+    assert has(clicked(client, photo_rgb, [[x, y], beyond], [], [[x - 5, y - 5], [x + 5, y + 5]]), beyond)
+
+
+def test_what_the_network_overlooks_is_what_its_map_says_of_the_click(weights, tmp_path, photo_rgb, spots):
+    """At such a probability nothing is proposed anywhere; the map still is highest on the spot."""
+    blind = handler_with(dark_weights(tmp_path, platt=[1.0, -60.0]))
+    assert not blind.predictor.propose(photo_rgb, "crack", 0, 0.0)
+    xy = middle_xy(spots[0])
+    answer, _ = outline_clicked(blind.predictor, photo_rgb, Clicks((tuple(xy),), (), None), PLAIN)
+    found = check_answer(json.loads(to_json(answer)), *photo_rgb.shape[:2])
+    assert has(found, xy) and (found & spots[0]).sum() > 0.5 * found.sum() > np.pi * LEAST_REACH_PX**2
 
 
 @pytest.mark.parametrize("xy", [[0, 0], [40, 50], [80.0, 60.0], [79.99, 0.01]])
-def test_where_nothing_is_found_a_small_disc_is_answered(client, xy):
-    plain = np.full((60, 80, 3), 128, np.uint8)
-    found = clicked(client, plain, [xy])
-    assert has(found, (min(xy[0], 79), min(xy[1], 59))) and found.sum() < 80
-    assert clicked(client, plain, [], [], [[10, 10], [30, 30]])[20, 20]
+def test_where_nothing_is_to_be_seen_something_small_at_the_click_is_answered(client, xy):
+    found, pixel = clicked(client, sound(60, 80), [xy]), (min(xy[0], 79), min(xy[1], 59))
+    assert has(found, pixel) and farthest_px(found, pixel) <= OVERLOOKED_RADIUS_PX + 1
 
 
-def test_what_the_classifier_overlooks_is_taken_from_the_image(changed_weights, crop_rgb, cracks):
-    """Divided by such a maximum the map proposes nothing anywhere; snapping still finds the crack in the disc."""
-    blind = changed_weights(crack={"cam_max": [1e8]})
-    assert not blind.components(crop_rgb, "crack", Settings(threshold=0.0, iterations=0))
-    x, y = middle_xy(cracks[0])
-    answer = outline_clicked(blind, crop_rgb, Clicks(((x, y),), (), None), Settings(iterations=0))
-    found = check_answer(answer, *crop_rgb.shape[:2])
-    assert (found & cracks[0]).sum() > 0.5 * found.sum() > 25  # the small disc would have 49 px
-    ys, xs = np.nonzero(found)
-    fact = blind.weights.facts["crack"]
-    farthest = (DISC_PX + 2 + fact.snap.get("margin_px", 0)) / fact.working_scale
-    assert max(abs(xs - x).max(), abs(ys - y).max()) <= farthest
+def test_a_map_that_says_the_same_all_around_a_click_is_no_defect(client):
+    found = clicked(client, sound(300, 300), [[150, 150]])
+    assert has(found, [150, 150]) and farthest_px(found, [150, 150]) <= LEAST_REACH_PX + 1
+
+
+def test_a_box_and_a_negative_click_hold_where_nothing_is_to_be_seen(client):
+    assert clicked(client, sound(60, 80), [], [], [[10, 10], [30, 30]])[20, 20]
+    assert not clicked(client, sound(60, 80), [], [], [[10, 10], [30, 30]])[:, 31:].any()
+    found = clicked(client, sound(60, 80), [[20, 30]], [[60, 30]])
+    assert has(found, [20, 30]) and not has(found, [60, 30])
+
+
+def test_an_outline_climbs_as_far_as_the_request_says_and_not_by_itself(model, photo_rgb, spots, monkeypatch):
+    engine = model.predictor.engines["crack"]
+    real, calls = engine.score_and_gradient, []
+    monkeypatch.setattr(engine, "score_and_gradient", lambda images: (calls.append(len(images)), real(images))[1])
+    body = as_cvat_sends(photo_rgb, [middle_xy(spots[1])])
+    for given, wanted in (({}, 0), ({"iterations": 3}, 3)):
+        calls.clear()
+        model.answer(parse_request(body | given, model.settings, model.defects))
+        assert len(calls) == wanted * len(model.predictor.maps(Pyramid(photo_rgb), "crack").scales)
+    assert model.weights.facts["crack"].iterations == 2
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (3, 2)])
@@ -207,165 +218,118 @@ def test_tiny_photos_are_answered(client, height, width):
     clicked(client, np.zeros((height, width, 3), np.uint8), [[width / 2, height / 2]])
 
 
-def test_on_a_real_photo_a_click_gets_the_crack(photos, model):
-    hits = 0
-    for _, image_rgb, mask in photos("deepcrack", "val", "crack", limit=3):
-        image_rgb, mask = np.ascontiguousarray(image_rgb[:320, :320]), mask[:320, :320]
-        if not mask.any():
-            continue
-        xy = middle_xy(mask)
-        answer = outline_clicked(model, image_rgb, Clicks((tuple(xy),), (), None), model.settings)
-        found = check_answer(answer, *image_rgb.shape[:2])
-        wide = cv2.dilate(mask.astype(np.uint8), np.ones((7, 7), np.uint8)).astype(bool)
-        hits += (found & wide).sum() > 0.5 * found.sum()
-    assert hits >= 2
-
-
 # ---- which defect ----
 
 
-@pytest.mark.parametrize("bias, defect", [(-30.0, "crack"), (30.0, "rust")])
-def test_the_classifiers_at_the_click_decide_which_defect_it_is(
-    changed_weights, crop_rgb, cracks, caplog, bias, defect
-):
-    """Rust has crack's network here, at half its scale, and a classifier that is surer of itself or less sure."""
-    handler = changed_weights(rust_bias=bias)
-    click, anything = Clicks((tuple(middle_xy(cracks[0])),), (), None), Settings()
-    caplog.set_level(logging.INFO)
-    answer = outline_clicked(handler, crop_rgb, click, anything)
-    assert f"{defect} clicked" in caplog.text
-    answer = to_json(answer)
-    check_answer(json.loads(answer), *crop_rgb.shape[:2])
-    assert answer == to_json(outline_clicked(handler, crop_rgb, click, Settings(defects=(defect,))))
-    other = {"crack": "rust", "rust": "crack"}[defect]
-    assert answer != to_json(outline_clicked(handler, crop_rgb, click, Settings(defects=(other,))))
-    caplog.clear()
-    in_box = outline_clicked(handler, crop_rgb, Clicks((), (), (0.0, 0.0, 320.0, 240.0)), anything)
-    assert f"{defect} clicked" in caplog.text and np.any(in_box["mask"])
+@pytest.mark.parametrize("surer, defect", [(-9.0, "crack"), (9.0, "rust")])
+def test_the_networks_at_the_click_decide_which_defect_it_is(tmp_path, photo_rgb, spots, surer, defect):
+    """Rust has crack's network here and is surer of itself or less sure; where it is less sure, it sees less."""
+    folder = dark_weights(tmp_path, ["crack", "rust"])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["defects"]["rust"]["platt"] = [1.0, surer]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    predictor = handler_with(folder).predictor
+    both = {name: PLAIN["crack"] for name in predictor.defects}
+    for clicks in (Clicks((tuple(middle_xy(spots[0])),), (), None), Clicks((), (), (0.0, 0.0, 160.0, 96.0))):
+        answer, found = outline_clicked(predictor, photo_rgb, clicks, both)
+        assert found == defect
+        alone, _ = outline_clicked(predictor, photo_rgb, clicks, {defect: both[defect]})
+        assert to_json(answer) == to_json(alone)
 
 
 # ---- only around the clicks ----
 
 
-def test_a_click_on_a_photo_of_5000_x_5000_leaves_the_rest_alone(model, crop_rgb, cracks):
-    photo = np.full((5000, 5000, 3), 128, np.uint8)
-    photo[3000:3240, 4000:4320] = crop_rgb
-    seen_px = []
-    hook = model.weights.networks["crack"].encoder.register_forward_pre_hook(
-        lambda _, inputs: seen_px.append(inputs[0].shape[2] * inputs[0].shape[3])
-    )
-    x, y = middle_xy(cracks[0])
-    body = as_cvat_sends(photo, [[x + 4000, y + 3000]])
-    started = time.monotonic()
-    answer = model.answer(parse_request(json.dumps(body), model.settings, ["crack"]))
+@contextmanager
+def seen_px(model: ModelHandler) -> Iterator[list[int]]:
+    """The pixels of each batch that the network sees inside `with`."""
+    seen: list[int] = []
+    encoder = model.predictor.engines["crack"].network.encoder
+    hook = encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, 0].numel()))
+    yield seen
     hook.remove()
-    assert time.monotonic() - started < 60  # a hundredth of the photo, and its decoding
-    assert 0 < sum(seen_px) < 0.03 * 25e6
-    there = np.array(answer["mask"], bool)
-    assert there.shape == (5000, 5000) and not there[:2700].any() and not there[:, :3700].any()
-    overlap = there[3000:3240, 4000:4320] & cracks[0]
-    assert overlap.sum() > 0.6 * cracks[0].sum()  # the crop sees no edge where the photo turns grey
-    part = as_cvat_sends(photo[2552:3752, 3552:4752], [[x + 448, y + 448]])
-    same = np.array(model.answer(parse_request(json.dumps(part), model.settings, ["crack"]))["mask"], bool)
-    assert np.array_equal(there[2552:3752, 3552:4752], same)
-    assert json.loads(json.dumps(answer["points"])) == [list(point) for point in answer["points"]]
 
 
-def test_a_photo_of_5000_x_5000_travels_back_as_a_full_mask(client):
-    mask = clicked(client, np.full((5000, 5000, 3), 128, np.uint8), [[4999.5, 2500.2]])
-    assert mask[2500, 4999]
+def test_a_click_reads_the_map_around_it_alone_and_as_the_whole_photo_has_it(model, photo_rgb, spots):
+    photo = sound(1024, 1024)
+    photo[600:696, 700:860] = photo_rgb
+    x, y = middle_xy(spots[0])
+    click = (x + 700, y + 600)
+    with seen_px(model) as seen:
+        body = as_cvat_sends(photo, [click])
+        there = np.array(model.answer(parse_request(body, model.settings, ["crack"]))["mask"], bool)
+    assert sum(seen) == model.predictor.plain_pixels(1024, 1024, "crack", [click], NEAR_PX)
+    cores = find_cores(model.predictor.maps(Pyramid(photo), "crack").merged(), model.weights.facts["crack"])
+    _, labels = cv2.connectedComponents(cores.mask.view(np.uint8))
+    whole = labels == labels[int(click[1]), int(click[0])]
+    assert labels[int(click[1]), int(click[0])] and (there & whole).sum() >= 0.95 * (there | whole).sum()
+    assert not there[:400].any() and not there[:, :500].any()
 
 
-def test_windows_cover_the_clicks_and_little_else():
-    rng = np.random.default_rng(4)
-    assert _windows([(10, 10), (4990, 4990)], 1.0, 5000, 5000) == [(0, 0, 272, 272), (4728, 4728, 5000, 5000)]
-    assert len(_windows([(1000, 1000), (1100, 1050), (1200, 1000)], 1.0, 5000, 5000)) == 1
-    for scale in (1.0, 0.5, 0.3):
-        side = WINDOW_PX / scale + 40
-        clicks = [tuple(int(number) for number in xy) for xy in rng.integers(0, 5000, (30, 2))]
-        windows = _windows(clicks, scale, 5000, 5000)
-        for x, y in clicks:
-            assert any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in windows)
-        assert sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in windows) <= len(clicks) * side**2
+def test_a_click_on_a_photo_of_5000_x_5000_is_a_twentieth_of_its_work(model):
+    around, everything = (model.predictor.plain_pixels(5000, 5000, "crack", *near) for near in ([[(4000, 3000)], NEAR_PX], []))
+    assert 0 < around < everything / 20
+
+
+def test_a_large_photo_travels_back_as_a_full_mask(client):
+    assert clicked(client, sound(1200, 1500), [[1499.5, 600.2]])[600, 1499]
+
+
+def test_equal_clicks_are_computed_once(model, photo_rgb, spots):
+    masks, pixels = [], []
+    for count in (1, 100):
+        with seen_px(model) as seen:
+            clicks = Clicks((tuple(middle_xy(spots[0])),) * count, (), None)
+            masks.append(outline_clicked(model.predictor, photo_rgb, clicks, PLAIN)[0]["mask"])
+        pixels.append(sum(seen))
+    assert np.array_equal(*masks) and pixels[0] == pixels[1] > 0
 
 
 @pytest.fixture
-def seen_px(model):
-    """Pixels that the networks have seen so far, per network."""
-    seen = {"classifier": 0, "outline": 0}
-    hooks = [
-        network.encoder.register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.update({name: seen[name] + inputs[0][0, 0].numel()})
-        )
-        for name, network in (("classifier", model.weights.networks["crack"]), ("outline", model.weights.outlines["crack"]))
-    ]
-    yield seen
-    for hook in hooks:
-        hook.remove()
+def slow_model(weights, monkeypatch):
+    """Function (seconds per pixel) -> a handler on a machine that takes so long and is given 6000 s."""
+
+    def slowed(seconds_per_px: float) -> ModelHandler:
+        model = handler_with(weights, 6000)
+        monkeypatch.setattr(model.predictor.pace, "measure", lambda defect: None)
+        monkeypatch.setattr(model.predictor.pace, "learn", lambda *_: None)
+        model.predictor.pace.fastest = {"crack": seconds_per_px}
+        return model
+
+    return slowed
 
 
-def test_equal_clicks_and_clicks_of_one_place_are_computed_once(model, crop_rgb, cracks, seen_px):
-    def clicked_xy(points) -> np.ndarray:
-        seen_px.update(classifier=0, outline=0)
-        return outline_clicked(model, crop_rgb, Clicks(tuple(map(tuple, points)), (), None), model.settings)["mask"]
-
-    for xy in (middle_xy(cracks[0]), [1.5, 1.5]):  # on a crack, and where only the disc is left
-        once = clicked_xy([xy])
-        one_px = dict(seen_px)
-        assert np.array_equal(clicked_xy([xy] * 100), once) and seen_px == one_px
-    grid = [[x + 0.5, y + 0.5] for x in range(0, 320, 32) for y in range(0, 240, 24)]
-    found = clicked_xy(grid)
-    assert all(found[int(y), int(x)] or found[max(0, int(y) - 5) : int(y) + 6, max(0, int(x) - 5) : int(x) + 6].any()
-               for x, y in grid)  # fmt: skip
-    assert seen_px["classifier"] <= one_px["classifier"] and seen_px["outline"] < 4 * crop_rgb[..., 0].size
-
-
-def test_clicks_that_would_be_late_are_refused_before_any_network_is_asked(model, monkeypatch, seen_px):
-    """A hundred clicks all over a photo of 16 megapixels, where a window takes five seconds."""
-    monkeypatch.setattr(model.pace, "measure", lambda name: None)
-    monkeypatch.setattr(model.pace, "fastest", dict.fromkeys(model.pace.fastest, 5 / (WINDOW_PX + 2 * MARGIN_PX) ** 2))
-    photo = np.full((4000, 4000, 3), 128, np.uint8)
-    everywhere = [[x * 400 + 200, y * 400 + 200] for x in range(10) for y in range(10)]
-    body = as_cvat_sends(photo, everywhere)
-    with pytest.raises(RequestError, match=r"too slow \d+>100 s; about \d+ clicks would") as told:
-        model.answer(parse_request(body, model.settings, ["crack"]))
-    fitting = int(re.search(r"about (\d+) clicks", str(told.value))[1])
-    assert 20 < fitting < 60 and seen_px == {"classifier": 0, "outline": 0}
-    box = as_cvat_sends(photo, [], [], [[0, 0], [4000, 4000]])
-    with pytest.raises(RequestError, match=r"too slow \d+>\d+ s; about \d+ megapixels of the box would fit"):
-        model.answer(parse_request(box, model.settings, ["crack"]))
-    assert seen_px["classifier"] == 0
-    model.answer(parse_request(as_cvat_sends(photo, [[5, 5]] * 100), model.settings, ["crack"]))
+def test_clicks_that_would_be_late_are_refused_before_the_network_is_asked(slow_model):
+    photo, clicks = sound(2000, 2000), [(x, y) for x in range(200, 2000, 400) for y in range(200, 2000, 400)]
+    model = slow_model(1.0)
+    all_px = model.predictor.plain_pixels(2000, 2000, "crack", clicks, NEAR_PX)
+    model.predictor.pace.fastest = {"crack": 18_000 / all_px}
+    for body, words in [
+        (as_cvat_sends(photo, clicks), r"too slow 1800[01]>6000 s; about 8 clicks would fit; "),
+        (as_cvat_sends(photo, clicks) | {"iterations": 1}, r"too slow 5\d{4}>6000 s; about 2 clicks would fit; "),
+        (as_cvat_sends(photo, [], [], [[0, 0], [2000, 2000]]), r"too slow \d+>6000 s; about 1 megapixels would fit; "),
+    ]:
+        with seen_px(model) as seen, pytest.raises(RequestError, match=words):
+            model.answer(parse_request(body, model.settings, ["crack"]))
+        assert not seen
 
 
-def test_clicks_that_turn_out_to_be_late_are_refused_while_they_are_done(model, monkeypatch, crop_rgb, cracks):
-    """The pace was measured when nothing else ran; now a window takes 30 s, says the clock."""
-    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr("defectcam.pace.time", clock)
-    done = []
+def test_clicks_that_turn_out_to_be_late_are_refused_while_they_are_done(slow_model, monkeypatch):
+    """What was measured says a second; then a tile takes 300 s, by the clock."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("defectcam.deadline.time", clock)
+    model, done = slow_model(1e-9), []
 
-    def maps(image, *_):
-        clock.now += 30
-        done.append(image)
-        return Maps(*[np.zeros(image.shape[:2], np.float32)] * 2)
+    def score(images):
+        clock.now += 300
+        done.append(images)
+        return np.full((len(images), *images.shape[2:]), -9, np.float32)
 
-    monkeypatch.setattr(model, "maps", maps)
-    photo = np.full((1200, 4800, 3), 128, np.uint8)
+    monkeypatch.setattr(model.predictor.engines["crack"], "score", score)
     clicks = Clicks(tuple((x, y) for x in (300.0, 2000.0, 3500.0, 4500.0) for y in (100.0, 1100.0)), (), None)
     with pytest.raises(TimeLimitError) as told:
-        outline_clicked(model, photo, clicks, model.settings, deadline=100.0)
-    assert len(done) == 1 and told.value.late_s > 30 and re.fullmatch(r"about [1-5] clicks", told.value.fitting)
-
-
-def test_a_window_of_a_photo_has_the_photos_scores(model, sample_rgb):
-    height, width = sample_rgb.shape[:2]
-    plain = model.effective("crack", Settings(iterations=0))
-    whole = model.maps(np.ascontiguousarray(sample_rgb[200:, 200:]), "crack", plain).score
-    x0, y0, x1, y1 = window = (500, 300, 600, 380)
-    left, top, right, bottom = _grown(window, MARGIN_PX, 1.0, width - 200, height - 200)
-    crop = np.ascontiguousarray(sample_rgb[200 + top : 200 + bottom, 200 + left : 200 + right])
-    part = model.maps(crop, "crack", plain).score
-    assert np.allclose(part[y0 - top : y1 - top, x0 - left : x1 - left], whole[y0:y1, x0:x1], atol=1e-3)
+        outline_clicked(model.predictor, sound(1200, 4800), clicks, PLAIN, Deadline(6000))
+    assert len(done) == 1 and told.value.late_s > 300 and re.fullmatch(r"about [1-7] clicks", told.value.fitting)
 
 
 # ---- bad input ----
@@ -394,9 +358,10 @@ def test_a_window_of_a_photo_has_the_photos_scores(model, sample_rgb):
     ({"obj_bbox": [1, 1, 9, 9]}, ["obj_bbox", "corners"]),
     ({"obj_bbox": [[90, 70], [95, 75]]}, ["obj_bbox", "80 x 60"]),
     ({"iterations": 99}, ["iterations", "99"]),
+    ({"snap": True}, ["snap was removed"]),
 ])  # fmt: skip
 def test_bad_input_gets_400_that_names_key_value_and_remedy(client, changes, words):
-    body = as_cvat_sends(np.full((60, 80, 3), 128, np.uint8), [[10, 10]]) | changes
+    body = as_cvat_sends(sound(60, 80), [[10, 10]]) | changes
     answer = client.post("", content=json.dumps(body), headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert all(word in answer.json()["error"] for word in words), answer.text
@@ -404,24 +369,22 @@ def test_bad_input_gets_400_that_names_key_value_and_remedy(client, changes, wor
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
 def test_clicks_that_are_nowhere_get_400(client, number):
-    image = encoded(np.zeros((8, 8, 3), np.uint8))
+    image = encoded(sound(8, 8))
     answer = client.post("", content=f'{{"image": "{image}", "pos_points": [[{number}, 3]]}}')
     assert answer.status_code == 400 and "pos_points" in answer.json()["error"]
 
 
-def test_a_photo_that_cannot_be_processed_gets_400_with_the_reason(client, model):
+def test_a_photo_that_cannot_be_processed_gets_400_with_the_reason(client, weights):
     broken = base64.b64decode(encoded(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))[:3000]
     answer = client.post("", json={"image": base64.b64encode(broken).decode(), "pos_points": [[3, 3]]})
     assert answer.status_code == 400 and "broken" in answer.json()["error"]
-    hasty = ModelHandler(ROOT / "weights", "cpu", Settings(), LOG, time_limit_s=1e-6)
-    body = as_cvat_sends(np.zeros((64, 64, 3), np.uint8), [[3, 3]])
     with pytest.raises(RequestError, match="too slow"):
-        hasty.answer(parse_request(body, Settings(), ["crack"]))
+        handler_with(weights, 1e-6).answer(parse_request(as_cvat_sends(sound(64, 64), [[3, 3]]), Settings(), ["crack"]))
 
 
 def test_an_error_of_the_program_is_not_dressed_up_as_an_outline(client, monkeypatch):
-    monkeypatch.setattr("model_handler.binarise", lambda *_: 1 / 0)
-    body = as_cvat_sends(np.zeros((8, 8, 3), np.uint8), [[3, 3]])
+    monkeypatch.setattr("defectcam.interactor.regions", lambda *_: 1 / 0)
+    body = as_cvat_sends(sound(8, 8), [[3, 3]])
     answer = client.post("", json=body)
     assert (answer.status_code, list(answer.json())) == (500, ["error"])
     monkeypatch.undo()
@@ -429,7 +392,7 @@ def test_an_error_of_the_program_is_not_dressed_up_as_an_outline(client, monkeyp
 
 
 def test_without_positive_clicks_it_is_a_detectors_request(client):
-    image = encoded(np.full((40, 50, 3), 128, np.uint8))
+    image = encoded(sound(40, 50))
     for keys in ({"pos_points": None, "neg_points": [[1, 1]]}, {"obj_bbox": [[1, 1], [9, 9]]}):
         assert client.post("", json={"image": image, **keys}).json() == []
 

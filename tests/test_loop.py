@@ -5,19 +5,20 @@ import json
 import cv2
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import save_file
 
-from defectcam.evaluation.survey import LabelledPhoto
+from defectcam import network
+from defectcam.deadline import NO_DEADLINE
+from defectcam.evaluation.photos import LabelledPhoto
 from defectcam.feedback import loop
 from defectcam.feedback.harvest import proposals_of_record
 from defectcam.feedback.loop import Annotator, as_many, half_data
 from defectcam.feedback.match import match
-from defectcam.network import DefectNet
-from defectcam.proposals import cvat_shape, find_components
-from defectcam.training import train
+from defectcam.proposals import Proposal, find_components
+from defectcam.training import calibrate, train
 from defectcam.training.clicks import Click, split_stems
-from defectcam.training.crops import read_photo_rgb
+from model_handler import cvat_shape
+from tests.conftest import dark_network, dark_wall
 
 WIDTH, HEIGHT = 200, 150
 
@@ -35,10 +36,8 @@ def proposal(*corners):
 
 def proposal_of(mask):
     (component,) = find_components(mask)
-    return cvat_shape(
-        component, defect="spalling", confidence=0.5, iterations=0, digest="d", shape="polygon", tolerance_px=1.0,
-        hole_share=0.02, image_width=WIDTH, image_height=HEIGHT,
-    )  # fmt: skip
+    effective = {"iterations": 0, "shape": "polygon", "tolerance_px": 1.0, "hole_share": 0.02}
+    return cvat_shape(Proposal(component, 0.5), "spalling", "12345678", effective, (HEIGHT, WIDTH), NO_DEADLINE)
 
 
 def outcomes(photo, proposed, error=0.0, seed=0):
@@ -89,21 +88,17 @@ def test_the_arm_without_the_loop_gets_as_many_clicks_of_either_kind():
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Photos of 96 x 128: walls with a dark blob, the defect "spalling", and as many plain ones."""
+    """Photos of 96 x 160: walls with a dark spot, the defect "spalling", and as many plain ones."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
     stems = {"walls": [f"spall{i}" for i in range(6)], "plain": [f"plain{i}" for i in range(6)]}
+    (folder / "walls" / "masks" / "spalling").mkdir(parents=True)
     for set_name, own in stems.items():
         (folder / set_name / "images").mkdir(parents=True)
-        (folder / set_name / "masks" / "spalling").mkdir(parents=True)
         for i, stem in enumerate(own):
-            photo = rng.integers(120, 180, (96, 128, 3), np.uint8)
-            if set_name == "walls":
-                mask = np.zeros((96, 128), np.uint8)
-                cv2.ellipse(mask, (40 + 8 * i, 48), (22, 14), 0, 0, 360, 255, -1)
-                photo[mask > 0] = rng.integers(20, 60, (int((mask > 0).sum()), 3), np.uint8)
-                cv2.imwrite(str(folder / set_name / "masks" / "spalling" / f"{stem}.png"), mask)
-            cv2.imwrite(str(folder / set_name / "images" / f"{stem}.png"), photo)
+            photo, mask = dark_wall([(40 + 8 * i, 48, 22)] if set_name == "walls" else [], seed=i)
+            cv2.imwrite(str(folder / set_name / "images" / f"{stem}.png"), photo[..., ::-1])
+            if mask.any():
+                cv2.imwrite(str(folder / set_name / "masks" / "spalling" / f"{stem}.png"), mask * np.uint8(255))
     (folder / "splits.json").write_text(json.dumps({k: {"train": own[:4], "val": own[4:]} for k, own in stems.items()}))
     return folder
 
@@ -118,48 +113,35 @@ def test_round_one_and_the_annotators_never_see_the_same_photo(data_dir, tmp_pat
         assert split_stems(first, name, "val") == split_stems(data_dir, name, "val")
 
 
-def network_that_sees_dark(data_dir):
-    """A network with random features and a head fitted to the blobs: what a training would take minutes for."""
-    torch.manual_seed(0)
-    network = DefectNet()
-    stems = [f"spall{i}" for i in range(2)]
-    photos = [read_photo_rgb(str(data_dir / "walls" / "images" / f"{stem}.png")) for stem in stems]
-    masks = [cv2.imread(str(data_dir / "walls" / "masks" / "spalling" / f"{stem}.png"), 0) > 0 for stem in stems]
-    images = torch.stack([torch.from_numpy(photo).permute(2, 0, 1) for photo in photos])
-    with torch.no_grad():
-        for _ in range(20):  # BatchNorm's means
-            network.train()(network.normalise(images))
-        features = network.decoder(network.eval().encoder(network.normalise(images))).permute(0, 2, 3, 1).numpy()
-        x = np.concatenate([features, np.ones((*features.shape[:3], 1))], axis=3).reshape(-1, features.shape[3] + 1)
-        weight = np.linalg.lstsq(x, np.where(np.stack(masks), 4.0, -4.0).ravel(), rcond=None)[0]
-        network.head.weight.copy_(torch.from_numpy(weight[None, :-1]))
-        network.head.bias.copy_(torch.from_numpy(weight[-1:]))
-    return network
-
-
 def test_all_arms_run_and_are_told_apart(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(network, "LARGEST_HALO_PX", 16)  # of photos that fit into one tile
     monkeypatch.setattr(train, "VAL_CROPS", 4)
+    monkeypatch.setitem(train.ARCHITECTURES, "efficientnet-lite0", ((16, 16, 8, 8), 4))
+    monkeypatch.setattr(calibrate, "XIS", (0.01,))
+    monkeypatch.setattr(calibrate, "CLIMB_PHOTOS", 1)
     monkeypatch.setattr(loop, "LR", 1e-5)
     monkeypatch.setattr(loop, "HEAD_LR", 1e-5)
+    monkeypatch.setattr(loop, "OUTLINE_CROP_PX", 32)
+    monkeypatch.setattr(loop, "ITERATIONS", 0)
     init = tmp_path / "init.safetensors"
-    save_file(network_that_sees_dark(data_dir).state_dict(), init)
+    save_file(dark_network().state_dict(), init)
     options = ["--defect=spalling", f"--data={data_dir}", "--sets=walls", "--none-sets=plain", f"--init={init}"]
-    options += ["--first-steps=2", "--steps=2", "--crop-px=16", "--batch=4", "--error=0", f"--out={tmp_path / 'out'}"]
+    options += ["--first-steps=1", "--steps=1", "--photos=1", "--crop-px=16", "--batch=4", "--error=0", f"--out={tmp_path / 'out'}"]
     loop.main(options)
     found = json.loads((tmp_path / "out" / "loop.json").read_text())
     assert tuple(found["arms"]) == loop.ARMS
     assert all(set(arm["val"]) == {"walls", "plain"} for arm in found["arms"].values())
     outcomes = found["annotators"]
-    assert sum(outcomes.get(kind, 0) for kind in ("accepted", "modified", "miss")) == 2  # blobs on the photos shown
-    assert found["clicks"]["loop"]["positive"] == 2 == found["clicks"]["plain_clicks"]["positive"]
-    records = {arm: tmp_path / "out" / arm / "classifier" / "record.json" for arm in loop.ARMS[:-1]}
+    assert sum(outcomes.get(kind, 0) for kind in ("accepted", "modified", "miss")) == 1  # spots on the photos shown
+    assert found["clicks"]["loop"]["positive"] == 1 == found["clicks"]["plain_clicks"]["positive"]
+    records = {arm: tmp_path / "out" / arm / "network" / "record.json" for arm in loop.ARMS[:-1]}
     assert len({json.loads(record.read_text())["clicks_sha256"] for record in records.values()}) == 3
     page = (tmp_path / "out" / "loop.md").read_text()
     assert all(page.count(f"| {arm} |") == 2 for arm in loop.ARMS) and (tmp_path / "out" / "loop.png").exists()
     capsys.readouterr()
-    trained = (tmp_path / "out" / "loop" / "classifier" / "best.safetensors").stat().st_mtime_ns
+    trained = (tmp_path / "out" / "loop" / "network" / "best.safetensors").stat().st_mtime_ns
     loop.main(options)  # what is done is not done again
-    assert (tmp_path / "out" / "loop" / "classifier" / "best.safetensors").stat().st_mtime_ns == trained
+    assert (tmp_path / "out" / "loop" / "network" / "best.safetensors").stat().st_mtime_ns == trained
     assert json.loads((tmp_path / "out" / "loop.json").read_text()) == found
     with pytest.raises(SystemExit, match="other arguments"):
         loop.main([*options, "--error=0.5"])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from defectcam import memory
 from defectcam.request import MAX_BODY_BYTES
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_weights
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these limits")
@@ -37,6 +37,7 @@ def answers(container_bytes, process_bytes, *bodies, folder):
     """What the function answers, one after another, in such a container and with such a limit from who starts it."""
     (folder / "memory.max").write_text(f"{container_bytes}\n")
     environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_MAX_MEGAPIXELS": "178", "ADVCAM_TIME_LIMIT": "80000"}
+    environ |= {"ADVCAM_WEIGHTS": str(tiny_weights(folder / "weights", ["crack"], threshold=1.0))}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder / "memory.max"), str(process_bytes)],
         input="\n".join(map(json.dumps, bodies)),
@@ -109,10 +110,11 @@ for name, body in bodies.items():
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
-def test_no_body_takes_more_memory_than_a_few_times_its_size(content_type):
+def test_no_body_takes_more_memory_than_a_few_times_its_size(tmp_path, content_type):
     """Parsed as a whole, lists would take 21 times their size."""
     command = [sys.executable, "-c", HOSTILE, str(24 << 20), content_type]
-    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    weights = tiny_weights(tmp_path, ["crack"])
+    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_WEIGHTS": str(weights), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, *_ in lines] == [

@@ -11,14 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import cv2
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from defectcam.feedback import cvat, next_images
-from defectcam.feedback.next_images import Look, entropy_bits, mean_of_most, photo_paths, ranked, window_probabilities
-from defectcam.network import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
-from defectcam.weights import write_manifest
-from tests.conftest import DATA, random_network
+from defectcam.feedback.next_images import Look, entropy_bits, mean_of_most, photo_paths, ranked, window_means
+from defectcam.predict import Predictor
+from defectcam.weights import Weights, load_weights
+from tests.conftest import DATA, dark_wall, dark_weights, tiny_weights
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 EXCHANGES = DATA / "cvat_exchanges"
@@ -33,26 +31,8 @@ def texture(seed, grain_px, size=(96, 96)):
 
 @pytest.fixture(scope="module")
 def weights_dir(tmp_path_factory):
-    """Random weights, but for a head that is sure there is nothing on a blank photo and in doubt on texture."""
-    folder = tmp_path_factory.mktemp("weights")
-    network = random_network(dtype=torch.float32)
-    with torch.no_grad():
-        images = torch.stack([torch.from_numpy(texture(seed, 8)).permute(2, 0, 1) for seed in range(3)])
-        blank = torch.full((1, 3, 96, 96), 128, dtype=torch.uint8)
-        mean, nothing = (float(network.score_map(network.normalise(batch)).mean()) for batch in (images, blank))
-        factor = 8 / (mean - nothing)
-        network.head.weight *= factor
-        network.head.bias.fill_(-factor * mean)
-    save_file(network.state_dict(), folder / "crack.safetensors")
-    entry = {
-        "file": "crack.safetensors", "decoder_channels": [16, 16, 8], "downsamplings": 2, "mean_rgb": IMAGENET_MEAN_RGB,
-        "std_rgb": IMAGENET_STD_RGB, "working_scale": 1.0, "window_px": 32, "gate": 0.5, "threshold": 0.5,
-        "confidence_weights": [1.0, 0.0, 0.0, 0.0, 0.0], "iterations": 0, "xi": 0.08, "penalty_weight": 7.0,
-        "salient_share": 0.5, "cam_max": [1.0], "cam_threshold": 0.3, "closing_radius_px": 0, "min_area_px": 4,
-        "snap": None, "tolerance_px": 1.0, "hole_share": 0.02, "training": {},
-    }  # fmt: skip
-    write_manifest(folder, "tiny", {"crack": entry})
-    return folder
+    """Weights that are sure there is nothing on a blank photo and in doubt on texture."""
+    return dark_weights(tmp_path_factory.mktemp("weights"), platt=[5.0, 3.5])
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +77,7 @@ def test_photos_in_doubt_come_before_blank_ones_and_copies_last(ordered):
     assert set(stems(rows)[4:6]) == {"blank0", "blank1"}
     for row in rows[-3:]:
         assert float(row["diversity"]) == float(row["score"]) == 0
-        assert stems([{"path": row["nearest"]}])[0] in one_of_the_copies and float(row["uncertainty"]) > 0.5
+        assert stems([{"path": row["nearest"]}])[0] in one_of_the_copies and float(row["uncertainty"]) > 0.2
     for row in rows[4:6]:
         assert float(row["uncertainty"]) < 0.1 and float(row["disagreement"]) < 0.05
     scores = [float(row["score"]) for row in rows]
@@ -143,12 +123,37 @@ def test_entropy_and_the_mean_of_most():
     assert mean_of_most(np.arange(100)) == np.mean(range(90, 100)) and mean_of_most(np.array([[0.25]])) == 0.25
 
 
-def test_windows_are_those_of_the_crops():
-    score = np.full((70, 40), -2.0, np.float32)
-    score[32:, :] = 6.0
-    found = window_probabilities(score, bias=1.0, window_px=20)
-    assert found.shape == (3, 2)
-    assert found[:, 0] == pytest.approx(1 / (1 + np.exp([1.0, -(1 + (-20 + 60) / 10 / 2), -7.0])))
+def test_windows_are_means_over_64_px_around_every_32nd_pixel():
+    values = np.random.default_rng(0).random((100, 140), np.float32)
+    found = window_means(values)
+    assert found.shape == (4, 5)
+    assert found[1, 2] == pytest.approx(values[0:64, 32:96].mean(), abs=1e-5)
+    assert window_means(np.full((1, 3), 0.25, np.float32)) == pytest.approx(0.25)
+
+
+def test_a_sure_network_is_not_in_doubt_and_agrees_with_itself_on_the_mirror_image(tmp_path):
+    """Inside and outside of what it knows its probabilities are near 1 and 0, at the edge half of a window is either."""
+    photo, _ = dark_wall([(90, 60, 40)], 128, 192)
+    sure, doubtful = (
+        next_images.look_at(Predictor(load_weights(dark_weights(tmp_path / name, platt=platt))), None, photo)
+        for name, platt in (("sure", [20.0, 0.0]), ("doubtful", [0.5, 0.0]))
+    )
+    assert sure.uncertainty < 0.1 and sure.disagreement < 0.05 and doubtful.uncertainty > 0.7
+    assert sure.features == pytest.approx(doubtful.features), "what is on the photo has nothing to do with it"
+    assert sure.doubts.shape == (4, 6)
+
+
+def test_of_several_defects_the_one_with_most_counts(tmp_path):
+    weights = load_weights(tiny_weights(tmp_path, ["crack", "rust"]))
+
+    def look(*defects):
+        facts, networks = ({name: group[name] for name in defects} for group in (weights.facts, weights.networks))
+        return next_images.look_at(Predictor(Weights("v", facts, networks)), None, texture(0, 8))
+
+    both, alone = look("crack", "rust"), [look("crack"), look("rust")]
+    assert alone[0].information != alone[1].information
+    best = max(alone, key=lambda one: one.information)
+    assert (both.defect, both.information) == (best.defect, best.information)
 
 
 def test_a_wall_seen_before_comes_after_another_one_that_is_less_uncertain():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from defectcam.evaluation import evaluate
+from defectcam.evaluation.figures import COLUMNS
 from defectcam.feedback import audit, loop, next_images, report
 from defectcam.feedback.store import open_store
 from defectcam.paths import write_image
@@ -117,9 +118,9 @@ def shown(folder, page):
 
 def test_evaluations_page(odd, tmp_path, capsys):
     weights, data = odd
-    run(evaluate, "--weights", weights, "--data", data, "--steps", "0", "--out", tmp_path)
+    run(evaluate, "--weights", weights, "--data", data, "--out", tmp_path)
     page = shown(tmp_path, "evaluate.html")
-    assert len(page.pictures) == 2 and "b" not in page.tags
+    assert len(page.pictures) == 2 and (tmp_path / "evaluate.html").read_text("utf-8").count("<b>") == len(COLUMNS)
     assert ODD in page.texts and any(f"{ODD} {ODD}: " in text for text in page.texts)
     assert ODD[:18] in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"evaluate", "evaluate.html", "evaluate.json"}
@@ -146,4 +147,4 @@ def test_a_defect_whose_name_leads_out_of_the_data_is_refused(odd, tmp_path):
     manifest["defects"] = {"../../x": manifest["defects"][ODD]}
     (tmp_path / "weights" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match="'../../x/.*does not lead to a file below"):
-        run(evaluate, "--weights", tmp_path / "weights", "--data", data, "--steps", "0", "--out", tmp_path / "out")
+        run(evaluate, "--weights", tmp_path / "weights", "--data", data, "--out", tmp_path / "out")

@@ -12,7 +12,7 @@ from defectcam.paths import file_name, inside, relative_path, write_image
 from defectcam.training import pseudo
 from defectcam.training.clicks import photo_path, read_clicks, split_stems
 from defectcam.weights import WeightsError, load_weights
-from tests.conftest import ROOT
+from tests.conftest import dark_weights
 from tests.test_harvest import A, LABELS, proposal, square, workplace  # noqa: F401
 from tests.test_next_images import weights_dir  # noqa: F401
 from tests.test_weak_labels import write_photos
@@ -131,23 +131,25 @@ def test_photos_of_one_name_in_two_folders_of_a_set_get_a_mask_each(tmp_path, we
         mask[10:30, 10:30] = 255
         write_image(data / "walls" / "masks" / "crack" / f"{stem}.png", mask)
     (data / "splits.json").write_text(json.dumps({"walls": {"train": ["one/a", "two/a"], "val": []}}))
-    options = ["--weights", weights_dir, "--defect", "crack", "--data", data, "--sets", "walls", "--way", "cam"]
+    options = ["--weights", weights_dir, "--defect", "crack", "--data", data, "--sets", "walls"]
     pseudo.main([str(part) for part in [*options, "--out", tmp_path / "masks"]])
     found = {path.relative_to(tmp_path / "masks").as_posix() for path in (tmp_path / "masks").rglob("*.png")}
     assert found == {"walls/one/a.png", "walls/two/a.png"}
 
 
-@pytest.mark.parametrize("file", ["..", ".", "", "a/b.safetensors", "/etc/passwd", "a\0b", "x" * 300, "a\ud800"])
+@pytest.mark.parametrize("file", ["..", ".", "", "../b.safetensors", "/etc/passwd", "a\0b", "x" * 300, "a\ud800"])
 def test_a_manifest_names_no_file_elsewhere(tmp_path, file):
-    manifest = json.loads((ROOT / "weights" / "manifest.json").read_text())
+    weights = dark_weights(tmp_path / "weights")
+    (weights / "crack.safetensors").rename(tmp_path / "b.safetensors")
+    manifest = json.loads((weights / "manifest.json").read_text())
     manifest["defects"]["crack"]["file"] = file
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (weights / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(WeightsError, match="without folders|cannot be read"):
-        load_weights(tmp_path, "cpu")
+        load_weights(weights)
 
 
-def test_a_photo_with_the_longest_name_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADVCAM_DEFECTS", "crack")
+def test_a_photo_with_the_longest_name_is_shown(tmp_path, weights_dir, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(weights_dir))
     photo = tmp_path / ("x" * 251 + ".png")
     write_image(photo, np.full((64, 64, 3), 128, np.uint8))
     demo.main([str(photo), "--iterations", "0", "--out", str(tmp_path / "out")])

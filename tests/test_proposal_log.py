@@ -14,9 +14,11 @@ import warnings
 import numpy as np
 import pytest
 
+from defectcam.deadline import NO_DEADLINE
 from defectcam.feedback.regions import region_of
 from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
-from defectcam.proposals import Component, cvat_shape
+from defectcam.proposals import Component, Proposal
+from model_handler import cvat_shape
 from tests.conftest import ROOT
 
 LOGGER = logging.getLogger("test")
@@ -61,10 +63,8 @@ def test_a_mask_is_kept_as_cvat_stores_it(tmp_path, corner):
     pixels = np.random.default_rng(0).random((13, 17)) < 0.4
     pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1] = True, True, True, True
     pixels[0, 0] = corner
-    shape = cvat_shape(
-        Component(pixels, 5, 7), defect="crack", confidence=0.5, iterations=2, digest="d", shape="mask",
-        tolerance_px=1.0, hole_share=1.0, image_width=60, image_height=40,
-    )  # fmt: skip
+    effective = {"iterations": 2, "shape": "mask", "tolerance_px": 1.0, "hole_share": 1.0}
+    shape = cvat_shape(Proposal(Component(pixels, 5, 7), 0.5), "crack", "0000000a", effective, (40, 60), NO_DEADLINE)
     answered = json.dumps(shape)
     ProposalLog(tmp_path, LOGGER).append(*FACTS, SETTINGS, [shape])
     assert json.dumps(shape) == answered, "the answer must not be changed"
@@ -96,7 +96,8 @@ def test_threads_of_one_worker_lose_and_mix_nothing(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(names(tmp_path)) == sorted(f"{worker:04x}{number:04x}" for worker in range(4) for number in range(100))
+    wanted = [f"{worker:04x}{number:04x}" for worker in range(4) for number in range(100)]
+    assert sorted(names(tmp_path)) == sorted(wanted)
 
 
 WRITER = """
@@ -107,7 +108,8 @@ points = [float(i) for i in range(200_000)]
 number = 0
 while True:
     attributes = [{"name": "confidence", "value": "1"}, {"name": "proposal", "value": f"{number:08x}"}]
-    log.append("00", 4, 4, "v1", {}, [{"label": "crack", "type": "polygon", "points": points, "attributes": attributes}])
+    shape = {"label": "crack", "type": "polygon", "points": points, "attributes": attributes}
+    log.append("00", 4, 4, "v1", {}, [shape])
     print(number, flush=True)
     number += 1
 """

@@ -1,4 +1,4 @@
-"""`defectcam propose` on a folder of real files with the shipped weights: its answers, files, resumption and Ray."""
+"""`defectcam propose` on a folder of photos: its answers, files, resumption and Ray."""
 
 import base64
 import contextlib
@@ -30,11 +30,12 @@ import model_handler  # noqa: E402
 from defectcam.bulk import propose  # noqa: E402
 from defectcam.bulk.exports import region_of_answer, write_coco, write_cvat_xml  # noqa: E402
 from defectcam.credentials import SECRETS  # noqa: E402
+from defectcam.deadline import NO_DEADLINE  # noqa: E402
 from defectcam.feedback.cvat import CvatExport  # noqa: E402
 from defectcam.feedback.regions import region_of  # noqa: E402
-from defectcam.proposals import cvat_shape, find_components  # noqa: E402
+from defectcam.proposals import Proposal, find_components  # noqa: E402
 from defectcam.request import parse_request  # noqa: E402
-from tests.conftest import ROOT  # noqa: E402
+from tests.conftest import ROOT, dark_wall, dark_weights  # noqa: E402
 
 CRACKED, TWIN, BROKEN = "a/b/crack & 'rüst'.JPG", "same.jpg", "a/broken.jpg"
 NAMES = [CRACKED, BROKEN, TWIN, "same.png"]
@@ -42,21 +43,21 @@ FEW = dict(ADVCAM_DEFECTS="crack", ADVCAM_DEVICE="cpu", OMP_NUM_THREADS="1", RAY
 
 
 @pytest.fixture(scope="module")
-def crop_bgr() -> np.ndarray:
-    """(160, 200, 3) uint8 of the sample photo, with a part of its crack."""
-    return cv2.imread(str(ROOT / "docs" / "sample.jpg"))[400:560, 480:680]
+def weights(tmp_path_factory) -> Path:
+    return dark_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
-def original(crop_bgr, tmp_path_factory) -> Path:
+def original(tmp_path_factory) -> Path:
     """Four photos in subfolders, one of them cut off, and files that are no photos."""
     folder = tmp_path_factory.mktemp("original") / "photos"
     (folder / "a" / "b").mkdir(parents=True)
     (folder / ".thumbnails").mkdir()
-    jpeg = cv2.imencode(".jpg", crop_bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    wall_bgr = dark_wall([(60, 60, 40), (140, 110, 14), (180, 30, 10)], 160, 200)[0][..., ::-1]
+    jpeg = cv2.imencode(".jpg", wall_bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
     (folder / CRACKED).write_bytes(jpeg)
-    (folder / TWIN).write_bytes(cv2.imencode(".jpg", crop_bgr[:64, :96])[1].tobytes())
-    (folder / "same.png").write_bytes(cv2.imencode(".png", crop_bgr[-64:, -64:])[1].tobytes())
+    (folder / TWIN).write_bytes(cv2.imencode(".jpg", wall_bgr[:64, :96])[1].tobytes())
+    (folder / "same.png").write_bytes(cv2.imencode(".png", wall_bgr[-64:, -64:])[1].tobytes())
     (folder / BROKEN).write_bytes(jpeg[: len(jpeg) // 2])
     (folder / "notes.txt").write_text("no photo")
     (folder / ".thumbnails" / "same.jpg").write_bytes(jpeg)
@@ -70,9 +71,9 @@ def folder(original, tmp_path) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def environment():
+def environment(weights):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in FEW.items():
+        for name, value in {**FEW, "ADVCAM_WEIGHTS": str(weights)}.items():
             patch.setenv(name, value)
         yield
 
@@ -146,7 +147,7 @@ def test_a_run_goes_on_where_it_was_killed(original, finished, tmp_path):
     assert files(out) == files(finished[0]), "half a file is overwritten"
 
 
-def test_what_is_done_again(folder, tmp_path, monkeypatch):
+def test_what_is_done_again(folder, weights, tmp_path, monkeypatch):
     """What counts are the photo, weights and settings; a photo that could not be processed is always tried again."""
     out = tmp_path / "out"
     (folder / CRACKED).unlink()
@@ -161,12 +162,11 @@ def test_what_is_done_again(folder, tmp_path, monkeypatch):
     assert redone("--iterations", 0) == {BROKEN}
     monkeypatch.setenv("ADVCAM_CAM_THRESHOLD", "0.2")
     assert redone("--iterations", 0) == good | {BROKEN}
-    weights = tmp_path / "weights"
-    shutil.copytree(ROOT / "weights", weights)
-    manifest = json.loads((weights / "manifest.json").read_text())
-    manifest["defects"]["crack"]["gate"] = 0.45
-    (weights / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setenv("ADVCAM_WEIGHTS", str(weights))
+    others = shutil.copytree(weights, tmp_path / "weights")
+    manifest = json.loads((others / "manifest.json").read_text())
+    manifest["defects"]["crack"]["threshold"] = 0.45
+    (others / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(others))
     assert redone("--iterations", 0) == good | {BROKEN}
     os.utime(folder / TWIN, ns=(1, 1))
     (folder / BROKEN).write_bytes((folder / TWIN).read_bytes())
@@ -263,7 +263,7 @@ def test_bad_input_is_named(folder, tmp_path, capsys, given, words):
 
 
 def test_what_was_left_out_is_told_beside_the_proposals(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(model_handler, "MAX_OUTLINE_PX", 150)  # some of the photo's pieces are longer
+    monkeypatch.setattr(model_handler, "MAX_OUTLINE_PX", 230)  # the largest spot's is longer
     (folder / BROKEN).unlink()
     out = tmp_path / "out"
     assert run(folder, "--out", out, "--iterations", 0) == 0, "the photo is processed"
@@ -314,8 +314,11 @@ def ring_mask() -> np.ndarray:
 def exported(request, tmp_path, proposer):
     """(shape type, record, components, path of the XML, path of the JSON): one photo with shapes and others with tags."""
     components = find_components(ring_mask())
-    common = dict(defect="crack", confidence=0.8, iterations=4, digest="", tolerance_px=1.0, hole_share=0.0)
-    shapes = [cvat_shape(c, shape=request.param, image_width=120, image_height=90, **common) for c in components]
+    settings = {"iterations": 4, "shape": request.param, "tolerance_px": 1.0, "hole_share": 0.0}
+    shapes = [
+        model_handler.cvat_shape(Proposal(component, 0.8), "crack", f"{rank:08x}", settings, (90, 120), NO_DEADLINE)
+        for rank, component in enumerate(components)
+    ]
     reason = {"name": "reason", "value": 'too large: 70 MP & "more"'}
     tag = {"label": "unprocessed", "type": "tag", "attributes": [reason]}
     records = [
@@ -353,13 +356,14 @@ def test_cvats_xml_has_the_same_shapes(exported):
     assert images[1].findtext("tag/attribute") == 'too large: 70 MP & "more"'
 
 
-def test_the_labels_are_those_of_the_function(exported):
+def test_the_labels_are_those_of_the_function(exported, proposer):
     root = ElementTree.parse(exported[3]).getroot()
     labels = {label.findtext("name"): label for label in root.iterfind("meta/task/labels/label")}
     assert set(labels) == {"crack", "unprocessed", "notice"} and labels["unprocessed"].findtext("type") == "tag"
     found = {a.findtext("name"): a for a in labels["crack"].iterfind("attributes/attribute")}
     assert found["confidence"].findtext("input_type") == "number"
-    assert found["iterations"].findtext("values").split("\n") == ["0", "1", "2", "4", "8", "auto"]
+    (values,) = [a["values"] for a in proposer.labels[0]["attributes"] if a["name"] == "iterations"]
+    assert found["iterations"].findtext("values").split("\n") == values and {"0", "2", "8"} <= set(values)
 
 
 def test_coco_is_the_same_region_for_another_reader(exported):

@@ -225,7 +225,7 @@ def test_of_a_repeated_key_the_last_counts():
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("iterations", 0, 0), ("iterations", 50, 50), ("iterations", "auto", "auto"),
+        ("iterations", 0, 0), ("iterations", 50, 50),
         ("threshold", 0.25, 0.25), ("threshold", 1, 1.0), ("threshold", 0.01, 0.01),
         ("cam_threshold", 0, 0.0), ("cam_threshold", 0.1, 0.1),
         ("defects", ["rust", "crack"], ("rust", "crack")), ("defects", "rust", ("rust",)),
@@ -233,6 +233,7 @@ def test_of_a_repeated_key_the_last_counts():
         ("shape", "polygon", "polygon"), ("shape", "mask", "mask"),
         ("tolerance_px", 0, 0.0), ("tolerance_px", 20, 20.0), ("tolerance_px", 1.5, 1.5),
         ("hole_share", 0, 0.0), ("hole_share", 1, 1.0),
+        ("max_proposals", 1, 1), ("max_proposals", 10_000, 10_000),
     ],
 )  # fmt: skip
 def test_setting_is_taken(key, value, expected):
@@ -244,13 +245,14 @@ def test_setting_is_taken(key, value, expected):
 
 
 ALLOWED = {
-    "iterations": 'an integer from 0 to 50 or "auto"',
+    "iterations": "an integer from 0 to 50",
     "threshold": "a number from 0 to 1",
     "cam_threshold": "a number from 0 to 1",
     "defects": "one or more of crack, spalling, rust",
     "shape": '"polygon" or "mask"',
     "tolerance_px": "a number from 0 to 20",
     "hole_share": "a number from 0 to 1",
+    "max_proposals": "an integer from 1 to 10000",
 }
 BAD = {
     "iterations": [-1, 51, 4.0, 4.5, True, False, "4", "abc", "AUTO", "", [4], {}, 10**5000, float("nan"),
@@ -263,6 +265,7 @@ BAD = {
     "shape": ["Polygon", "box", "", 1, True, ["mask"], {}],
     "tolerance_px": [-0.1, 20.5, True, "1", float("nan"), [1]],
     "hole_share": [-0.1, 1.1, True, "1", float("nan"), {}],
+    "max_proposals": [0, -1, 10_001, 2.5, True, "3", [], float("nan")],
 }  # fmt: skip
 
 
@@ -293,24 +296,45 @@ def test_long_values_are_shortened_in_the_message(value):
 
 
 def test_defaults_fill_what_the_request_leaves_open():
-    defaults = Settings(2, 0.3, 0.1, ("rust",), "mask", 1.0, 0.2)
+    defaults = Settings(2, 0.3, 0.1, ("rust",), "mask", 1.0, 0.2, 50)
     assert parse(defaults).settings == defaults
-    assert parse(defaults, iterations=0, shape="polygon", tolerance_px=0).settings == (
-        Settings(0, 0.3, 0.1, ("rust",), "polygon", 0.0, 0.2)
+    assert parse(defaults, iterations=0, shape="polygon", tolerance_px=0, max_proposals=5).settings == (
+        Settings(0, 0.3, 0.1, ("rust",), "polygon", 0.0, 0.2, 5)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [False, True, "false", 0])
-def test_the_setting_that_was_removed_is_refused_with_what_to_use(value):
-    said = "was removed: outlines always follow the image; cam_threshold makes proposals wider or narrower"
-    assert refusal({"image": BASE64, "snap": value}) == f"snap {said}; leave it out"
-    with pytest.raises(RequestError, match=f"^ADVCAM_SNAP {said}; unset it$"):
-        settings_from_env({"ADVCAM_SNAP": str(value)}, DEFECTS)
-    assert parse(snap=None).settings == settings_from_env({"ADVCAM_SNAP": " "}, DEFECTS) == NONE
+SNAP_REMOVED = "was removed: the outline is the map's; cam_threshold makes proposals wider or narrower"
+AUTO_REMOVED = 'is "auto", which was removed: give a number of steps, or leave it out for the weights\' own'
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [({"snap": value}, f"snap {SNAP_REMOVED}; leave it out") for value in (False, True, "false", 0)]
+    + [({"iterations": "auto"}, f"iterations {AUTO_REMOVED}")],
+    ids=str,
+)  # fmt: skip
+def test_what_earlier_versions_had_is_refused_with_what_to_use(keys, message):
+    assert refusal({"image": BASE64, **keys}) == message
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        ("ADVCAM_SNAP", "false", f"ADVCAM_SNAP {SNAP_REMOVED}; unset it"),
+        ("ADVCAM_ITERATIONS", " auto ", f"ADVCAM_ITERATIONS {AUTO_REMOVED}"),
+        ("ADVCAM_IDLE_SECONDS", "300",
+         "ADVCAM_IDLE_SECONDS was removed: the networks are small and stay on the GPU; unset it"),
+    ],
+)  # fmt: skip
+def test_a_deployment_with_what_earlier_versions_had_is_refused_with_what_to_use(variable, text, message):
+    with pytest.raises(RequestError) as caught:
+        settings_from_env({variable: text}, DEFECTS)
+    assert str(caught.value) == message
+    assert settings_from_env({variable: " "}, DEFECTS) == parse(snap=None).settings == NONE
 
 
 def test_null_counts_as_absent():
-    defaults = Settings(2, 0.3, 0.1, ("rust",), "mask", 1.0, 0.2)
+    defaults = Settings(2, 0.3, 0.1, ("rust",), "mask", 1.0, 0.2, 50)
     assert parse(defaults, **dict.fromkeys(ALLOWED)).settings == defaults
 
 
@@ -326,13 +350,12 @@ def test_threshold_zero_counts_as_absent(zero):
     ("variable", "text", "expected"),
     [
         ("ADVCAM_ITERATIONS", "4", {"iterations": 4}),
-        ("ADVCAM_ITERATIONS", " auto ", {"iterations": "auto"}),
         ("ADVCAM_THRESHOLD", "0.4", {"threshold": 0.4}), ("ADVCAM_THRESHOLD", "0", {"threshold": 0.0}),
         ("ADVCAM_CAM_THRESHOLD", "1e-1", {"cam_threshold": 0.1}),
         ("ADVCAM_DEFECTS", "rust, crack", {"defects": ("rust", "crack")}),
         ("ADVCAM_SHAPE", "mask", {"shape": "mask"}),
         ("ADVCAM_TOLERANCE_PX", "2", {"tolerance_px": 2.0}),
-        ("ADVCAM_HOLE_SHARE", "0.05", {"hole_share": 0.05}),
+        ("ADVCAM_HOLE_SHARE", "0.05", {"hole_share": 0.05}), ("ADVCAM_MAX_PROPOSALS", "30", {"max_proposals": 30}),
         ("ADVCAM_ITERATIONS", "", {}), ("ADVCAM_SHAPE", " ", {}), ("ADVCAM_SIZE", "4", {}),
         ("iterations", "4", {}),
     ],
@@ -350,7 +373,7 @@ def test_environment(variable, text, expected):
     [("iterations", ["abc", "4.0", "51", "-1", "true", "9" * 5000, "[" * 100_000, "null", "NaN"]),
      ("threshold", ["1.5", "NaN", "Infinity", "half", "true", "0,5"]), ("cam_threshold", ["-0.1"]),
      ("defects", ["crack,moss", ",", "all"]), ("shape", ["box", "Mask"]),
-     ("tolerance_px", ["21", "2px"]), ("hole_share", ["2", "5%"])],
+     ("tolerance_px", ["21", "2px"]), ("hole_share", ["2", "5%"]), ("max_proposals", ["0", "1.5", "all"])],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_bad_environment_is_refused_by_variable_value_and_what_is_allowed(key, texts):
@@ -390,7 +413,7 @@ def passes(body):
     except RequestError as error:
         assert len(str(error)) < 400
         return False
-    assert request.image_bytes and request.settings.iterations in (None, "auto", *range(51))
+    assert request.image_bytes and request.settings.iterations in (None, *range(51))
     return True
 
 

@@ -14,94 +14,74 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from defectcam.evaluation.survey import LabelledPhoto
+from defectcam import network
+from defectcam.evaluation.photos import LabelledPhoto
 from defectcam.feedback import retrain
 from defectcam.feedback.retrain import Judged, changes_of, figures_of, merged_clicks, no_worse
-from defectcam.network import DefectNet
 from defectcam.paths import file_name
-from defectcam.tiling import at_working_scale
-from defectcam.training import train
-from defectcam.training.calibrate import calibrate
+from defectcam.training import calibrate, train
 from defectcam.training.clicks import Click, read_clicks, write_clicks
-from defectcam.training.crops import CropDataset, read_photo_rgb
+from defectcam.training.crops import CropDataset
 from defectcam.weights import WeightsError, load_weights, read_manifest, write_manifest
-from tests.conftest import ROOT
+from tests.conftest import ROOT, dark_network, dark_wall
 
 TRAIN, VAL = slice(0, 3), slice(3, None)
+RECORD = {"encoder": "efficientnet-lite0", "decoder": [16, 16, 8, 8], "downsamplings": 4, "pooling": "log-mean-exp"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_crops():
-    """Validations of a training on 4 crops, not 400."""
+def little_work():
+    """Validations of a training on 4 crops, not 400; one climb is tried, on one photo; photos fit into one tile."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "LARGEST_HALO_PX", 16)
         patch.setattr(train, "VAL_CROPS", 4)
+        patch.setattr(calibrate, "XIS", (0.01,))
+        patch.setattr(calibrate, "CLIMB_PHOTOS", 1)
         yield
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Photos of 96 x 128: four walls with a dark blob, the defect "spalling", and four without in a set of theirs."""
+    """Photos of 96 x 160: four walls with a dark spot, the defect "spalling", and four without in a set of theirs."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
     stems = {"walls": [f"spall{i}" for i in range(4)], "plain": [f"plain{i}" for i in range(4)]}
+    (folder / "walls" / "masks" / "spalling").mkdir(parents=True)
     for set_name, own in stems.items():
         (folder / set_name / "images").mkdir(parents=True)
         for i, stem in enumerate(own):
-            photo = rng.integers(120, 180, (96, 128, 3), np.uint8)
-            if set_name == "walls":
-                mask = np.zeros((96, 128), np.uint8)
-                cv2.ellipse(mask, (40 + 8 * i, 48), (22, 14), 0, 0, 360, 255, -1)
-                photo[mask > 0] = rng.integers(20, 60, (int((mask > 0).sum()), 3), np.uint8)
-                path = folder / set_name / "masks" / "spalling" / f"{stem}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                cv2.imwrite(str(path), mask)
-            cv2.imwrite(str(folder / set_name / "images" / f"{stem}.png"), photo)
+            photo, mask = dark_wall([(40 + 8 * i, 48, 22)] if set_name == "walls" else [], seed=i)
+            cv2.imwrite(str(folder / set_name / "images" / f"{stem}.png"), photo[..., ::-1])
+            if mask.any():
+                cv2.imwrite(str(folder / set_name / "masks" / "spalling" / f"{stem}.png"), mask * np.uint8(255))
     splits = {name: {"train": own[TRAIN], "val": own[VAL]} for name, own in stems.items()}
     (folder / "splits.json").write_text(json.dumps(splits))
     return folder
 
 
-def network_that_sees_dark(data_dir):
-    """A tiny network with random features and a head fitted to the blobs: what a training would take minutes for."""
-    torch.manual_seed(0)
-    network = DefectNet((8, 8, 8))
-    photos = [read_photo_rgb(str(data_dir / "walls" / "images" / f"spall{i}.png")) for i in range(3)]
-    masks = [cv2.imread(str(data_dir / "walls" / "masks" / "spalling" / f"spall{i}.png"), 0) for i in range(3)]
-    images = torch.stack([torch.from_numpy(at_working_scale(photo, 0.5)).permute(2, 0, 1) for photo in photos])
-    inside = np.stack([cv2.resize(mask, (64, 48), interpolation=cv2.INTER_AREA) for mask in masks]) > 127
-    with torch.no_grad():
-        for _ in range(20):  # BatchNorm's means
-            network.train()(network.normalise(images))
-        features = network.decoder(network.eval().encoder(network.normalise(images))).permute(0, 2, 3, 1).numpy()
-        x = np.concatenate([features, np.ones((*inside.shape, 1))], axis=3).reshape(-1, 9)
-        weight = np.linalg.lstsq(x, np.where(inside, 4.0, -4.0).ravel(), rcond=None)[0]
-        network.head.weight.copy_(torch.from_numpy(weight[None, :8]))
-        network.head.bias.copy_(torch.from_numpy(weight[8:]))
-    return network
-
-
-def calibration(data_dir, classifier, out):
-    """What `defectcam calibrate` is asked for."""
-    return argparse.Namespace(
-        defect="spalling", classifier=classifier, outline=None, data=data_dir, sets=["walls"],
-        healthy_sets=["plain"], photos=None, way="cam", choose_climb=False, version="one", out=out,
+def calibrate_spalling(data_dir, run, out):
+    """`defectcam calibrate` of the network in a folder."""
+    calibrate.calibrate(
+        argparse.Namespace(
+            defect="spalling", network=run, data=data_dir, sets=["walls"], healthy_sets=["plain"], photos=None,
+            iterations=1, out=out,
+        )
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def running(data_dir, tmp_path_factory):
-    """Weights for spalling, calibrated on that set, and for rust, which nobody clicks on."""
+    """Weights for spalling, calibrated on that set, and for rust, which has no clicks."""
     folder = tmp_path_factory.mktemp("running")
     (folder / "run").mkdir()
-    save_file(network_that_sees_dark(data_dir).state_dict(), folder / "run" / "best.safetensors")
-    record = {"decoder": [8, 8, 8], "downsamplings": 2, "crop_px": 16, "working_scale": 0.5, "batch": 4}
-    (folder / "run" / "record.json").write_text(json.dumps(record))  # of an older kind: it does not tell its sets
+    save_file(dark_network().state_dict(), folder / "run" / "best.safetensors")
+    record = RECORD | {"crop_px": 32, "batch": 4}  # it does not tell its sets
+    record |= {"arm": "outlines", "scales": [0.9, 1.1], "wide_sets": ["walls"]}
+    (folder / "run" / "record.json").write_text(json.dumps(record))
     weights = folder / "weights"
-    calibrate(calibration(data_dir, folder / "run", weights))
+    calibrate_spalling(data_dir, folder / "run", weights)
     (entry,) = json.loads((weights / "manifest.json").read_text())["defects"].values()
-    entry["training"]["outline"] = {"arm": "outlines", "crop_px": 32, "batch": 2}  # there was a network once
     shutil.copyfile(weights / "spalling.safetensors", weights / "rust.safetensors")
-    write_manifest(weights, "one", {"spalling": entry, "rust": entry | {"file": "rust.safetensors", "gate": 0.4}})
+    write_manifest(weights, {"spalling": entry, "rust": entry | {"file": "rust.safetensors", "threshold": 0.4}})
     return weights
 
 
@@ -119,17 +99,16 @@ def new(data_dir, tmp_path_factory):
     write_clicks(folder / "clicks" / "spalling.csv", clicks)
     shutil.copytree(data_dir / "walls" / "masks" / "spalling", folder / "masks" / "spalling" / "walls")
     (folder / "masks" / "spalling" / "plain").mkdir()
-    cv2.imwrite(str(folder / "masks" / "spalling" / "plain" / "plain0.png"), np.zeros((96, 128), np.uint8))
+    cv2.imwrite(str(folder / "masks" / "spalling" / "plain" / "plain0.png"), np.zeros((96, 160), np.uint8))
     return folder
 
 
 def test_weights_of_an_earlier_version_are_calibrated_again_beside_sound_ones_alone(data_dir, running, tmp_path):
     weights = shutil.copytree(running, tmp_path / "weights")
-    classifier = tmp_path / "run"
-    classifier.mkdir()
-    shutil.copyfile(weights / "spalling.safetensors", classifier / "best.safetensors")
-    record = {"decoder": [8, 8, 8], "downsamplings": 2, "crop_px": 16, "working_scale": 0.5}
-    (classifier / "record.json").write_text(json.dumps(record))
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copyfile(weights / "spalling.safetensors", run / "best.safetensors")
+    (run / "record.json").write_text(json.dumps(RECORD))
 
     def spoil(defect):
         manifest = json.loads((weights / "manifest.json").read_text())
@@ -139,13 +118,13 @@ def test_weights_of_an_earlier_version_are_calibrated_again_beside_sound_ones_al
     spoil("spalling")
     with pytest.raises(WeightsError, match="'spalling'"):
         read_manifest(weights)
-    calibrate(calibration(data_dir, classifier, weights))
-    assert load_weights(weights, "cpu").facts.keys() == {"spalling", "rust"}
+    calibrate_spalling(data_dir, run, weights)
+    assert load_weights(weights).facts.keys() == {"spalling", "rust"}
 
     spoil("rust")
     before = contents(weights)
-    with pytest.raises(WeightsError, match="'rust': confidence_weights must have 5 numbers"):
-        calibrate(calibration(data_dir, classifier, weights))
+    with pytest.raises(WeightsError, match="'rust': confidence_weights must have 6 numbers"):
+        calibrate_spalling(data_dir, run, weights)
     assert contents(weights) == before
 
 
@@ -168,14 +147,17 @@ def promoted(data_dir, running, new, tmp_path_factory):
 
 
 def test_promoted_weights_load_and_name_their_parent(promoted, running):
-    weights = load_weights(promoted, "cpu")
-    assert weights.version == "two" and list(weights.facts) == ["spalling", "rust"]
+    weights, (running_version, running_facts) = load_weights(promoted), read_manifest(running)
+    assert weights.version != running_version and list(weights.facts) == ["spalling", "rust"]
     parent = json.loads((promoted / "manifest.json").read_text())["parent"]
-    assert parent["version"] == "one" and len(parent["manifest_sha256"]) == 64
-    fact = weights.facts["spalling"]
-    assert fact.training["classifier"]["steps"] == 3 and fact.window_px == 16 and fact.working_scale == 0.5
-    assert fact.training["classifier"]["init_sha256"] and fact.training["sets"] == ["walls"]
-    assert fact.sha256 != read_manifest(running)[1]["spalling"].sha256
+    assert parent["version"] == running_version and len(parent["manifest_sha256"]) == 64
+    fact, before = weights.facts["spalling"], running_facts["spalling"]
+    record = fact.training["network"]
+    assert (record["steps"], record["crop_px"], record["batch"]) == (3, 32, 4) and fact.training["sets"] == ["walls"]
+    assert record["init_sha256"] == before.sha256 != fact.sha256
+    assert {name: record[name] for name in RECORD} == RECORD and fact.iterations == before.iterations == 1
+    began_with = {name: record[name] for name in ("arm", "scales", "wide_sets")}  # for the next retraining, on outlines
+    assert began_with == {"arm": "outlines", "scales": [0.9, 1.1], "wide_sets": ["walls"]}
     assert json.loads((promoted / "retrain.json").read_text())["promoted"] is True
     assert not (promoted / "rejected").exists()
 
@@ -198,7 +180,7 @@ def test_altered_running_weights_stop_the_run_before_anything_is_trained(data_di
 def test_a_defect_without_new_clicks_stays_as_it_was(promoted, running):
     assert (promoted / "rust.safetensors").read_bytes() == (running / "rust.safetensors").read_bytes()
     old, new = (json.loads((folder / "manifest.json").read_text())["defects"]["rust"] for folder in (running, promoted))
-    assert old == new and new["gate"] == 0.4
+    assert old == new and new["threshold"] == 0.4
 
 
 def test_clicks_on_val_photos_are_left_out(promoted):
@@ -207,13 +189,13 @@ def test_clicks_on_val_photos_are_left_out(promoted):
     assert [click.weight for click in clicks] == [1, 1.25, 1.5, 2]
     facts = json.loads((promoted / "retrain.json").read_text())["facts"]["defects"]["spalling"]
     assert (facts["new_clicks"], facts["on_val"]) == (4, 1)
-    record = json.loads((promoted / "work" / "spalling" / "classifier" / "record.json").read_text())
+    record = json.loads((promoted / "work" / "spalling" / "network" / "record.json").read_text())
     assert record["positive_clicks"] == 3 + 3  # people's, and the simulated ones of the train photos
 
 
 def test_the_report_shows_figures_and_pictures(promoted):
     page = (promoted / "report.html").read_text()
-    assert "<b>Promoted.</b>" in page and "against the running ones, one" in page and "As they were: rust." in page
+    assert "<b>Promoted.</b>" in page and "against the running ones, " in page and "As they were: rust." in page
     assert page.count("<td>walls") == page.count("<td>all") == 2 and "1 clicks on val photos" in page
     pictures = [path for path in (promoted / "pictures").rglob("*") if path.is_file()]
     for path in pictures:
@@ -237,7 +219,7 @@ def test_a_defect_with_a_name_that_no_file_can_have(data_dir, running, new, tmp_
     before = contents(tmp_path)
     out = tmp_path / "two"
     retrain.main(arguments(data, weights, feedback, out, "--margin", 1, "--steps", 1, "--val-photos", 1))
-    assert load_weights(out, "cpu").facts[odd].file == "sp%2F$x^$ %3Cb%3E.safetensors"
+    assert load_weights(out).facts[odd].file == "sp%2F$x^$ %3Cb%3E.safetensors"
     assert len(read_clicks(out / "clicks" / file_name(odd, ".csv"))) == 4
     assert before.keys() == {path for path in contents(tmp_path) if path.parts[0] != "two"}
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -276,7 +258,7 @@ def test_the_same_command_again_changes_nothing(promoted, data_dir, running, new
 
 
 def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, tmp_path, capsys):
-    """With outlines: their network is trained on the finished ones, and none is lost with the rejection."""
+    """With outlines: trained on the finished ones and the sets', and nothing is lost with the rejection."""
     out, before = tmp_path / "two", contents(running)
     with pytest.raises(SystemExit) as error:
         retrain.main(arguments(data_dir, running, new, out, "--margin", -1, "--outlines"))
@@ -285,11 +267,12 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
     assert contents(running) == before
     assert not list(out.glob("*.safetensors")) and not (out / "manifest.json").exists()
     assert "Not promoted." in (out / "rejected" / "report.html").read_text()
-    record = json.loads((out / "work" / "spalling" / "outline" / "record.json").read_text())
+    record = json.loads((out / "work" / "spalling" / "network" / "record.json").read_text())
     assert record["arm"] == "outlines"
-    assert (record["photos"], record["photos_without"]) == (3 + 3, 1 + 3)  # people's and the sets'
-    weights = load_weights(out / "rejected", "cpu")
-    assert weights.version == "two" and {"network", "cam"} <= set(weights.facts["spalling"].training["outlines_tried"])
+    assert (record["photos"], record["photos_without"]) == (3 + 3 + 3, 1 + 3)  # people's and the sets'
+    assert (record["scales"], record["wide_sets"], record["crop_px"]) == ([0.9, 1.1], ["walls"], 32)
+    weights = load_weights(out / "rejected")
+    assert weights.facts["spalling"].training["network"] == record
 
 
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir, running, new, tmp_path, monkeypatch):
@@ -310,7 +293,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir,
         patch.setattr(CropDataset, "__getitem__", killed_at_the_third_step)
         with pytest.raises(KeyboardInterrupt):
             retrain.main(options)
-    assert (out / "work" / "spalling" / "classifier" / "last.safetensors").exists()
+    assert (out / "work" / "spalling" / "network" / "last.safetensors").exists()
     assert not (out / "manifest.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr(retrain, "compare", killed)
@@ -325,7 +308,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir,
     for name, value in whole.items():
         torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=1e-4)
     found, wanted = (read_manifest(folder)[1]["spalling"] for folder in (out, promoted))
-    for name in ("iterations", "snap", "closing_radius_px", "cam_threshold"):
+    for name in ("iterations", "finest_scale", "cleaning", "climb"):
         assert getattr(found, name) == getattr(wanted, name), name
     assert found.threshold == pytest.approx(wanted.threshold, abs=0.01)
 

@@ -117,6 +117,7 @@ def files_with_a_secret(folder: Path) -> list[Path]:
 def places(tmp_path, weights_dir, monkeypatch):  # noqa: F811
     """Arguments of every command that takes a token or a database; a new one must be added here."""
     monkeypatch.delenv("ADVCAM_CVAT_URL", raising=False)
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(weights_dir))
     (tmp_path / "photos").mkdir()
     cv2.imwrite(str(tmp_path / "photos" / "wall.png"), texture(1, 8, (40, 48)))
     photos = tmp_path / "photos"

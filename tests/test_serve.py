@@ -22,8 +22,8 @@ from nuclio_sdk import Response
 from PIL import Image
 
 from defectcam import serve
+from tests.conftest import ROOT, tiny_weights
 
-ROOT = Path(__file__).parents[1]
 JSON = {"Content-Type": "application/json"}
 LIMIT = 100_000
 
@@ -338,13 +338,14 @@ def test_command_serves_and_fails_with_the_traceback(tmp_path):
     assert server.returncode == 1
 
 
-def test_a_memory_hungry_request_over_http_costs_its_photo_alone():
+def test_a_memory_hungry_request_over_http_costs_its_photo_alone(tmp_path):
     """The real function in a process of its own, whose memory is limited for good: it answers, and goes on."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     listener.close()
     environ = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "ADVCAM_TIME_LIMIT": "80000"}
+    environ |= {"ADVCAM_WEIGHTS": str(tiny_weights(tmp_path, ["crack"], threshold=1.0, iterations=1))}
     command = [sys.executable, "-m", "defectcam", "serve", "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.DEVNULL) as process:
         try:

@@ -16,12 +16,11 @@ import time
 from contextlib import contextmanager
 
 import httpx
-import numpy as np
 import pytest
 from PIL import Image
 
 from defectcam import serve
-from tests.conftest import ROOT
+from tests.conftest import ROOT, dark_wall, dark_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Nuclio's processor runs on Linux only")
 
@@ -65,10 +64,16 @@ asyncio.run(wrapper())
 """
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return dark_weights(tmp_path_factory.mktemp("weights"))
+
+
 @contextmanager
-def wrapped(last_answer_s: float):
+def wrapped(weights, last_answer_s: float):
     """A worker process that has said "ready"."""
     environ = os.environ | {"PYTHONPATH": str(ROOT), "ADVCAM_DEVICE": "cpu", "ADVCAM_TIME_LIMIT": "80000"}
+    environ["ADVCAM_WEIGHTS"] = str(weights)
     command = [sys.executable, "-c", WRAPPER, str(last_answer_s)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=ROOT, env=environ, text=True, **pipes) as process:
@@ -79,32 +84,34 @@ def wrapped(last_answer_s: float):
             process.kill()
 
 
-def request(side: int, **settings) -> str:
-    """A request, on one line, whose climb takes a while."""
+def request(side_px: int, iterations: int) -> str:
+    """A request, on one line, for a square photo full of dark spots, so that all of it climbs."""
+    centres = range(30, side_px, 100)
+    photo_rgb, _ = dark_wall([(x, y, 12) for x in centres for y in centres], side_px, side_px)
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(out, "PNG")
+    Image.fromarray(photo_rgb).save(out, "PNG")
     image = base64.b64encode(out.getvalue()).decode()
-    return json.dumps({"image": image, "threshold": 0.001, "defects": "crack", **settings}) + "\n"
+    return json.dumps({"image": image, "threshold": 0.001, "iterations": iterations}) + "\n"
 
 
-def begin(process, side, **settings) -> None:
-    process.stdin.write(request(side, **settings))
+def begin(process, side_px: int, iterations: int) -> None:
+    process.stdin.write(request(side_px, iterations))
     process.stdin.flush()
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.5)  # for the handler itself to be called
 
 
-def test_a_worker_does_not_wait_for_a_long_answer():
-    with wrapped(last_answer_s=2) as process:
-        begin(process, 1500, iterations=50)  # minutes
+def test_a_worker_does_not_wait_for_a_long_answer(weights):
+    with wrapped(weights, last_answer_s=2) as process:
+        begin(process, 600, iterations=50)  # a minute
         process.send_signal(signal.SIGUSR1)
         assert process.wait(60) == 0
         assert process.stdout.read() == ""
 
 
-def test_a_worker_gives_a_short_answer_before_it_ends():
+def test_a_worker_gives_a_short_answer_before_it_ends(weights):
     """And then ends at once, as an idle one does."""
-    with wrapped(last_answer_s=600) as process:
+    with wrapped(weights, last_answer_s=600) as process:
         begin(process, 256, iterations=4)
         process.send_signal(signal.SIGUSR1)
         assert process.wait(90) == 0

@@ -1,149 +1,130 @@
-"""Stitched maps equal whole-photo maps; windows, gate and grid against slow versions."""
+"""Tiles cover a level once, see it as a whole would, and their maps are the climb's."""
 
 import numpy as np
 import pytest
 import torch
 
-from defectcam.cam import probability, score_sums, window_logits
-from defectcam.climb import ClimbParameters, climb
-from defectcam.tiling import CORE_PX, cam_max_at, climbed_map, climbed_maps, stitched_score_map, tile_grid, tiles_to_climb
-from tests.conftest import random_network
+from defectcam.climb import LocalClimb
+from defectcam.deadline import Deadline, TimeLimitError
+from defectcam.engine import TorchEngine
+from defectcam.network import normalised
+from defectcam.tiling import Tile, cut, tile_grid, tile_maps
+from tests.conftest import SmallNetwork, random_network, textured
 
-PARAMETERS = ClimbParameters(xi=0.1, penalty_weight=5.0, salient_share=0.5)
+CLIMB = LocalClimb(xi=0.1, g_ref=0.5)
 
 
-def whole_score_map(network, image_rgb):
-    images = torch.from_numpy(image_rgb).permute(2, 0, 1)[None]
-    with torch.no_grad():
-        return network.score_map(network.normalise(images))[0].numpy()
+def whole_map(engine, image_rgb, margin_px) -> np.ndarray:
+    """The score map (H, W) of the whole image at once, its edge repeated by `margin_px` and to multiples of the stride."""
+    height, width = image_rgb.shape[:2]
+    margin = -(-margin_px // engine.stride_px) * engine.stride_px
+    below, right = (margin - length % -engine.stride_px for length in (height, width))
+    padded = np.pad(image_rgb, ((margin, below), (margin, right), (0, 0)), mode="edge")
+    score = engine.score(normalised(padded.transpose(2, 0, 1)[None]))[0]
+    return score[margin : margin + height, margin : margin + width]
+
+
+def stitched(engine, image_rgb, steps=0, largest_px=768, **given) -> list[np.ndarray]:
+    """The maps M_0 .. M_steps of an image, each (H, W)."""
+    height, width = image_rgb.shape[:2]
+    tiles = tile_grid(height, width, engine.halo_px, engine.stride_px, largest_px)
+    maps = np.full((steps + 1, height, width), np.nan, np.float32)
+    for tile, cores in tile_maps(engine, CLIMB, lambda box: cut(image_rgb, box), tiles, range(steps + 1), **given):
+        y0, y1, x0, x1 = tile.core
+        maps[:, y0:y1, x0:x1] = [cores[step] for step in range(steps + 1)]
+    return list(maps)
+
+
+@pytest.mark.parametrize("halo_px, stride_px", [(24, 2), (60, 4), (96, 8), (96, 16)])
+@pytest.mark.parametrize("height, width", [(1, 1), (511, 513), (5000, 5000), (1025, 640), (3, 4000), (577, 576)])
+@pytest.mark.parametrize("largest_px", [256, 768])
+def test_cores_cover_every_pixel_once_and_tiles_keep_to_the_grid(height, width, halo_px, stride_px, largest_px):
+    covered = np.zeros((height, width), np.uint8)
+    tiles = tile_grid(height, width, halo_px, stride_px, largest_px)
+    for tile in tiles:
+        (y0, y1, x0, x1), (top, bottom, left, right) = tile.core, tile.outer
+        covered[y0:y1, x0:x1] += 1
+        assert all(number % stride_px == 0 for number in (y0, x0, top, left))
+        assert top == y0 - halo_px and left == x0 - halo_px and bottom >= y1 + halo_px and right >= x1 + halo_px
+        assert all(side % 128 == 0 and side <= largest_px for side in tile.size)
+        assert tile.pixels == tile.size[0] * tile.size[1]
+    assert (covered == 1).all()
+    assert len({tile.size for tile in tiles}) == 1
+
+
+def test_a_core_is_cut_out_of_the_outer_map():
+    tile = Tile((4, 9, 8, 10), (0, 16, 4, 20))
+    outer_map = np.arange(2 * 16 * 16).reshape(2, 16, 16)
+    assert np.array_equal(tile.core_of(outer_map), outer_map[:, 4:9, 4:6])
+
+
+@pytest.mark.parametrize("box", [(3, 9, 2, 11), (-5, 4, 6, 20), (-3, 30, -40, 33), (0, 12, 0, 15)])
+def test_beyond_the_image_its_edge_is_repeated(box):
+    image = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8)
+    top, bottom, left, right = box
+    ys, xs = np.clip(np.arange(top, bottom), 0, 11), np.clip(np.arange(left, right), 0, 14)
+    assert np.array_equal(cut(image, box), image[ys][:, xs])
 
 
 @pytest.mark.parametrize(
-    "downsamplings, height, width, core_px",
-    [
-        (2, 150, 203, 64),
-        (2, 149, 202, 90),
-        (2, 33, 61, 64),
-        (2, 1, 1, 64),
-        (2, 1, 203, 64),
-        (2, 150, 2, 64),
-        (1, 150, 203, 64),
-        (3, 150, 203, 128),
-    ],
+    "downsamplings, height, width, largest_px",
+    [(1, 150, 203, 128), (2, 149, 202, 256), (2, 33, 61, 256), (2, 1, 1, 256), (1, 1, 203, 128), (1, 150, 2, 128)],
 )
-def test_stitched_equals_whole(textured_image, downsamplings, height, width, core_px):
-    network = random_network(downsamplings=downsamplings, dtype=torch.float32)
-    image = np.ascontiguousarray(textured_image[:height, :width])
-    whole = whole_score_map(network, image)
-    stitched = stitched_score_map(network, image, batch=3, core_px=core_px)
-    assert np.abs(stitched - whole).max() <= 1e-4 * np.abs(whole).max()
+def test_plain_maps_of_tiles_are_the_whole_image_s(textured_image, downsamplings, height, width, largest_px):
+    engine = TorchEngine(random_network(downsamplings=downsamplings, dtype=torch.float32))
+    image = textured_image[:height, :width]
+    whole = whole_map(engine, image, engine.halo_px)
+    (found,) = stitched(engine, image, largest_px=largest_px)
+    assert np.abs(found - whole).max() <= 1e-5 * np.abs(whole).max()
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (511, 513), (5000, 5000), (1025, 640), (3, 4000)])
-def test_cores_cover_every_pixel_once(height, width):
-    covered = np.zeros((height, width), np.uint8)
-    for tile in tile_grid(height, width, halo_px=60, stride_px=4):
+def test_climbed_maps_of_a_tile_are_the_climb_s():
+    engine = TorchEngine(SmallNetwork())
+    image = textured(90, 101)
+    images = normalised(cut(image, (-6, 122, -6, 122)).transpose(2, 0, 1)[None])
+    wanted = [one[0, 6:96, 6:107] for one in CLIMB.maps(engine, images, 3)]
+    found = stitched(engine, image, 3)
+    np.testing.assert_array_equal(found, wanted)
+    assert all(np.abs(one - other).mean() > 0.05 for one, other in zip(found, found[1:]))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_batch_and_order_of_tiles_do_not_matter(steps):
+    engine = TorchEngine(SmallNetwork())
+    image = textured(230, 340)
+    tiles = tile_grid(230, 340, engine.halo_px, 2, 128) + tile_grid(230, 340, engine.halo_px, 2, 256)
+
+    def maps(tiles, batch):
+        found = tile_maps(engine, CLIMB, lambda box: cut(image, box), tiles, [0, steps], batch)
+        return {tile: np.stack([cores[0], cores[steps]]) for tile, cores in found}
+
+    one = maps(tiles, 1)
+    assert len({tile.size for tile in one}) == 2
+    for other in (maps(tiles, 5), maps(tiles[::-1], 1)):
+        assert one.keys() == other.keys() == set(tiles)
+        for tile in tiles:
+            np.testing.assert_allclose(one[tile], other[tile], rtol=0, atol=1e-4)
+
+
+def test_a_climbed_pixel_depends_on_what_is_near_alone():
+    """No maximum or sum of a tile is in it; every step lets what lies beyond the halo come nearer by two reaches."""
+    network, image, steps = SmallNetwork(), textured(230, 340), 2
+    one, many = (stitched(TorchEngine(network), image, steps, largest_px) for largest_px in (384, 128))
+    far, margin = np.zeros((230, 340), bool), (2 * steps + 1) * network.reach_px - network.halo_px
+    for tile in tile_grid(230, 340, network.halo_px, 2, 128):
         y0, y1, x0, x1 = tile.core
-        covered[y0:y1, x0:x1] += 1
-        assert y0 % 4 == 0 and x0 % 4 == 0 and tile.outer[0] % 4 == 0 and tile.outer[2] % 4 == 0
-        assert y1 - y0 <= CORE_PX and x1 - x0 <= CORE_PX
-    assert (covered == 1).all()
+        far[y0 + margin : y1 - margin, x0 + margin : x1 - margin] = True
+    assert 0.3 < far.mean() < 0.9
+    difference = np.abs(one[steps] - many[steps])
+    assert difference[far].max() <= 1e-5 and difference[~far].max() > 1e-2
 
 
-@pytest.mark.parametrize("window_px", [1, 5, 20, 500])
-def test_window_logits_are_means_of_windows_moved_inside(window_px):
-    score = np.random.default_rng(0).normal(size=(40, 57)).astype(np.float32)
-    sums = score_sums(score)
-    for y, x in [(0, 0), (39, 56), (20, 20), (3, 55)]:
-        h, w = min(window_px, 40), min(window_px, 57)
-        top, left = min(max(y - h // 2, 0), 40 - h), min(max(x - w // 2, 0), 57 - w)
-        wanted = 0.25 + score[top : top + h, left : left + w].astype(np.float64).mean()
-        assert window_logits(sums, 0.25, np.array(y), np.array(x), window_px) == pytest.approx(wanted, abs=1e-9)
-
-
-def test_window_probability_is_the_classifiers_own(network, textured_image):
-    score = whole_score_map(network, textured_image)
-    images = torch.from_numpy(textured_image).permute(2, 0, 1)[None]
-    with torch.no_grad():
-        wanted = torch.sigmoid(network(network.normalise(images)))[0].item()
-    bias = network.head.bias[0].item()
-    found = probability(window_logits(score_sums(score), bias, np.array(7), np.array(9), 320))
-    assert found == pytest.approx(wanted, abs=1e-6)
-
-
-def test_probability_does_not_overflow():
-    assert probability(np.array([-1e9, 0.0, 1e9])).tolist() == [0.0, 0.5, 1.0]
-
-
-def test_only_tiles_where_a_defect_may_be_are_climbed(monkeypatch, textured_image):
-    network = random_network(dtype=torch.float32)
-    score = np.full(textured_image.shape[:2], -8.0, np.float32)
-    score[100:140, 150:200] = 30.0  # one defect, lower right
-    bias = float(network.head.bias[0])
-    tiles = tile_grid(*score.shape, network.climb_halo_px, network.stride_px, core_px=64)
-    chosen = tiles_to_climb(tiles, score_sums(score), bias, window_px=32, gate=0.5)
-    assert 0 < len(chosen) < len(tiles)
-    for tile in tiles:
-        y0, y1, x0, x1 = tile.core
-        touches = y1 > 90 and x1 > 140
-        assert (tile in chosen) <= touches
-    climbed = climbed_map(network, textured_image, score, 1, PARAMETERS, (2.0, 4.0), 0.1, 32, 0.5, core_px=64)
-    plain = np.maximum(score, 0) / 2
-    for tile in tiles:
-        y0, y1, x0, x1 = tile.core
-        same = np.array_equal(climbed[y0:y1, x0:x1], plain[y0:y1, x0:x1])
-        assert same == (tile not in chosen)
-
-
-def test_climbed_tile_is_the_sum_of_its_maps(textured_image):
-    network = random_network()
-    image = np.ascontiguousarray(textured_image[:60, :80])  # one tile
-    score = stitched_score_map(network, image)
-    images = network.normalise(torch.from_numpy(image).permute(2, 0, 1)[None])
-    wanted = sum(climb(network, images, 3, PARAMETERS))[0].numpy() / 40
-    found = climbed_map(network, image, score, 3, PARAMETERS, (10.0, 20.0, 30.0, 40.0), 0.1, 320, gate=0.0)
-    assert wanted.max() > 0
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * wanted.max())
-
-
-def test_auto_is_one_of_the_fixed_results_and_the_first_that_adds_hardly_anything(textured_image):
-    network = random_network(dtype=torch.float32)
-    image = np.ascontiguousarray(textured_image[:60, :80])  # one tile
-    score = stitched_score_map(network, image)
-    theta, cam_max = 0.2 * float(score.max()), (1.0, 2.0)
-
-    def result(iterations):
-        return climbed_map(network, image, score, iterations, PARAMETERS, cam_max, theta, 320, gate=0.0)
-
-    fixed = [result(steps) for steps in range(9)]
-    areas = [np.count_nonzero(one > theta) for one in fixed]
-    stop = next((t for t in range(1, 9) if areas[t] <= 1.02 * areas[t - 1]), 8)
-    assert np.array_equal(result("auto"), fixed[stop])
-
-
-@pytest.mark.parametrize("iterations", [2, "auto"])
-def test_batch_of_tiles_changes_nothing(textured_image, iterations):
-    network = random_network()  # float64: a random network magnifies the rounding of float32
-    image = np.ascontiguousarray(textured_image[:80, :90])
-    score = stitched_score_map(network, image, core_px=40)
-    arguments = (iterations, PARAMETERS, (1.0, 2.0, 3.0), 0.1, 320, 0.0)
-    one = climbed_map(network, image, score, *arguments, batch=1, core_px=40)
-    five = climbed_map(network, image, score, *arguments, batch=5, core_px=40)
-    assert np.abs(one - five).max() <= 1e-6 * one.max()
-
-
-@pytest.mark.parametrize("wanted", [[2, 0, "auto"], ["auto", 0, 2], [0, 2]])
-def test_several_t_at_once_are_each_by_itself(textured_image, wanted):
-    network = random_network(dtype=torch.float32)
-    image = np.ascontiguousarray(textured_image[:80, :90])
-    score = stitched_score_map(network, image, core_px=40)
-    before = score.copy()
-    arguments = (PARAMETERS, (1.0, 2.0, 3.0), 0.1, 320, 0.0)
-    found = climbed_maps(network, image, score, wanted, *arguments, core_px=40)
-    for steps in wanted:
-        assert np.array_equal(found[steps], climbed_map(network, image, score, steps, *arguments, core_px=40))
-    assert np.array_equal(score, before) and not np.array_equal(found[0], found[2])
-
-
-def test_cam_max_goes_on_in_a_straight_line():
-    assert [float(cam_max_at((1.0, 3.0, 6.0), steps)) for steps in (0, 2, 3, 5)] == [1.0, 6.0, 9.0, 15.0]
+def test_no_tile_is_begun_after_the_deadline(monkeypatch):
+    network = SmallNetwork()
+    engine, passes = TorchEngine(network), []
+    original = network.score_map
+    monkeypatch.setattr(network, "score_map", lambda images: (passes.append(1), original(images))[1])
+    with pytest.raises(TimeLimitError):
+        stitched(engine, textured(300, 300), 50, largest_px=128, deadline=Deadline(0))
+    assert len(passes) == 1
+    stitched(engine, textured(60, 60), 1, deadline=Deadline(1000))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from defectcam.network import normalised
 from defectcam.training import train
 from defectcam.training.clicks import Click, patch_bounds, read_clicks, simulate_clicks, write_clicks
 from defectcam.training.crops import CROPS_PER_CLICK, CropDataset, on_disk
@@ -137,7 +138,7 @@ def test_equal_weights_give_the_plain_loss_and_no_weight_no_gradient():
         return loss.item(), [parameter.grad.clone() for parameter in network.parameters()]
 
     def plain(count):
-        logits = network(network.normalise(images[:count]))
+        logits = network(normalised(images[:count]))
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[:count])
 
     def weighted(*weights):
@@ -148,7 +149,7 @@ def test_equal_weights_give_the_plain_loss_and_no_weight_no_gradient():
     assert same == loss and all(torch.equal(*pair) for pair in zip(same_gradients, gradients))
     _, without = loss_and_gradients(weighted(1.0, 1.0, 1.0, 0.0))
     for found, wanted in zip(without, loss_and_gradients(plain(3) * 3 / 4)[1]):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)  # batches of 3 and of 4 round otherwise
     assert loss_and_gradients(weighted(2.0, 1.0, 1.0, 1.0))[0] != loss
 
 

@@ -165,7 +165,7 @@ def test_outline_training_reads_the_masks(done):
     data = write_photos(done, done.folder / "data")
     (data / "splits.json").write_text(json.dumps({"bridge": {"train": ["one", "two", "three"], "val": []}}))
     out, _ = weak_labels(done, data)
-    args = SimpleNamespace(data=data, defect="crack", none_sets=[], working_scale=1.0)
+    args = SimpleNamespace(data=data, defect="crack", none_sets=[], arm="outlines")
     photos = outline.gather_photos(args, ["bridge"], "train", out / "masks" / "crack")
     assert [bool((photo.coverage > 127).any()) for photo in photos] == [True, False, False]
     assert all(photo.known.all() for photo in photos)

@@ -1,40 +1,70 @@
-"""Weights are verified before they are trusted: what is wrong is named, with the file."""
+"""Weights are verified before they are trusted: what is wrong is named, with the file and the field."""
 
+import datetime
 import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from defectcam.weights import WeightsError, load_weights, sha256_of
-from tests.conftest import ROOT
+from defectcam import weights as weights_module
+from defectcam.climb import LocalClimb, PaperClimb
+from defectcam.network import ScoreNet
+from defectcam.postprocess import Cleaning
+from defectcam.pyramid import Reading
+from defectcam.weights import WeightsError, load_weights, read_manifest, sha256_of, write_manifest
+from tests.conftest import ROOT, random_network, tiny_weights
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return tiny_weights(tmp_path_factory.mktemp("weights"), ("crack", "rust"))
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return shutil.copytree(ROOT / "weights", tmp_path / "weights")
+def folder(sound, tmp_path):
+    return shutil.copytree(sound, tmp_path / "weights")
 
 
-def rewrite(folder, defect="crack", **changes):
+def entries_of(folder) -> dict:
+    return json.loads((folder / "manifest.json").read_text())["defects"]
+
+
+def rewrite(folder, defect="crack", without=(), **changes):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["defects"][defect] |= changes
+    entry = manifest["defects"][defect] | changes
+    manifest["defects"][defect] = {name: value for name, value in entry.items() if name not in without}
     path.write_text(json.dumps(manifest))
 
 
-def test_shipped_weights_load_frozen_and_in_eval_mode():
-    weights = load_weights(ROOT / "weights", "cpu")
-    assert list(weights.networks) == list(weights.facts) and "crack" in weights.networks
+def test_they_load_in_order_frozen_folded_and_in_eval_mode(sound):
+    weights = load_weights(sound)
+    assert list(weights.networks) == list(weights.facts) == ["crack", "rust"]
+    original = random_network(0, 4, torch.float32, "efficientnet-lite0", "log-mean-exp")
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
     for network in weights.networks.values():
-        assert not network.training
+        assert isinstance(network, ScoreNet) and not network.training
         assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    torch.testing.assert_close(weights.networks["crack"](images), original(images), rtol=1e-3, atol=1e-3)
 
 
-def test_weights_files_are_small_and_nothing_is_a_pickle():
-    for path in (ROOT / "weights").iterdir():
-        assert path.suffix in (".safetensors", ".json", ".md", ".jpg", ".png"), path
-        assert path.stat().st_size < 16e6
+def test_a_manifest_says_how_to_read_climb_and_clean(folder):
+    rewrite(folder, finest_scale=0.5, levels=3, sharpness=2.0, closing_radius_px=7, gap_px=9, min_area_px=33,
+            climb={"form": "local", "xi": 0.03, "g_ref": [1.5, 2]}, platt=[2.0, -1.0])  # fmt: skip
+    rewrite(folder, "rust", climb={"form": "paper", "xi": 0.08, "penalty_weight": 7, "salient_share": 0.5})
+    version, facts = read_manifest(folder)
+    crack, rust = facts["crack"], facts["rust"]
+    assert version == json.loads((folder / "manifest.json").read_text())["version"]
+    assert crack.reading == Reading(0.5, 3, 2.0, (LocalClimb(0.03, 1.5), LocalClimb(0.03, 2)))
+    assert rust.reading.climbs == (PaperClimb(0.08, 7, 0.5),)
+    assert crack.cleaning == Cleaning(7, 9, 33)
+    for theta in (0.1, 0.5, 0.9):
+        assert 1 / (1 + np.exp(-(2.0 * crack.least_logit(theta) - 1.0))) == pytest.approx(theta)
 
 
 def spoil_missing(folder):
@@ -54,9 +84,7 @@ def spoil_altered(folder):
 
 
 def spoil_swapped(folder):
-    path = folder / "crack.safetensors"
-    tensors = {name: value + 0.5 for name, value in load_file(path).items() if value.is_floating_point()}
-    save_file(tensors, path)
+    shutil.copy(folder / "rust.safetensors", folder / "crack.safetensors")
 
 
 def spoil_not_safetensors(folder):
@@ -88,6 +116,10 @@ def spoil_tensor_nan(folder):
     edit_tensors(folder, lambda tensors: tensors.update({"head.bias": torch.full((1,), float("nan"))}))
 
 
+def spoil_architecture(folder):
+    rewrite(folder, decoder_channels=[16, 16, 8, 4])
+
+
 @pytest.mark.parametrize(
     "spoil, reason",
     [
@@ -98,61 +130,163 @@ def spoil_tensor_nan(folder):
         (spoil_not_safetensors, "not a safetensors file"),
         (spoil_tensor_missing, "head.bias is missing"),
         (spoil_tensor_extra, "head.extra belongs to another architecture"),
-        (spoil_tensor_shape, r"head.bias has shape \(2,\)"),
-        (spoil_tensor_nan, "not finite"),
+        (spoil_tensor_shape, r"head.bias has shape \(2,\), the manifest's architecture needs \(1,\)"),
+        (spoil_tensor_nan, "head.bias has values that are not finite"),
+        (spoil_architecture, r"has shape \(8, 8, 3, 3\), the manifest's architecture needs \(4, 8, 3, 3\)"),
     ],
 )
 def test_spoilt_files_stop_the_start_and_are_named(folder, spoil, reason):
     spoil(folder)
     with pytest.raises(WeightsError, match=reason) as error:
-        load_weights(folder, "cpu")
-    assert "crack.safetensors" in str(error.value)
+        load_weights(folder)
+    assert "crack.safetensors" in str(error.value) and "take the weights folder as it was published" in str(error.value)
+
+
+LOCAL = {"form": "local", "xi": 0.1, "g_ref": [1.0]}
+PAPER = {"form": "paper", "xi": 0.1, "penalty_weight": 1.0, "salient_share": 0.5}
 
 
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"gate": 1.5}, "gate must be a number in 0..1, not 1.5"),
-        ({"cam_max": []}, "cam_max must be numbers that do not decrease"),
-        ({"cam_max": [2.0, 1.0]}, "cam_max must be numbers that do not decrease"),
-        ({"cam_max": [1.0, float("nan")]}, "cam_max must be a number in .*nan"),
-        ({"xi": "0.08"}, "xi must be a number"),
-        ({"penalty_weight": float("nan")}, "penalty_weight"),
-        ({"std_rgb": [0, 0, 0]}, "std_rgb"),
-        ({"mean_rgb": [0.5]}, "mean_rgb must have 3"),
-        ({"mean_rgb": 0.5}, "mean_rgb must be a list, not 0.5"),
-        ({"cam_max": 3.0}, "cam_max must be a list, not 3.0"),
-        ({"decoder_channels": 64}, "decoder_channels must be a list, not 64"),
-        ({"decoder_channels": [64, 32]}, r"decoder_channels must have 3 numbers, not \[64, 32\]"),
+        ({"file": "../crack.safetensors"}, "file must be a name without folders, not '../crack.safetensors'"),
+        ({"file": None}, "file must be a text, not None"),
         ({"sha256": None}, "sha256 must be a text, not None"),
-        ({"training": "long"}, "training must be an object, not 'long'"),
-        ({"snap": "dark_ridges"}, "snap must be an object or null, not 'dark_ridges'"),
-        ({"confidence_weights": [1.0, 2, 3, 4]}, "confidence_weights must have 5 .* calibrated again"),
-        ({"tolerance_px": 0.5}, "tolerance_px must be a number in 1..20, not 0.5"),
-        ({"outline_encoder": "vgg"}, "outline_encoder must be one of resnet34, efficientnet-lite0, not 'vgg'"),
-        ({"snap": {}}, "snap method must be one of"),
-        ({"iterations": 2.5}, "iterations must be an integer in 0..50, not 2.5"),
-        ({"file": "../crack.safetensors"}, "file must be a name without folders"),
-        ({"downsamplings": 9}, "downsamplings must be an integer in 1..3"),
+        ({"encoder": "vgg"}, "encoder must be one of resnet34, efficientnet-lite0, not 'vgg'"),
+        ({"encoder": {}}, "encoder must be a text, not {}"),
+        ({"pooling": "max"}, "pooling must be one of average, log-mean-exp, not 'max'"),
+        ({"decoder_channels": 64}, "decoder_channels must be a list, not 64"),
+        ({"decoder_channels": [16, 16, 8]}, r"decoder_channels needs 4 numbers .*not \(16, 16, 8\)"),
+        ({"decoder_channels": [16, 16, 8, 0]}, "decoder_channels must be an integer in 1..4096, not 0"),
+        ({"decoder_channels": []}, r"decoder_channels needs 4 numbers .*not \(\)"),
+        ({"downsamplings": 9}, "downsamplings must be an integer in 1..4, not 9"),
+        ({"downsamplings": 2}, "downsamplings of efficientnet-lite0 must be 4, not 2"),
+        ({"finest_scale": 0.3}, r"finest_scale must be one of 2.0, 1.0, 0.5, 0.25, not 0.3"),
+        ({"finest_scale": True}, "finest_scale must be one of .*, not True"),
+        ({"finest_scale": [1.0]}, r"finest_scale must be one of .*, not \[1.0\]"),
+        ({"levels": 0}, "levels must be an integer in 1..16, not 0"),
+        ({"levels": 2.0}, "levels must be an integer in 1..16, not 2.0"),
+        ({"sharpness": 0}, "sharpness must be a number in 0.1..4, not 0"),
+        ({"sharpness": float("nan")}, "sharpness must be a number in 0.1..4, not nan"),
+        ({"climb": "local"}, "climb must be an object, not 'local'"),
+        ({"climb": {}}, "climb must have form 'local' with xi, g_ref or 'paper' with .*, not {}"),
+        ({"climb": LOCAL | {"form": "global"}}, "climb must have form .*'global'"),
+        ({"climb": LOCAL | {"form": ["local"]}}, "climb must have form .*local"),
+        ({"climb": LOCAL | {"penalty_weight": 1.0}}, "climb must have form .*penalty_weight"),
+        ({"climb": LOCAL | {"xi": "0.08"}}, "climb xi must be a number in 0..2, not '0.08'"),
+        ({"climb": LOCAL | {"xi": 3}}, "climb xi must be a number in 0..2, not 3"),
+        ({"climb": LOCAL | {"g_ref": 1.0}}, "climb g_ref must be a list of numbers, one per level, not 1.0"),
+        ({"climb": LOCAL | {"g_ref": []}}, r"climb g_ref must be a list of numbers, one per level, not \[\]"),
+        ({"climb": LOCAL | {"g_ref": [1.0, 0]}}, "climb g_ref must be a number in 1e-12..1e.12, not 0"),
+        ({"climb": PAPER | {"penalty_weight": float("nan")}}, "climb penalty_weight must be a number in .*nan"),
+        ({"climb": PAPER | {"salient_share": 1.5}}, "climb salient_share must be a number in 0..1, not 1.5"),
+        ({"platt": 1.0}, "platt must be a list, not 1.0"),
+        ({"platt": [1.0]}, r"platt must have 2 numbers, not \[1.0\]"),
+        ({"platt": [0.0, 1.0]}, "platt must begin with a number above 0, not 0.0"),
+        ({"platt": [1.0, None]}, "platt must be a number in .*not None"),
+        ({"cam_threshold": 1.5}, "cam_threshold must be a number in 0..1, not 1.5"),
+        ({"closing_radius_px": -1}, "closing_radius_px must be an integer in 0..1000, not -1"),
+        ({"gap_px": 101}, "gap_px must be an integer in 0..100, not 101"),
+        ({"gap_px": True}, "gap_px must be an integer in 0..100, not True"),
+        ({"min_area_px": "24"}, r"min_area_px must be an integer in 0..1e\+09, not '24'"),
+        ({"confidence_weights": {}}, "confidence_weights must be a list, not {}"),
+        ({"confidence_weights": [1.0, 2, 3, 4]}, r"confidence_weights must have 6 .*\[1.0, 2, 3, 4\]: calibrate again"),
+        ({"confidence_weights": [1.0, 2, 3, 4, 5, "6"]}, "confidence_weights must be a number in .*, not '6'"),
+        ({"threshold": -0.1}, "threshold must be a number in 0..1, not -0.1"),
+        ({"threshold": [0.5]}, r"threshold must be a number in 0..1, not \[0.5\]"),
         ({"iterations": 51}, "iterations must be an integer in 0..50, not 51"),
-        ({"window_px": "wide"}, "window_px must be an integer .*wide"),
+        ({"iterations": 2.5}, "iterations must be an integer in 0..50, not 2.5"),
+        ({"iterations": "auto"}, "iterations must be an integer in 0..50, not 'auto'"),
+        ({"iterations": [2]}, r"iterations must be an integer in 0..50, not \[2\]"),
+        ({"iterations": []}, r"iterations must be an integer in 0..50, not \[\]"),
+        ({"tolerance_px": 0.5}, "tolerance_px must be a number in 1..20, not 0.5"),
+        ({"hole_share": 2}, "hole_share must be a number in 0..1, not 2"),
+        ({"training": "long"}, "training must be an object, not 'long'"),
         ({"surprise": 1}, "surprise"),
     ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_manifest_that_does_not_fit_names_defect_and_field(folder, changes, reason):
     rewrite(folder, **changes)
     with pytest.raises(WeightsError, match=reason) as error:
-        load_weights(folder, "cpu")
+        load_weights(folder)
     assert "manifest.json" in str(error.value) and "'crack'" in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": "1"}', '{"version": "1", "defects": {}}'])
+@pytest.mark.parametrize("field", weights_module.DefectWeights.__dataclass_fields__)
+def test_a_field_that_is_missing_is_named(folder, field):
+    rewrite(folder, without=[field])
+    with pytest.raises(WeightsError, match=f"'crack': .*'{field}'"):
+        read_manifest(folder)
+
+
+def test_weights_of_an_earlier_version_are_refused(folder):
+    rewrite(folder, cam_max=[1.0, 2.0], gate=0.5, without=["platt", "pooling"])
+    with pytest.raises(WeightsError, match="'crack': these weights were made for an earlier version .*calibrate again"):
+        load_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"version": "1"}', '{"version": "1", "defects": {}}', '{"version": 1, "defects": {"a": {}}}']
+)
 def test_no_manifest_at_all(folder, text):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(WeightsError, match="manifest"):
-        load_weights(folder, "cpu")
+    with pytest.raises(WeightsError, match="is not a manifest of weights"):
+        load_weights(folder)
+
+
+def test_an_entry_that_is_no_object_is_named(folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(json.dumps(json.loads(text) | {"defects": {"crack": 3}}))
+    with pytest.raises(WeightsError, match="'crack'"):
+        load_weights(folder)
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
     with pytest.raises(WeightsError, match="no weights in .*nothing"):
-        load_weights(tmp_path / "nothing", "cpu")
+        load_weights(tmp_path / "nothing")
+
+
+def test_an_entry_about_to_be_replaced_is_not_looked_at(folder):
+    rewrite(folder, levels=0)
+    assert list(read_manifest(folder, but_for="crack")[1]) == ["rust"]
+
+
+def test_a_version_is_its_day_and_the_first_letters_of_its_checksum(folder):
+    entries = entries_of(folder)
+    version = write_manifest(folder, entries)
+    day, letters = version[:10], version[11:]
+    assert day == datetime.date.today().isoformat() and re.fullmatch("[0-9a-f]{6}", letters)
+    assert load_weights(folder).version == version == write_manifest(folder, entries_of(folder)), "the same content"
+    entries["crack"]["iterations"] = 5
+    other = write_manifest(folder, entries)
+    assert other[:11] == version[:11] and other != version, "another calibration"
+    edit_tensors(folder, lambda tensors: tensors["head.bias"].add_(1))
+    changed = write_manifest(folder, entries_of(folder), parent={"version": other})
+    assert changed not in (version, other), "another network"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["parent"] == {"version": other} and manifest["version"] == changed
+    assert manifest["defects"]["crack"]["sha256"] == sha256_of(folder / "crack.safetensors")
+    assert load_weights(folder).version == changed
+
+
+def test_a_manifest_is_there_whole_or_not_at_all(folder, monkeypatch):
+    before = (folder / "manifest.json").read_text()
+
+    def interrupted(path, text):
+        path.open("w").write(text[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(folder, entries_of(folder) | {})
+    assert (folder / "manifest.json").read_text() == before
+    monkeypatch.undo()
+    write_manifest(folder, entries_of(folder))
+    assert sorted(path.name for path in folder.iterdir()) == ["crack.safetensors", "manifest.json", "rust.safetensors"]
+
+
+def test_what_ships_is_small_and_nothing_is_a_pickle():
+    for path in (ROOT / "weights").iterdir():
+        assert path.suffix in (".safetensors", ".json", ".md", ".jpg", ".png"), path
+        assert path.stat().st_size < 16e6

@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the photos")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/propose"), help="folder to write to (default: %(default)s)")
-    parser.add_argument("--iterations", help='climbing steps, 0 to 50 or "auto" (default: each defect\'s own)')
+    parser.add_argument("--iterations", help="climbing steps, 0 to 50 (default: each defect's own)")
     parser.add_argument("--defects", help="comma separated, of those with weights (default: all)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="processes of Ray (default: this one, without Ray)")
     args = parser.parse_args(argv)

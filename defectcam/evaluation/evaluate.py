@@ -1,9 +1,10 @@
 """Judge weights on val photos: one table of all measures, and a page of overlays with the worst cases first.
 
-For every defect and set, on the same photos: the plain map and the paper's setting (T = 2, theta 0.1, closing, area),
-what the function answers for T = 0, 1, 2, 4, 8 and "auto", and the outline network by itself, without the map's
-say (of weights whose outlines were learnt from masks that is the supervised upper bound). Further folders of weights
-(the other arm, other numbers of down-samplings) stand in the same table by `--compare`.
+For every defect and set, on the same photos: what the function proposes for T = 0, 1, 2, 4, 8; the plain class activation
+map (T = 0) and the paper's setting (T = 2), both of the whole photo at one scale, with theta 0.1 of the photo's maximum,
+closing and minimum area. Further folders of weights stand in the same table by `--compare`: a network trained on the
+masks, or the paper's. In place of the table: `--dial`, what T does; `--scale`, photos enlarged and reduced; `--mosaics`,
+false proposals on photos of 5000 x 5000 px.
 
 Example:
     defectcam evaluate --weights weights --data ../shared/data --compare clicks=out/weights-clicks --out out
@@ -12,227 +13,155 @@ Example:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
-import jinja2
 import numpy as np
+import torch
 
-from defectcam.evaluation.measures import relative_time_saving_of_groups, saved_per_component
-from defectcam.evaluation.survey import LabelledPhoto, SurveyedPhoto, figures, labelled_photos, survey
-from defectcam.paths import file_name, relative_path, write_image
-from defectcam.request import Settings
+from defectcam.climb import PaperClimb
+from defectcam.evaluation.dial import dial_lines, measure_dial
+from defectcam.evaluation.figures import PhotoFigures, painted, photo_figures, set_figures
+from defectcam.evaluation.measures import match_instances, reliability
+from defectcam.evaluation.mosaics import MOSAICS, measure_mosaics, mosaics_lines
+from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
+from defectcam.evaluation.report import draw_case, good_and_bad, page, table_lines
+from defectcam.evaluation.scale import measure_scale, scale_lines
+from defectcam.paths import file_name, write_image
+from defectcam.postprocess import Cleaning, regions
+from defectcam.predict import Predictor, find_cores, proposals_for
+from defectcam.proposals import Component, find_components
+from defectcam.pyramid import PhotoMaps, Pyramid, Reading
 from defectcam.training.train import names
-from model_handler import ModelHandler, confident_components, defect_mask
+from defectcam.weights import WeightsError, load_weights
 
-STEPS = (0, 1, 2, 4, 8, "auto")
-PAPER_THETA = 0.1
+STEPS = (0, 1, 2, 4, 8)
 PAPER_STEPS = 2
-# The counts of the paper's Table 2: instances, and how many of them are in the groups of 95, 75 and 50 percent.
-TABLE_2 = {
-    "crack": (111, (19, 40, 30)),
-    "spalling": (65, (17, 19, 14)),
-    "rust": (89, (22, 14, 9)),
-    "all defects": (265, (58, 73, 53)),
-}
-COLUMNS = ("photos", "iou", "iou_photo_mean", "f1_2px", "f1_2px_all", "false_components", "instances", "eq3", "mean_saved",
-           "eq3_found", "healthy_photos", "quiet_share")  # fmt: skip
-OVERLAY_PX = 480
-THUMBNAIL_PX = 200
-CASES_SHOWN = 5
+PAPER_THETA = 0.1  # of the map's maximum
+PAPER_READING = Reading(1.0, 1, 1.0, (PaperClimb(0.08, 7.0, 0.5),))  # the photo as it is; xi, lambda, tau
 
 
-class Judge:
-    """One folder of weights, and the masks each method proposes with them."""
+def answers(predictor: Predictor, maps: PhotoMaps, defect: str) -> Iterator[tuple[str, int, list[Component]]]:
+    """(method, T, proposals) of every method, for a photo of which the plain maps are known."""
+    fact = predictor.weights.facts[defect]
+    for steps, proposals in proposals_for(maps, fact, sorted({*STEPS, fact.iterations})).items():
+        yield "ours", steps, [one.component for one in proposals]
+    paper = PhotoMaps(predictor.engines[defect], PAPER_READING, maps.pyramid, predictor.batch)
+    paper.climb([PAPER_STEPS], np.ones((1, 1), bool), max(paper.height, paper.width))
+    cleaning = Cleaning(fact.closing_radius_px, 0, fact.min_area_px)
+    for method, steps in (("plain CAM", 0), ("paper's setting", PAPER_STEPS)):
+        activation = paper.merged(steps)
+        yield method, steps, find_components(regions(activation, PAPER_THETA * activation.max(), cleaning))
 
-    def __init__(self, name: str, folder: Path, steps: Sequence[int | str] = STEPS) -> None:
-        self.name, self.steps = name, steps
-        self.handler = ModelHandler(folder, "cpu", Settings(), logging.getLogger("evaluate"))
 
-    def survey(self, photo: LabelledPhoto, defect: str) -> SurveyedPhoto:
-        """Everything the networks say of a photo."""
-        weights, fact = self.handler.weights, self.handler.weights.facts[defect]
-        return survey(
-            photo, weights.networks[defect], weights.outlines.get(defect), fact.working_scale, self.steps,
-            fact.climb_parameters, fact.cam_max, fact.cam_threshold, fact.window_px, fact.gate,
-        )  # fmt: skip
-
-    def masks(self, photo: SurveyedPhoto, defect: str) -> Iterator[tuple[str, int | str, np.ndarray]]:
-        """(method, T, mask at photo scale) of every method."""
-        fact = self.handler.weights.facts[defect]
-        plain = dataclasses.replace(fact, snap=None)
-        if 0 in photo.maps:
-            yield f"{self.name}: CAM", 0, self._answer(photo, defect, plain, 0, fact.cam_threshold)
-            yield f"{self.name}: CAM, theta 0.1", 0, self._answer(photo, defect, plain, 0, PAPER_THETA)
-        if PAPER_STEPS in photo.maps:
-            yield f"{self.name}: paper", PAPER_STEPS, self._answer(photo, defect, plain, PAPER_STEPS, PAPER_THETA)
-        for steps in photo.maps:
-            yield f"{self.name}: ours", steps, self._answer(photo, defect, fact, steps, fact.cam_threshold, fact.threshold)
-        if photo.outline is not None:
-            everywhere = np.ones(photo.score.shape, bool)
-            mask = photo.outline_logits(everywhere) > 0
-            yield f"{self.name}: outline network alone", "-", photo.at_photo_scale(mask)
-
-    def _answer(
-        self, photo: SurveyedPhoto, defect: str, fact, steps: int | str, theta: float, threshold: float = 0.0
-    ) -> np.ndarray:
-        effective = {"cam_threshold": theta}
-        mask = defect_mask(photo.working_image, photo.maps[steps], fact, effective, photo.outline_logits)
-        logits = photo.outline_logits(mask) if photo.outline and mask.any() else None
-        mask = photo.at_photo_scale(mask)
-        if not threshold:
-            return mask
-        kept = np.zeros_like(mask)
-        bias = self.handler.weights.networks[defect].head.bias.item()
-        for component, _ in confident_components(mask, photo.score, bias, fact, threshold, logits):
-            x0, y0, x1, y1 = component.box_xyxy
-            kept[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
-        return kept
+def judged_confidences(
+    predictor: Predictor, maps: PhotoMaps, photo: LabelledPhoto, defect: str
+) -> list[tuple[float, bool]]:
+    """Confidence of every region of T = 0, and whether it is right."""
+    found = find_cores(maps.merged(), predictor.weights.facts[defect]).found
+    truth = np.zeros(photo.image_rgb.shape[:2], bool) if photo.truth is None else photo.truth
+    right = match_instances([core.component for core in found], truth, defect).right.tolist()
+    return [(core.confidence, one) for core, one in zip(found, right, strict=True)]
 
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
-    """Rows of the table; overlays of the main weights' default answer go to `args.out`/evaluate."""
-    folders = [("weights", args.weights), *args.compare]
-    judges = [Judge(name, folder, args.steps) for name, folder in folders]
-    rows, cases = [], []
-    for defect in args.defects or judges[0].handler.defects:
-        training = judges[0].handler.weights.facts[defect].training
-        sets = training["sets"] if args.sets is None else args.sets
-        healthy_sets = training["healthy_sets"] if args.healthy_sets is None else args.healthy_sets
-        judged: dict[tuple[str, str, str], list[tuple[LabelledPhoto, np.ndarray]]] = {}
+    """Rows of the table, defect by defect; writes evaluate.json, evaluate.html and the pictures to `args.out`."""
+    predictors = {name: open_weights(folder) for name, folder in [("", args.weights), *args.compare]}
+    pictures = args.out / "evaluate"
+    rows, confidence, cases = [], [], []
+    for defect in args.defects or predictors[""].defects:
+        sets, healthy_sets = sets_of(args, predictors[""], defect)
+        of_rows: dict[tuple[str, str, int], list[PhotoFigures]] = {}
+        of_confidence: dict[str, list[tuple[float, bool]]] = {}
         for photo in labelled_photos(args.data, sets, healthy_sets, "val", defect, args.photos):
-            for judge in judges:
-                if defect not in judge.handler.defects:
+            for name, predictor in predictors.items():
+                if defect not in predictor.defects:
                     continue
-                for method, steps, mask in judge.masks(judge.survey(photo, defect), defect):
-                    judged.setdefault((photo.set_name, method, str(steps)), []).append((photo, mask))
-                    default = judge.handler.weights.facts[defect].iterations
-                    if judge is judges[0] and method.endswith(": ours") and steps == default:
-                        cases.append(picture(photo, mask, defect, args.out / "evaluate"))
+                fact = predictor.weights.facts[defect]
+                maps = predictor.maps(Pyramid(photo.image_rgb), defect)
+                of_confidence.setdefault(name, []).extend(judged_confidences(predictor, maps, photo, defect))
+                for method, steps, proposals in answers(predictor, maps, defect):
+                    found = photo_figures(defect, photo, proposals, fact.hole_share)
+                    of_rows.setdefault((photo.set_name, method_name(name, method), steps), []).append(found)
+                    if not name and method == "ours" and steps == fact.iterations:
+                        mask = painted(proposals, photo.image_rgb.shape[:2])
+                        cases.append(draw_case(photo, mask, defect, found.mean_saved, pictures))
+        defaults = {
+            method_name(name, "ours"): predictor.weights.facts[defect].iterations
+            for name, predictor in predictors.items()
+            if defect in predictor.defects
+        }
         rows += [
-            {"defect": defect, "set": set_name, "method": method, "T": steps, **figures(defect, of_set)}
-            for (set_name, method, steps), of_set in judged.items()
-        ]
-    rows.sort(key=lambda row: (row["defect"], row["set"]))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "evaluate.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "evaluate.html").write_text(page(rows, cases), encoding="utf-8")
-    for defect in dict.fromkeys(case["defect"] for case in cases if case["thumbnail"] is not None):
-        drawn = good_and_bad([case for case in cases if case["defect"] == defect])
-        path = args.out / "evaluate" / file_name(f"cases_{defect}", ".png")
-        write_image(path, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+            {"defect": defect, "set": set_name, "method": method, "T": steps,
+             "is_default": defaults.get(method) == steps, **set_figures(photos)}
+            for (set_name, method, steps), photos in of_rows.items()
+        ]  # fmt: skip
+        for name, pairs in of_confidence.items():
+            if pairs:
+                bins, error = reliability(*zip(*pairs))
+                confidence.append({"defect": defect, "method": method_name(name, "ours"), "bins": bins, "error": error})
+        drawn = [case for case in cases if case.defect == defect]
+        if any(case.thumbnail is not None for case in drawn):
+            picture = cv2.cvtColor(good_and_bad(drawn), cv2.COLOR_RGB2BGR)
+            write_image(pictures / file_name(f"cases_{defect}", ".png"), picture)
+    write_json(args.out / "evaluate.json", {"rows": rows, "confidence": confidence})
+    (args.out / "evaluate.html").write_text(page(rows, confidence, cases), encoding="utf-8")
     return rows
 
 
-def picture(photo: LabelledPhoto, mask: np.ndarray, defect: str, folder: Path) -> dict:
-    """Write a photo beside its overlay (truth green, proposal red, both yellow); returns what the page needs."""
-    truth = np.zeros_like(mask) if photo.truth is None else photo.truth
-    both = np.hstack([photo.image_rgb, compared(photo.image_rgb, mask, truth)])
-    scale = 2 * OVERLAY_PX / both.shape[1]
-    both = cv2.resize(both, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    path = folder / file_name(defect) / relative_path(f"{photo.set_name}/{photo.stem}", ".jpg")
-    write_image(path, cv2.cvtColor(both, cv2.COLOR_RGB2BGR))
-    saved = saved_per_component(mask, truth, defect) if photo.truth is not None else []
-    worth = float(np.mean(saved)) if saved else float(not mask.any())
-    height, width = mask.shape
-    thumbnail = compared(np.full((height, width, 3), 255, np.uint8), mask, truth, opacity=1.0)
-    thumbnail = cv2.resize(thumbnail, (THUMBNAIL_PX, THUMBNAIL_PX * height // width), interpolation=cv2.INTER_AREA)
-    return {
-        "file": path.relative_to(folder.parent).as_posix(),
-        "worth": worth,
-        "defect": defect,
-        "set": photo.set_name,
-        "stem": photo.stem,
-        "thumbnail": thumbnail if photo.truth is not None else None,
-    }
+def method_name(name: str, method: str) -> str:
+    """The table's name of a method with the weights of `--compare` NAME, or of `--weights`, which has no name."""
+    return f"{name}: {method}" if name else method
 
 
-def compared(ground_rgb: np.ndarray, mask: np.ndarray, truth: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """What was missed in green, too much in red, right in yellow on a picture (H, W, 3) uint8."""
-    drawn = ground_rgb.copy()
-    for region, colour in ((truth & ~mask, (0, 170, 0)), (mask & ~truth, (230, 0, 0)), (mask & truth, (240, 190, 0))):
-        drawn[region] = ((1 - opacity) * drawn[region] + opacity * np.array(colour)).astype(np.uint8)
-    return drawn
+def measure(args: argparse.Namespace) -> None:
+    """What `--dial`, `--scale` or `--mosaics` asks for: printed defect by defect, and written as JSON."""
+    predictor, results = open_weights(args.weights), []
+    for defect in args.defects or predictor.defects:
+        sets, healthy_sets = sets_of(args, predictor, defect)
+        if args.measure == "mosaics":
+            photos = list(labelled_photos(args.data, [], [*sets, *healthy_sets], "val", defect))
+            count = min(args.photos or MOSAICS, MOSAICS)
+            results.append(measure_mosaics(predictor, defect, photos, count, args.out / "mosaics"))
+            lines = mosaics_lines(results[-1])
+        else:
+            photos = labelled_photos(args.data, sets, [], "val", defect, args.photos)
+            how, as_lines = {"dial": (measure_dial, dial_lines), "scale": (measure_scale, scale_lines)}[args.measure]
+            results.append(how(predictor, defect, photos))
+            lines = as_lines(results[-1])
+        print("\n".join([*lines, ""]), flush=True)
+        write_json(args.out / f"{args.measure}.json", results)
 
 
-def good_and_bad(cases: list[dict]) -> np.ndarray:
-    """Masks alone, no photos (theirs is another licence), of the photos with the defect: good ones above, bad below.
+def open_weights(folder: Path) -> Predictor:
+    """A weights folder, on the GPU where there is one."""
+    return Predictor(load_weights(folder), "cuda" if torch.cuda.is_available() else "cpu")
 
-    Returns:
-        (H, W, 3) uint8: the quarter points of the better and of the worse half, so that no row is a selection.
+
+def sets_of(args: argparse.Namespace, predictor: Predictor, defect: str) -> tuple[list[str], list[str]]:
+    """Sets with the defect and sets that give photos without it: as asked for, else those the weights were chosen on.
+
+    Raises:
+        ValueError: neither names any, or there are no weights for the defect.
     """
-    cases = sorted((case for case in cases if case["thumbnail"] is not None), key=lambda case: -case["worth"])
-    rows = []
-    for half in (cases[: (len(cases) + 1) // 2], cases[len(cases) // 2 :]):
-        some = [half[index] for index in np.linspace(0, len(half) - 1, CASES_SHOWN).astype(int)]
-        tiles = []
-        for case in some:
-            tile = np.full((THUMBNAIL_PX + 8, THUMBNAIL_PX + 8, 3), 200, np.uint8)
-            thumbnail = case["thumbnail"][:THUMBNAIL_PX]
-            tile[4 : 4 + len(thumbnail), 4:-4] = thumbnail
-            tiles.append(tile)
-        rows.append(np.hstack(tiles))
-    return np.vstack(rows)
+    if defect not in predictor.defects:
+        raise ValueError(f"no weights for {defect!r} in {args.weights}; there are {', '.join(predictor.defects)}")
+    record = predictor.weights.facts[defect].training
+    given = {"sets": args.sets, "healthy_sets": args.healthy_sets}
+    for name, value in given.items():
+        if value is None and name not in record:
+            raise ValueError(f"the weights of {defect} do not say which {name} they were chosen on: name them with "
+                             f"--{name.replace('_', '-')}")  # fmt: skip
+    return tuple(record[name] if value is None else value for name, value in given.items())
 
 
-PAGE = jinja2.Template(
-    """<!doctype html>
-<meta charset="utf-8"><title>Evaluation on val photos</title>
-<style>
- body { font: 14px sans-serif; margin: 2em } table { border-collapse: collapse } td, th { padding: 2px 9px }
- td { text-align: right } td:nth-child(-n+3) { text-align: left } tr:nth-child(even) { background: #f3f3f3 }
- figure { display: inline-block; margin: 6px } img { display: block; max-width: 720px }
-</style>
-<h1>Evaluation on val photos</h1>
-<p>Chosen on these photos, so on new ones expect less. Eq. 3 of the paper's Table 2 from its counts:
- {{ table_2 }}.</p>
-{% for defect, rows in tables %}<h2>{{ defect }}</h2>
-<table><tr><th>set<th>method<th>T{% for column in columns %}<th>{{ column }}{% endfor %}</tr>
-{% for row in rows %}<tr><td>{{ row.set }}<td>{{ row.method }}<td>{{ row.T }}
- {%- for column in columns %}<td>{{ row[column] if column in row else "" }}{% endfor %}</tr>
-{% endfor %}</table>
-<h3>Worst cases first: photo, and overlay (missed green, too much red, right yellow)</h3>
-{% for case in cases[defect] %}<figure><img src="{{ case.file|urlencode }}" alt="{{ case.stem }}" loading="lazy">
- <figcaption>{{ case.set }} {{ case.stem }}: {{ "%.2f"|format(case.worth) }} saved</figcaption></figure>
-{% endfor %}{% endfor %}
-""",
-    autoescape=True,
-)
-
-def page(rows: list[dict], cases: list[dict]) -> str:
-    """The HTML page of a table's rows and the pictures' cases."""
-    defects = list(dict.fromkeys(row["defect"] for row in rows))
-    return PAGE.render(
-        tables=[(defect, [row for row in rows if row["defect"] == defect]) for defect in defects],
-        columns=COLUMNS,
-        cases={
-            defect: sorted((case for case in cases if case["defect"] == defect), key=lambda case: case["worth"])
-            for defect in defects
-        },
-        table_2=table_2(),
-    )
-
-
-def table_2() -> str:
-    """Eq. 3 of the paper's own counts, in words."""
-    return ", ".join(
-        f"{name} {100 * relative_time_saving_of_groups(instances, groups):.0f} %"
-        for name, (instances, groups) in TABLE_2.items()
-    )
-
-
-def print_table(rows: list[dict]) -> None:
-    """The table on the terminal."""
-    print(f"{'set':18} {'method':34} {'T':>4} " + " ".join(f"{column[:9]:>9}" for column in COLUMNS))
-    for row in rows:
-        cells = " ".join(f"{row.get(column, ''):>9}" for column in COLUMNS)
-        print(f"{row['set'][:18]:18} {row['method'][:34]:34} {row['T']:>4} {cells}")
-    print(f"Eq. 3 from the counts of the paper's Table 2: {table_2()}")
+def write_json(path: Path, value: object) -> None:
+    """Write a file, and its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -240,12 +169,14 @@ def main(argv: list[str] | None = None) -> None:
 
     def named_folder(text: str) -> tuple[str, Path]:
         name, _, folder = text.partition("=")
-        if not folder:
+        if not name or not folder:
             raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
         return name, Path(folder)
 
-    def steps_of(text: str) -> list[int | str]:
-        return [part if part == "auto" else int(part) for part in names(text)]
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+        return int(text)
 
     parser = argparse.ArgumentParser(
         prog="defectcam evaluate",
@@ -254,19 +185,32 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder to judge (default: weights)")
-    parser.add_argument("--compare", type=named_folder, action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--compare", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
+                        help="another folder of weights in the same table; may be given several times")  # fmt: skip
     parser.add_argument("--defects", type=names, help="of these alone (default: all in the weights)")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, help="judge on these sets with the defect (default: the weights' own)")
-    parser.add_argument("--healthy-sets", type=names, help="and on these without it")
-    parser.add_argument("--steps", type=steps_of, default=STEPS, help="T to judge (default: 0,1,2,4,8,auto)")
-    parser.add_argument("--photos", type=int, help="photos of each set at most (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of evaluate.json and .html (default: out)")
+    parser.add_argument("--healthy-sets", type=names, help="and on photos of these without it (default: the weights' own)")
+    parser.add_argument("--photos", type=count, help="photos of each set, or mosaics, at most (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: out)")
+    instead = parser.add_mutually_exclusive_group()
+    for name, meaning in (
+        ("dial", "what T does, with its controls, in place of the table"),
+        ("scale", "the photos enlarged and reduced, in place of the table"),
+        ("mosaics", f"false proposals on {MOSAICS} mosaics of 5000 x 5000 px, in place of the table"),
+    ):
+        instead.add_argument(f"--{name}", dest="measure", action="store_const", const=name, help=meaning)
     args = parser.parse_args(argv)
     if not (args.data / "splits.json").exists():
         sys.exit(f"no splits.json in {args.data}: name the folder of photo sets with --data")
+    if args.measure and args.compare:
+        parser.error(f"--compare belongs to the table, not to --{args.measure}")
     try:
-        print_table(evaluate(args))
-    except (ValueError, FileNotFoundError) as error:
+        if args.measure:
+            measure(args)
+            print(f"written: {args.out / f'{args.measure}.json'}")
+        else:
+            print("\n".join(table_lines(evaluate(args))))
+            print(f"written: {args.out / 'evaluate.json'} and {args.out / 'evaluate.html'}")
+    except (ValueError, FileNotFoundError, WeightsError) as error:
         sys.exit(str(error))
-    print(f"written: {args.out / 'evaluate.json'} and {args.out / 'evaluate.html'}")

@@ -1,23 +1,39 @@
-"""How good a proposal is, and what it saves an annotator (paper 4.3, Eq. 3, and a simulated annotator).
+"""How good proposals are, and what they save an annotator (paper 4.3, Eq. 3, and a simulated annotator).
 
-All masks are (H, W) bool. The simulated annotator counts clicks: drawing a component takes one per vertex of its
-simplified outline; correcting proposals takes one per vertex that must be drawn, two per stretch of outline that
-must be cut, one if all proposals of the photo are first eroded or dilated at once.
+All masks are (H, W) bool, and components are 8-connected. Ground truth of fewer than 30 px counts as pixels, not as an
+instance. The simulated annotator counts clicks: drawing a component takes one per vertex of its simplified outline;
+correcting proposals takes one per vertex that must be drawn, two per stretch of outline that must be cut, one if all
+proposals of the photo are first eroded or dilated at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from skimage.morphology import skeletonize
+
+from defectcam.proposals import Component
 
 SMALLEST_COMPONENT_PX = 30
 OUTLINE_TOLERANCE_PX = 2.0
+FEWEST_VERTICES = 3
 F1_TOLERANCE_PX = 2
+SKELETON_TOLERANCE_PX = 4  # of clIoU, as in OmniCrack30k
 TOUCHING_PX = 3  # a proposal this near a component is taken for a proposal of it
 MORPHOLOGY_RADII_PX = (0, -10, -6, -3, -1, 1, 3, 6)
 GROUPS = (0.95, 0.75, 0.5)  # Eq. 3: shares of time saved that the groups start at and weigh
+FINDING_IOU = 0.5
+FINDING_SKELETON_SHARE = 0.7
+INSIDE_SHARE = 0.7  # a proposal of which this much lies within ground truth is right
+CONFIDENCE_BINS = 10
+BOOTSTRAP_DRAWS = 1000
+
+
+# Pixels
 
 
 def iou(proposed: np.ndarray, truth: np.ndarray) -> float:
@@ -26,22 +42,27 @@ def iou(proposed: np.ndarray, truth: np.ndarray) -> float:
     return np.count_nonzero(proposed & truth) / union if union else 1.0
 
 
-def f1_2px(proposed: np.ndarray, truth: np.ndarray) -> float:
-    """F1 with 2 px tolerance: pixels count as right within a 5 x 5 dilation of the other mask; 1 where both are empty."""
-    return f1_2px_of_all([proposed], [truth])
+def tolerant_counts(proposed: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int]:
+    """What F1 with 2 px tolerance is made of: proposed pixels that are right and all, true pixels that are met and all.
+
+    A pixel is right or met within a 5 x 5 dilation of the other mask.
+    """
+    right = np.count_nonzero(proposed & _dilated(truth, F1_TOLERANCE_PX))
+    met = np.count_nonzero(truth & _dilated(proposed, F1_TOLERANCE_PX))
+    return right, np.count_nonzero(proposed), met, np.count_nonzero(truth)
 
 
-def f1_2px_of_all(proposed: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
-    """F1 with 2 px tolerance over the pixels of several photos' masks together."""
-    right = found = wanted = met = 0
-    for mask, true in zip(proposed, truth, strict=True):
-        right += np.count_nonzero(mask & _dilated(true, F1_TOLERANCE_PX))
-        met += np.count_nonzero(true & _dilated(mask, F1_TOLERANCE_PX))
-        found, wanted = found + np.count_nonzero(mask), wanted + np.count_nonzero(true)
-    if not found or not wanted:
-        return float(not found and not wanted)
-    precision, recall = right / found, met / wanted
+def f1_of_counts(right: int, proposed: int, met: int, true: int) -> float:
+    """F1 of the counts of one mask or the summed ones of several; 1 where both are empty."""
+    if not proposed or not true:
+        return float(not proposed and not true)
+    precision, recall = right / proposed, met / true
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def f1_2px(proposed: np.ndarray, truth: np.ndarray) -> float:
+    """F1 with 2 px tolerance of one photo; 1 where both masks are empty."""
+    return f1_of_counts(*tolerant_counts(proposed, truth))
 
 
 def false_components(proposed: np.ndarray, truth: np.ndarray) -> int:
@@ -49,6 +70,104 @@ def false_components(proposed: np.ndarray, truth: np.ndarray) -> int:
     count, labels = cv2.connectedComponents(proposed.astype(np.uint8), connectivity=8)
     touching = np.unique(labels[_dilated(truth, F1_TOLERANCE_PX) & proposed])
     return count - 1 - len(touching)
+
+
+def centreline_counts(proposed: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
+    """What clIoU is made of, as OmniCrack30k counts: pixels of the skeletons that are found, false and missed.
+
+    Found are those of the truth within 4 px of the proposal's, missed the others; false are those of the proposal
+    farther than 4 px from the truth's. clIoU = found / (found + false + missed).
+    """
+    own, wanted = skeletonize(proposed), skeletonize(truth)
+    found = np.count_nonzero(wanted & (_distance_to(own) <= SKELETON_TOLERANCE_PX))
+    false = np.count_nonzero(own & (_distance_to(wanted) > SKELETON_TOLERANCE_PX))
+    return found, false, np.count_nonzero(wanted) - found
+
+
+# Instances
+
+
+@dataclass(frozen=True, eq=False)
+class Instances:
+    """How a photo's proposals and ground-truth components of at least 30 px belong together.
+
+    Attributes:
+        found_iou: (n,) per component, in label order, the largest IoU of a proposal that finds it; NaN where none does.
+        pieces: (n,) per component the number of proposals that touch it, dilated by 2 px.
+        right: (m,) bool per proposal.
+        vertex_ratio: (m,) per proposal its vertices divided by those of the components it overlaps; NaN where it
+            overlaps none.
+        holes: (m,) per proposal.
+    """
+
+    found_iou: np.ndarray
+    pieces: np.ndarray
+    right: np.ndarray
+    vertex_ratio: np.ndarray
+    holes: np.ndarray
+
+
+def match_instances(
+    proposals: Sequence[Component], truth: np.ndarray, defect: str, hole_share: float = 0.0
+) -> Instances:
+    """Which components are found, and by which proposals.
+
+    A proposal finds a component with an IoU of 0.5 or more; of cracks, where it covers 0.7 of the component's skeleton
+    within 2 px. It is right if it finds one or if 0.7 of it lies within ground truth.
+
+    Args:
+        proposals: regions of the photo.
+        hole_share: holes that together have at most this share of a proposal are filled before vertices and holes are
+            counted, as they are in its polygon.
+    """
+    known = _Truth.of(truth)
+    vertices = np.array([max(len(own), FEWEST_VERTICES) for own in known.vertices])
+    skeleton = skeletonize(truth) if defect == "crack" else np.zeros_like(truth)
+    length = np.bincount(known.labels[skeleton], minlength=known.count)
+    found_iou, pieces = np.full(known.count, np.nan), np.zeros(known.count, int)
+    right, holes = np.zeros(len(proposals), bool), np.zeros(len(proposals), int)
+    ratio = np.full(len(proposals), np.nan)
+    for index, one in enumerate(proposals):
+        x0, y0, x1, y1 = one.box_xyxy
+        around = _grown((y0, y1 + 1, x0, x1 + 1), F1_TOLERANCE_PX, truth.shape)
+        labels, near = known.labels[around], np.zeros_like(truth[around])
+        top, left = one.top - around[0].start, one.left - around[1].start
+        own = slice(top, top + one.mask.shape[0]), slice(left, left + one.mask.shape[1])
+        near[own] = one.mask
+        near = _dilated(near, F1_TOLERANCE_PX)
+        overlap = np.bincount(labels[own][one.mask], minlength=known.count)
+        own_iou = overlap / (one.area_px + known.area - overlap)
+        if defect == "crack":
+            covered = np.bincount(labels[near & skeleton[around]], minlength=known.count)
+            finds = known.large & (covered >= FINDING_SKELETON_SHARE * length)
+        else:
+            finds = known.large & (own_iou >= FINDING_IOU)
+        found_iou[finds] = np.fmax(found_iou[finds], own_iou[finds])
+        pieces[np.unique(labels[near])] += 1
+        right[index] = finds.any() or overlap[1:].sum() >= INSIDE_SHARE * one.area_px
+        filled, holes[index] = without_small_holes(one.mask, hole_share)
+        its = known.large & (overlap > 0)
+        if its.any():
+            ratio[index] = max(sum(map(len, _simplified_outlines(filled))), FEWEST_VERTICES) / vertices[its].sum()
+    return Instances(found_iou[known.large], pieces[known.large], right, ratio, holes)
+
+
+def without_small_holes(mask: np.ndarray, hole_share: float) -> tuple[np.ndarray, int]:
+    """A component's mask (h, w) with its smallest holes filled, and how many are left.
+
+    Args:
+        hole_share: what is filled has at most this share of the component's pixels in all.
+    """
+    outside = np.pad(~mask, 1, constant_values=True).view(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(outside, connectivity=4)
+    holes = [label for label in range(1, count) if label != labels[0, 0]]
+    holes.sort(key=lambda label: stats[label, cv2.CC_STAT_AREA])
+    filled_px = np.cumsum([stats[label, cv2.CC_STAT_AREA] for label in holes])
+    small = holes[: np.searchsorted(filled_px, hole_share * np.count_nonzero(mask), side="right")]
+    return mask | np.isin(labels[1:-1, 1:-1], small), len(holes) - len(small)
+
+
+# The simulated annotator
 
 
 def boundary_tolerance_px(defect: str, shape: tuple[int, int]) -> float:
@@ -61,36 +180,155 @@ def saved_per_component(proposed: np.ndarray, truth: np.ndarray, defect: str) ->
 
     The proposals' morphology is the one that saves the photo's annotator most in all.
     """
+    known = _Truth.of(truth)
+    tau = boundary_tolerance_px(defect, truth.shape)
+    far = _distance_to(_boundary(truth)) > tau
     best: list[float] = []
     for radius_px in MORPHOLOGY_RADII_PX:
-        saved = _saved(_morphed(proposed, radius_px), truth, defect, extra_clicks=int(radius_px != 0))
+        saved = _saved(_morphed(proposed, radius_px), known, far, tau, extra_clicks=int(radius_px != 0))
         if not best or sum(saved) > sum(best):
             best = saved
     return best
 
 
-def found_components(proposed: np.ndarray, truth: np.ndarray) -> list[bool]:
-    """Whether each ground-truth component of at least 30 px has a proposal, in label order."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(truth.astype(np.uint8), connectivity=8)
-    found = set(np.unique(labels[_dilated(proposed, TOUCHING_PX)]).tolist())
-    large = stats[:, cv2.CC_STAT_AREA] >= SMALLEST_COMPONENT_PX
-    return [component in found for component in range(1, len(stats)) if large[component]]
+def touched_components(proposed: np.ndarray, truth: np.ndarray) -> list[bool]:
+    """Whether each ground-truth component of at least 30 px has a proposal within 3 px, in label order."""
+    known = _Truth.of(truth)
+    touched = np.bincount(known.labels[_dilated(proposed, TOUCHING_PX)], minlength=known.count) > 0
+    return touched[known.large].tolist()
 
 
 def relative_time_saving(saved: Sequence[float]) -> float:
     """Eq. 3: groups of instances by the share saved, each weighed with its lower bound; 0 of no instances."""
-    counts = [0] * len(GROUPS)
-    for share in saved:
-        for index, group in enumerate(GROUPS):
-            if share >= group:
-                counts[index] += 1
-                break
-    return relative_time_saving_of_groups(len(saved), counts)
+    return float(np.mean(weighed(saved))) if len(saved) else 0.0
+
+
+def weighed(saved: Sequence[float]) -> list[float]:
+    """What Eq. 3 counts every share saved as: the lower bound of its group, 0 below all groups."""
+    return [next((group for group in GROUPS if share >= group), 0.0) for share in saved]
 
 
 def relative_time_saving_of_groups(instances: int, counts: Sequence[int]) -> float:
     """Eq. 3 from the sizes of the groups G95, G75, G50 among `instances`."""
     return sum(group * count for group, count in zip(GROUPS, counts)) / instances if instances else 0.0
+
+
+# Over photos
+
+
+def reliability(confidences: Sequence[float], right: Sequence[bool]) -> tuple[list[dict], float]:
+    """Whether proposals of confidence c are right in a share c of the cases.
+
+    Returns:
+        Per bin of a tenth that has proposals its range, their number, mean confidence and share of right ones; and the
+        expected calibration error, the mean over proposals of |mean confidence - share of right ones| of their bin.
+    """
+    confidences, right = np.asarray(confidences, float), np.asarray(right, float)
+    bins = np.minimum((confidences * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    table, error = [], 0.0
+    for number in np.unique(bins).tolist():
+        inside = bins == number
+        row = {
+            "from": number / CONFIDENCE_BINS,
+            "to": (number + 1) / CONFIDENCE_BINS,
+            "proposals": int(inside.sum()),
+            "confidence": float(confidences[inside].mean()),
+            "right": float(right[inside].mean()),
+        }
+        error += row["proposals"] / len(bins) * abs(row["confidence"] - row["right"])
+        table.append(row)
+    return table, error
+
+
+def bootstrap_sums(counts: np.ndarray) -> np.ndarray:
+    """Sums over photos drawn anew, with replacement, BOOTSTRAP_DRAWS times; the same draws for the same shape.
+
+    Args:
+        counts: (n, k), a row per photo.
+
+    Returns:
+        (BOOTSTRAP_DRAWS, k).
+    """
+    draws = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), BOOTSTRAP_DRAWS)
+    return draws @ counts
+
+
+def interval_95(values: np.ndarray) -> list[float] | None:
+    """The middle 95 % of the bootstrap's values, undefined ones left out; None of none."""
+    values = values[np.isfinite(values)]
+    return [round(float(end), 4) for end in np.quantile(values, (0.025, 0.975))] if len(values) else None
+
+
+# Parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Truth:
+    """Ground-truth components; lists and arrays are by label, 0 is the background.
+
+    Attributes:
+        labels: (H, W) int.
+        area: pixels.
+        large: bool, whether a component counts as an instance.
+        boxes: half-open (y0, y1, x0, x1).
+        vertices: (n, 2) int x, y of the simplified outlines.
+    """
+
+    labels: np.ndarray
+    area: np.ndarray
+    large: np.ndarray
+    boxes: list[tuple[int, int, int, int]]
+    vertices: list[np.ndarray]
+
+    @property
+    def count(self) -> int:
+        """Number of labels."""
+        return len(self.area)
+
+    @classmethod
+    def of(cls, truth: np.ndarray) -> _Truth:
+        """Of a mask."""
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(truth.astype(np.uint8), connectivity=8)
+        large = stats[:, cv2.CC_STAT_AREA] >= SMALLEST_COMPONENT_PX
+        large[0] = False
+        boxes = [(y, y + height, x, x + width) for x, y, width, height, _ in stats.tolist()]
+        vertices: list[list[np.ndarray]] = [[] for _ in boxes]
+        for line in _simplified_outlines(truth):
+            vertices[labels[line[0, 1], line[0, 0]]].append(line)
+        points = [np.concatenate(lines) if lines else np.empty((0, 2), int) for lines in vertices]
+        return cls(labels, stats[:, cv2.CC_STAT_AREA], large, boxes, points)
+
+
+def _saved(proposed: np.ndarray, known: _Truth, far: np.ndarray, tau: float, extra_clicks: int) -> list[float]:
+    """`saved_per_component` of one morphology; far (H, W) bool: pixels farther than tau from the truth's boundary."""
+    count, labels = cv2.connectedComponents(proposed.astype(np.uint8), connectivity=8)
+    boundary = _boundary(proposed)
+    to_cut = np.zeros(count, int)
+    for line in _outlines(proposed):
+        to_cut[labels[line[0, 1], line[0, 0]]] += _runs(far[line[:, 1], line[:, 0]])
+    saved = []
+    for component in np.flatnonzero(known.large).tolist():
+        near = _grown(known.boxes[component], TOUCHING_PX, proposed.shape)
+        touching = np.zeros(count, bool)
+        touching[labels[near][_dilated(known.labels[near] == component, TOUCHING_PX)]] = True
+        touching[0] = False
+        if not touching.any():
+            saved.append(0.0)
+            continue
+        # What is farther off than tau matters no more: the distance is that in a crop around the component.
+        crop = _grown(known.boxes[component], math.ceil(tau) + 1, proposed.shape)
+        distance = _distance_to(boundary[crop] & touching[labels[crop]])
+        points = known.vertices[component]
+        to_draw = np.count_nonzero(distance[points[:, 1] - crop[0].start, points[:, 0] - crop[1].start] > tau)
+        cost = to_draw + 2 * to_cut[touching].sum() + extra_clicks
+        saved.append(float(np.clip(1 - cost / max(FEWEST_VERTICES, len(points)), 0, 1)))
+    return saved
+
+
+def _grown(box: tuple[int, int, int, int], margin: int, shape: tuple[int, int]) -> tuple[slice, slice]:
+    """A half-open box (y0, y1, x0, x1) with a margin, inside the photo."""
+    y0, y1, x0, x1 = box
+    return slice(max(y0 - margin, 0), min(y1 + margin, shape[0])), slice(max(x0 - margin, 0), min(x1 + margin, shape[1]))
 
 
 def _dilated(mask: np.ndarray, radius_px: int) -> np.ndarray:
@@ -113,11 +351,11 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
     return (padded - cv2.erode(padded, np.ones((3, 3), np.uint8)))[1:-1, 1:-1] > 0
 
 
-def _distance_to(boundary: np.ndarray) -> np.ndarray:
-    """Distance in px of every pixel to the boundary; infinite where there is none."""
-    if not boundary.any():
-        return np.full(boundary.shape, np.inf)
-    return cv2.distanceTransform((~boundary).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+def _distance_to(pixels: np.ndarray) -> np.ndarray:
+    """Distance in px of every pixel to the nearest of some; infinite where there is none."""
+    if not pixels.any():
+        return np.full(pixels.shape, np.inf)
+    return cv2.distanceTransform((~pixels).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:
@@ -126,30 +364,9 @@ def _outlines(mask: np.ndarray) -> list[np.ndarray]:
     return [contour[:, 0] for contour in contours]
 
 
-def _saved(proposed: np.ndarray, truth: np.ndarray, defect: str, extra_clicks: int) -> list[float]:
-    tau = boundary_tolerance_px(defect, truth.shape)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(truth.astype(np.uint8), connectivity=8)
-    _, proposed_labels = cv2.connectedComponents(proposed.astype(np.uint8), connectivity=8)
-    saved = []
-    for component in range(1, count):
-        if stats[component, cv2.CC_STAT_AREA] < SMALLEST_COMPONENT_PX:
-            continue
-        own = labels == component
-        outlines = _outlines(own)
-        vertices = [cv2.approxPolyDP(line[:, None], OUTLINE_TOLERANCE_PX, True)[:, 0] for line in outlines]
-        from_scratch = max(3, sum(map(len, vertices)))
-        touching = np.unique(proposed_labels[_dilated(own, TOUCHING_PX)])
-        touching = touching[touching > 0]
-        if not len(touching):
-            saved.append(0.0)
-            continue
-        proposals = np.isin(proposed_labels, touching)
-        to_proposals, to_truth = _distance_to(_boundary(proposals)), _distance_to(_boundary(truth))
-        to_draw = sum(np.count_nonzero(to_proposals[line[:, 1], line[:, 0]] > tau) for line in vertices)
-        to_cut = sum(_runs(to_truth[line[:, 1], line[:, 0]] > tau) for line in _outlines(proposals))
-        cost = to_draw + 2 * to_cut + extra_clicks
-        saved.append(float(np.clip(1 - cost / from_scratch, 0, 1)))
-    return saved
+def _simplified_outlines(mask: np.ndarray) -> list[np.ndarray]:
+    """The contours after Douglas-Peucker with 2 px."""
+    return [cv2.approxPolyDP(line[:, None], OUTLINE_TOLERANCE_PX, True)[:, 0] for line in _outlines(mask)]
 
 
 def _runs(far: np.ndarray) -> int:

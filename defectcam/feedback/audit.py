@@ -1,11 +1,11 @@
 """Find doubtful ground truth of old campaigns: shapes that the model strongly disagrees with (paper, conclusion).
 
-Every shape is judged by the classifier's confidence in it and by how well the proposals on it agree with its outline;
-every proposal that lies on no shape is taken for a shape that may be missing. `disagreement` (0..1) ranks them all:
+Every shape is judged by the model's confidence in it and by how well the proposals on it agree with its outline; every
+proposal that lies on no shape is taken for a shape that may be missing. `disagreement` (0..1) ranks them all:
 
-no defect   1 - confidence: the classifier sees nothing where the shape is.
+no defect   1 - confidence: the model sees nothing where the shape is.
 outline     confidence * (1 - F1 at 2 px of shape and proposals): there is a defect, but outlined otherwise.
-missing     the proposal's confidence: nobody outlined what the classifier is sure of.
+missing     the proposal's confidence: the model is sure of what has no outline.
 
 Old labels come as folders of masks (<data>/<set>/masks/<defect>/<stem>.png) or as an export from CVAT ("CVAT for
 images 1.1") and the folder of its photos. Weights that were trained on the very same labels agree too readily: audit
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,26 +31,24 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
-from defectcam.cam import score_sums
 from defectcam.evaluation.measures import f1_2px
 from defectcam.feedback.cvat import CvatError, CvatExport
 from defectcam.feedback.labels import PhotoError, PhotoFolder, set_and_stem, size_on_disk
 from defectcam.feedback.regions import AREA_TYPES, common_px, merged, on_one_crop, region_of, resized
 from defectcam.paths import write_image
+from defectcam.predict import Predictor, proposals_for
 from defectcam.proposals import Component, component_confidence, component_features, find_components
-from defectcam.request import Settings
-from defectcam.tiling import at_photo_scale, at_working_scale
+from defectcam.pyramid import Pyramid
 from defectcam.training.clicks import mask_path, photo_path, split_stems
 from defectcam.training.crops import read_photo_rgb
-from defectcam.weights import WeightsError
-from model_handler import ModelHandler, choose_device, confident_components, defect_mask
+from defectcam.weights import WeightsError, load_weights
+from model_handler import choose_device
 
 F1_MARGIN_PX = 3
 PICTURE_PX = 480
 PICTURE_MARGIN = 0.5  # of the shape's longer side around it
 LEAST_PICTURED_PX = 160
 TRUTH_RGB, PROPOSED_RGB = (0, 220, 60), (255, 40, 40)
-LABELS = logging.getLogger("defectcam.audit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +115,7 @@ def photos_of_export(export: CvatExport, photos: PhotoFolder, defect: str) -> It
             yield OldPhoto(*set_and_stem(path), path, [region for region in regions if region is not None])
 
 
-def doubts_on_photo(handler: ModelHandler, photo: OldPhoto, defect: str) -> list[Doubt]:
+def doubts_on_photo(predictor: Predictor, photo: OldPhoto, defect: str) -> list[Doubt]:
     """All shapes of a photo and all proposals beside them, with how much the model disagrees.
 
     Raises:
@@ -129,22 +126,16 @@ def doubts_on_photo(handler: ModelHandler, photo: OldPhoto, defect: str) -> list
     for shape in photo.shapes:
         if shape.box_xyxy[2] >= width or shape.box_xyxy[3] >= height:
             raise ValueError(f"{photo.path} is {width} x {height} px, its labels reach {shape.box_xyxy[2:]}: other photo?")
-    fact, bias = handler.weights.facts[defect], handler.weights.networks[defect].head.bias.item()
-    effective = handler.effective(defect, handler.settings)
-    working_image = at_working_scale(image_rgb, fact.working_scale)
-    maps = handler.maps(working_image, defect, effective)
-    outline_logits = handler.outline_logits(working_image, defect)
-    logits = outline_logits(np.ones(working_image.shape[:2], bool)) if outline_logits else None
-    mask = at_photo_scale(defect_mask(working_image, maps.climbed, fact, effective, outline_logits), height, width)
-    proposals = confident_components(mask, maps.score, bias, fact, effective["threshold"], logits)
-    sums = score_sums(maps.score)
+    fact = predictor.weights.facts[defect]
+    maps = predictor.maps(Pyramid(image_rgb), defect)
+    proposals = proposals_for(maps, fact, [fact.iterations])[fact.iterations]
+    logits = maps.merged()
     found, on_shapes = [], set()
     for shape in photo.shapes:
-        features = component_features(shape, sums, bias, fact.window_px, fact.working_scale, logits)
-        confidence = component_confidence(features, fact.confidence_weights)
-        touching = [i for i, (proposal, _) in enumerate(proposals) if common_px(proposal, shape)]
+        confidence = component_confidence(component_features(shape, logits), fact.confidence_weights)
+        touching = [i for i, proposal in enumerate(proposals) if common_px(proposal.component, shape)]
         on_shapes |= set(touching)
-        own = [proposals[i][0] for i in touching]
+        own = [proposals[i].component for i in touching]
         agreement = 0.0
         if own:
             (proposed, truth), _, _ = on_one_crop([merged(own), shape], F1_MARGIN_PX)
@@ -152,9 +143,10 @@ def doubts_on_photo(handler: ModelHandler, photo: OldPhoto, defect: str) -> list
         by_kind = {"no defect": 1 - confidence, "outline": confidence * (1 - agreement)}
         kind = max(by_kind, key=by_kind.get)
         found.append(Doubt(photo, defect, kind, by_kind[kind], confidence, agreement, shape, own))
-    for index, (proposal, confidence) in enumerate(proposals):
+    for index, proposal in enumerate(proposals):
         if index not in on_shapes:
-            found.append(Doubt(photo, defect, "missing", confidence, confidence, 0.0, proposal, [proposal]))
+            sure, region = proposal.confidence, proposal.component
+            found.append(Doubt(photo, defect, "missing", sure, sure, 0.0, region, [region]))
     return found
 
 
@@ -244,25 +236,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if bool(args.data) == bool(args.export) or bool(args.data) != bool(args.sets) or bool(args.export) != bool(args.photos):
         parser.error("give --data and --sets, or --export and --photos")
     try:
-        handler = ModelHandler(args.weights, choose_device(os.environ), Settings(), LABELS)
-        unknown = set(args.defects or ()) - set(handler.defects)
+        predictor = Predictor(load_weights(args.weights), choose_device(os.environ))
+        unknown = set(args.defects or ()) - set(predictor.defects)
         if unknown:
-            parser.error(f"--defects names {sorted(unknown)[0]}; {args.weights} has weights for {handler.defects}")
+            parser.error(f"--defects names {sorted(unknown)[0]}; {args.weights} has weights for {predictor.defects}")
         export = CvatExport(args.export, None) if args.export else None
         folder = PhotoFolder(args.photos) if args.export else None
         splits = ("train", "val") if args.split == "all" else (args.split,)
         doubts, photos = [], 0
-        for defect in args.defects or handler.defects:
+        for defect in args.defects or predictor.defects:
             if export:
                 found = photos_of_export(export, folder, defect)
             else:
                 found = photos_of_sets(args.data, args.sets, splits, defect)
             for photo in tqdm(list(found), desc=defect, unit="photo", disable=None):
-                doubts += doubts_on_photo(handler, photo, defect)
+                doubts += doubts_on_photo(predictor, photo, defect)
                 photos += 1
         if not photos:
             sys.exit("nothing to audit: no photo has labels of the defects there are weights for")
-        write_audit(doubts, photos, handler.weights.version, args.top, args.out)
+        write_audit(doubts, photos, predictor.weights.version, args.top, args.out)
     except (CvatError, PhotoError, WeightsError, FileNotFoundError, KeyError, ValueError) as error:
         sys.exit(f"{error}")
     print(f"{len(doubts)} shapes and proposals on {photos} photos ranked: {(args.out / 'index.html').resolve()}")

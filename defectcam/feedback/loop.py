@@ -3,14 +3,12 @@
 1. Of every set the first half of the train photos teaches round 1: clicks, then calibration on val.
 2. Round 1's function proposes on photos of the other half, which it never saw. Simulated annotators treat the
    proposals (below); what they leave goes through `harvest`, its database and `weak-labels`, as from a real CVAT.
-3. Round 2 goes on from round 1's classifier, every arm's with the same number of steps:
+3. Round 2 goes on from round 1's network, every arm's with the same number of steps:
    same_clicks     round 1's clicks alone: what more steps are worth
    plain_clicks    and as many positive and none-clicks, given on the same photos without proposals
    loop            and the clicks from what annotators did: hard negatives where they rejected
-   loop_outlines   the loop's classifier, and an outline network, so many steps more, that learnt from the finished
-                   outlines
-4. All arms are calibrated on the same val photos, to 90 % or more of the photos without the defect left in peace, and
-   compared.
+   loop_outlines   instead of clicks the finished outlines, read per pixel
+4. All arms are calibrated on the same val photos and compared.
 
 Simulated annotators know the true outlines. A proposal on a defect that saves them 95 % of the clicks they accept, one
 that saves anything they correct to the true outline, others they delete and draw the defect by hand; a proposal
@@ -47,14 +45,16 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.bulk.exports import region_of_answer
+from defectcam.evaluation.figures import photo_figures, set_figures
 from defectcam.evaluation.measures import SMALLEST_COMPONENT_PX, TOUCHING_PX, relative_time_saving
-from defectcam.evaluation.survey import LabelledPhoto, labelled_photos
+from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
 from defectcam.feedback.cvat import Frame, Job, JobEvents, Shape
 from defectcam.feedback.harvest import Harvest, LoggedProposals, attributes_of
 from defectcam.feedback.labels import PhotoFolder, write_weak_labels
 from defectcam.feedback.regions import common_px, merged, on_one_crop, run_lengths, saved_share
 from defectcam.feedback.store import InteractionRow, open_store
 from defectcam.paths import file_name
+from defectcam.predict import Predictor
 from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.proposals import Component, find_components
 from defectcam.request import Request, Settings
@@ -62,6 +62,7 @@ from defectcam.training import outline, train
 from defectcam.training.calibrate import calibrate, say
 from defectcam.training.clicks import Click, photo_path, read_clicks, simulate_clicks, split_stems, write_clicks
 from defectcam.training.train import names
+from defectcam.weights import load_weights
 from model_handler import ModelHandler, choose_device
 
 matplotlib.use("Agg")
@@ -72,8 +73,10 @@ from sqlalchemy.orm import Session  # noqa: E402
 ACCEPTED_FROM = 0.95  # share of clicks saved: Eq. 3's best group
 ARMS = ("round_1", "same_clicks", "plain_clicks", "loop", "loop_outlines")
 FIGURES = ("iou", "f1_2px", "mean_saved", "eq3", "false_components", "quiet_share")
-LR, HEAD_LR = 1e-3, 1e-2
-OUTLINE_LR = 5e-4  # the outline network starts from ImageNet weights
+NETWORK = ["--encoder=efficientnet-lite0", "--encoder-weights=imagenet", "--pooling=log-mean-exp"]  # as the shipped ones
+LR, HEAD_LR = 5e-4, 5e-3
+ITERATIONS = 2  # T of the function, the paper's
+OUTLINE_CROP_PX, OUTLINE_BATCH = 160, 8
 LOG = logging.getLogger("defectcam.loop")
 
 
@@ -233,43 +236,42 @@ class Experiment:
         self.second = half_data(args.data, sets, self.work / "second", second=True)
 
     def train(self, arm: str, init: Path | None, clicks: Path | None, steps: int) -> Path:
-        """Train a classifier on round 1's clicks and those of a file; returns the run's folder."""
-        folder = self.work / arm / "classifier"
-        options = [*self._training(folder, init, steps), f"--crop-px={self.args.crop_px}", f"--batch={self.args.batch}"]
+        """Train a network on round 1's clicks and those of a file; returns the run's folder."""
+        folder = self.work / arm / "network"
         if not (folder / "record.json").exists():
+            options = self._options(folder, init, steps, self.args.crop_px, self.args.batch)
             train.train(train.parse_args(options + ([f"--clicks={clicks}"] if clicks else [])))
         return folder
 
-    def train_outline(self, arm: str, masks: Path) -> Path:
-        """Train an outline network on finished outlines alone; returns the run's folder."""
-        folder = self.work / arm / "outline"
+    def train_outline(self, arm: str, init: Path, masks: Path) -> Path:
+        """Train a network on finished outlines alone; returns the run's folder."""
+        folder = self.work / arm / "network"
         if not (folder / "record.json").exists():
-            options = [*self._training(folder, None, self.args.steps), "--arm=outlines", "--crop-px=160", "--batch=8"]
-            start = ["--encoder=efficientnet-lite0", "--encoder-weights=imagenet", f"--lr={OUTLINE_LR}", f"--head-lr={OUTLINE_LR}"]
-            run = outline.parse_args([*options, *start])
+            options = self._options(folder, init, self.args.steps, OUTLINE_CROP_PX, OUTLINE_BATCH)
+            run = outline.parse_args([*options, "--arm=outlines"])
             paths = {path: photo_path(self.args.data / path.parent.name, path.stem) for path in sorted(masks.glob("*/*.png"))}
-            outline.train_outline(run, [outline.load_outline_photo(photo, mask, 1.0) for mask, photo in paths.items()])
+            outline.train_outline(run, [outline.load_outline_photo(photo, mask) for mask, photo in paths.items()])
         return folder
 
-    def _training(self, folder: Path, init: Path | None, steps: int) -> list[str]:
+    def _options(self, folder: Path, init: Path | None, steps: int, crop_px: int, batch: int) -> list[str]:
         args = self.args
         options = {
             "defect": args.defect, "data": self.first, "sets": ",".join(args.sets), "none-sets": ",".join(args.none_sets),
-            "lr": LR, "head-lr": HEAD_LR, "steps": steps, "val-every": max(1, steps // 3), "seed": args.seed, "out": folder,
+            "lr": LR, "head-lr": HEAD_LR, "steps": steps, "val-every": max(1, steps // 3), "crop-px": crop_px,
+            "batch": batch, "seed": args.seed, "out": folder,
         }  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items()] + ([f"--init={init}"] if init else [])
+        start = [f"--init={init}"] if init else []
+        return [*NETWORK, *start, *(f"--{name}={value}" for name, value in options.items())]
 
-    def calibrated(self, arm: str, classifier: Path, outlines: Path | None = None) -> Path:
+    def calibrated(self, arm: str, network: Path) -> Path:
         """Weights of an arm, calibrated on val; returns their folder."""
         folder = self.work / arm / "weights"
         if not (folder / "manifest.json").exists():
             args = self.args
-            way = "dark_ridges" if args.defect == "crack" else "grabcut"
             calibrate(
                 argparse.Namespace(
-                    defect=args.defect, classifier=classifier, outline=outlines, data=self.first, sets=args.sets,
-                    healthy_sets=args.none_sets, photos=args.photos, way=None if outlines else way,
-                    choose_climb=False, version=arm, out=folder,
+                    defect=args.defect, network=network, data=self.first, sets=args.sets, healthy_sets=args.none_sets,
+                    photos=args.photos, iterations=ITERATIONS, out=folder,
                 )
             )  # fmt: skip
         return folder
@@ -321,9 +323,8 @@ class Experiment:
             folder = self.train(arm, one / "best.safetensors", path, args.steps)
             weights[arm] = self.calibrated(arm, folder)
         say("loop_outlines")
-        folder = self.work / "loop" / "classifier"
-        outlines = self.train_outline("loop_outlines", masks)
-        weights["loop_outlines"] = self.calibrated("loop_outlines", folder, outlines)
+        folder = self.train_outline("loop_outlines", one / "best.safetensors", masks)
+        weights["loop_outlines"] = self.calibrated("loop_outlines", folder)
         return {
             "command": "defectcam " + shlex.join(sys.argv[1:]),
             "defect": args.defect,
@@ -331,14 +332,19 @@ class Experiment:
             "annotators": dict(sorted(outcomes.items())),
             "campaign_eq3": round(relative_time_saving(saved), 4),
             "clicks": {"loop": _kinds(new), "plain_clicks": _kinds(plain)},
-            "arms": {arm: self._figures(arm, folder) for arm, folder in weights.items()},
+            "arms": {arm: self._figures(folder) for arm, folder in weights.items()},
         }
 
-    def _figures(self, arm: str, weights: Path) -> dict:
-        """Figures of an arm's weights on val, by set, and the minutes its networks trained."""
-        entry = json.loads((weights / "manifest.json").read_text())["defects"][self.args.defect]["training"]
-        runs = [run for run in (entry["classifier"], entry["outline"]) if run]
-        return {"minutes": round(sum(run["minutes"] for run in runs), 1), "val": entry["val"]}
+    def _figures(self, weights: Path) -> dict:
+        """Figures of an arm's weights on val, by set, and the minutes its network trained."""
+        args, defect = self.args, self.args.defect
+        predictor = Predictor(load_weights(weights), choose_device(os.environ))
+        by_set = {}
+        for photo in labelled_photos(self.first, args.sets, args.none_sets, "val", defect, args.photos):
+            proposals = [one.component for one in predictor.propose(photo.image_rgb, defect)]
+            by_set.setdefault(photo.set_name, []).append(photo_figures(defect, photo, proposals))
+        minutes = predictor.weights.facts[defect].training["network"]["minutes"]
+        return {"minutes": minutes, "val": {name: set_figures(photos) for name, photos in by_set.items()}}
 
 
 def _kinds(clicks: Sequence[Click]) -> dict[str, int]:
@@ -400,8 +406,7 @@ Annotators who err in {{ "%g" | format(100 * found.error) }} % of cases treated 
 ![the arms' figures, the mean over sets](loop.png)
 
 Every arm's thresholds were chosen on the same val photos that judge it here, so all are somewhat flattered, all alike.
-One seed: differences of a few hundredths are chance. Of a series of photos of one wall some may lie in either half. The
-outlines were learnt in further steps, and that arm alone chose its way to an outline.
+One seed: differences of a few hundredths are chance. Of a series of photos of one wall some may lie in either half.
 """,
     trim_blocks=False,
 )
@@ -421,10 +426,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--none-sets", type=names, required=True, help="sets without the defect")
     parser.add_argument("--photos", type=int, default=40, help="of each set: in the campaign, and of val (default: %(default)s)")
     parser.add_argument("--error", type=float, default=0.05, help="of the annotators, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--init", type=Path, help="round 1 starts from these weights (safetensors); else from scratch")
+    parser.add_argument("--init", type=Path, help="round 1 starts from these weights (safetensors); else from ImageNet's")
     parser.add_argument("--first-steps", type=int, default=900, help="of round 1 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of every arm of round 2 (default: %(default)s)")
-    parser.add_argument("--crop-px", type=int, default=64, help="side of the classifiers' crops (default: %(default)s)")
+    parser.add_argument("--crop-px", type=int, default=64, help="side of the crops around clicks (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="crops per step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/loop"), help="folder (default: %(default)s)")

@@ -1,12 +1,12 @@
 """Which photos to label next: those from which the weights would learn most come first (paper 3.2).
 
-Every photo goes through the classifiers twice, as it is and mirrored. No map is climbed: it is about the windows
-around every 32nd pixel, whose probability also decides where proposals are looked for. Of each photo the tenth of the
+Every photo goes through the networks twice, as it is and mirrored, without climbing. Every pixel has a probability of
+the defect, and what counts is its mean over windows of 64 px around every 32nd pixel. Of each photo the tenth of the
 windows counts that has most of it, and of the defects the one with most:
 
-uncertainty    the entropy of the window's probability: 1 bit at 0.5, nothing where the classifier is sure.
-disagreement   between photo and mirror image: by how much the window's probability differs, 0 to 1. What the classifier
-               has understood does not depend on which way it runs.
+uncertainty    the mean entropy of the window's pixels: 1 bit where all have 0.5, nothing where the network is sure.
+disagreement   between photo and mirror image: by how much the window's mean probability differs, 0 to 1. What the
+               network has understood does not depend on which way it runs.
 diversity      the distance to the nearest photo higher up the list, of the encoder's features (their mean and deviation
                over the photo), as d / (d + the median distance from the mean): 0 for a copy, 1 for the first photo.
 
@@ -37,16 +37,19 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from defectcam.cam import probability, score_sums, window_logits
+from defectcam.engine import TorchEngine
 from defectcam.feedback.cvat import CvatError, add_server_options, server_of
-from defectcam.network import DefectNet
+from defectcam.network import normalised
 from defectcam.paths import write_image
+from defectcam.predict import Predictor
+from defectcam.proposals import probability
+from defectcam.pyramid import Pyramid
 from defectcam.request import ImageError, RequestError, decode_image
-from defectcam.tiling import GATE_SPACING_PX, at_working_scale, stitched_score_map
-from defectcam.weights import DefectWeights, Weights, WeightsError, load_weights
-from model_handler import BATCH, MAX_MEGAPIXELS, choose_device
+from defectcam.weights import WeightsError, load_weights
+from model_handler import MAX_MEGAPIXELS, choose_device
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+WINDOW_PX, SPACING_PX = 64, 32
 MOST_SHARE = 0.1  # of a photo's windows: a small defect must not drown, a single window not decide
 FEATURES_PX = 256  # longer side of the photo whose features say what it is a photo of
 PICTURE_PX = 320
@@ -64,7 +67,7 @@ class Look:
         uncertainty: bits, 0..1.
         disagreement: 0..1.
         features: (D,) float64.
-        doubts: entropy of the windows, (rows, columns) float64, bits.
+        doubts: mean entropy of the windows, (rows, columns) float32, bits.
     """
 
     path: Path
@@ -92,7 +95,7 @@ class Ranked:
 
 def entropy_bits(probabilities: np.ndarray) -> np.ndarray:
     """Entropy of yes and no at these probabilities, 0..1 bit."""
-    p = np.clip(probabilities, 1e-12, 1 - 1e-12)
+    p = np.clip(probabilities, 1e-6, 1 - 1e-6)
     return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
 
 
@@ -102,37 +105,43 @@ def mean_of_most(values: np.ndarray) -> float:
     return float(np.sort(values, axis=None)[-count:].mean())
 
 
-def window_probabilities(score_map: np.ndarray, bias: float, window_px: int) -> np.ndarray:
-    """The classifier's probability for the windows around every GATE_SPACING_PX-th row and column."""
-    ys, xs = (np.arange(0, size, GATE_SPACING_PX) for size in score_map.shape)
-    sums = score_sums(np.ascontiguousarray(score_map))
-    return probability(window_logits(sums, bias, ys[:, None], xs[None], window_px))
+def window_means(values: np.ndarray) -> np.ndarray:
+    """Means of a map (H, W) float32 over the windows around every SPACING_PX-th row and column, its edge repeated."""
+    means = cv2.blur(values, (WINDOW_PX, WINDOW_PX), borderType=cv2.BORDER_REPLICATE)
+    return means[::SPACING_PX, ::SPACING_PX].copy()
+
+
+def pixel_probabilities(predictor: Predictor, pyramid: Pyramid, defect: str) -> np.ndarray:
+    """The probability of the defect at every pixel, (H, W) float32."""
+    slope, intercept = predictor.weights.facts[defect].platt
+    return probability(slope * predictor.maps(pyramid, defect).merged() + intercept)
 
 
 @torch.no_grad()
-def pooled_features(network: DefectNet, image_rgb: np.ndarray) -> np.ndarray:
+def pooled_features(engine: TorchEngine, image_rgb: np.ndarray) -> np.ndarray:
     """Mean and deviation of the encoder's deepest features over a small copy of a photo (H, W, 3) uint8: (2 C,)."""
-    scale = min(1.0, FEATURES_PX / max(image_rgb.shape[:2]))
-    small = torch.from_numpy(np.ascontiguousarray(at_working_scale(image_rgb, scale))).permute(2, 0, 1)[None]
-    deepest = network.encoder(network.normalise(small.to(network.head.weight.device)))[-1][0].flatten(1).double()
+    network, (height, width) = engine.network, image_rgb.shape[:2]
+    scale = min(1.0, FEATURES_PX / max(height, width))
+    size = [max(1, round(scale * length / engine.stride_px)) * engine.stride_px for length in (width, height)]
+    small = cv2.resize(image_rgb, size, interpolation=cv2.INTER_AREA)
+    images = engine.tensor(normalised(small.transpose(2, 0, 1)[None]))
+    deepest = network.encoder(images * network.scale_rgb + network.shift_rgb)[-1][0].flatten(1).double()
     return torch.cat([deepest.mean(1), deepest.std(1, correction=0)]).cpu().numpy()
 
 
-def look_at(weights: Weights, path: Path, image_rgb: np.ndarray, batch: int) -> Look:
-    """Everything the order needs of a photo (H, W, 3) uint8; `batch` tiles go through a network at once."""
+def look_at(predictor: Predictor, path: Path, image_rgb: np.ndarray) -> Look:
+    """Everything the order needs of a photo (H, W, 3) uint8."""
+    pyramids = Pyramid(image_rgb), Pyramid(np.ascontiguousarray(image_rgb[:, ::-1]))
 
-    def figures(network: DefectNet, fact: DefectWeights) -> tuple[float, float, np.ndarray]:
-        image = at_working_scale(image_rgb, fact.working_scale)
-        mirrored = np.ascontiguousarray(image[:, ::-1])
-        score, mirror_score = stitched_score_map(network, image, batch), stitched_score_map(network, mirrored, batch)
-        bias = network.head.bias.item()
-        here, there = (window_probabilities(s, bias, fact.window_px) for s in (score, mirror_score[:, ::-1]))
-        doubts = entropy_bits(here)
-        return mean_of_most(doubts), mean_of_most(np.abs(here - there)), doubts
+    def figures(defect: str) -> tuple[float, float, np.ndarray]:
+        here, mirrored = (pixel_probabilities(predictor, pyramid, defect) for pyramid in pyramids)
+        there = np.ascontiguousarray(mirrored[:, ::-1])
+        doubts = window_means(entropy_bits(here))
+        return mean_of_most(doubts), mean_of_most(np.abs(window_means(here) - window_means(there))), doubts
 
-    found = {defect: figures(network, weights.facts[defect]) for defect, network in weights.networks.items()}
+    found = {defect: figures(defect) for defect in predictor.defects}
     defect = max(found, key=lambda name: found[name][0] + found[name][1])
-    features = np.concatenate([pooled_features(network, image_rgb) for network in weights.networks.values()])
+    features = np.concatenate([pooled_features(engine, image_rgb) for engine in predictor.engines.values()])
     return Look(path, defect, *found[defect][:2], features, found[defect][2])
 
 
@@ -185,7 +194,7 @@ def photo_paths(source: Path) -> list[Path]:
     return found
 
 
-def look_at_all(weights: Weights, paths: Sequence[Path], device: str) -> tuple[list[Look], dict[Path, str]]:
+def look_at_all(predictor: Predictor, paths: Sequence[Path]) -> tuple[list[Look], dict[Path, str]]:
     """Looks at the photos, and of those that cannot be read the reason."""
     looks, skipped = [], {}
     for path in tqdm(paths, desc="photos", unit="photo"):
@@ -195,7 +204,7 @@ def look_at_all(weights: Weights, paths: Sequence[Path], device: str) -> tuple[l
             skipped[path] = getattr(error, "strerror", None) or str(error)
             tqdm.write(f"skipped {path}: {skipped[path]}", file=sys.stderr)
             continue
-        looks.append(look_at(weights, path, image_rgb, BATCH[device]))
+        looks.append(look_at(predictor, path, image_rgb))
     return looks, skipped
 
 
@@ -217,8 +226,8 @@ body { font: 14px/1.4 sans-serif; margin: 2em; } figure { display: inline-block;
 img { display: block; max-width: 100%; } figcaption { overflow-wrap: anywhere; }
 </style>
 <h1>Photos to label next</h1>
-<p>The first {{ shown|length }} of {{ photos }}, by weights {{ version }}. On the right, yellow: where the classifier does
-not know. All of them, with their figures, are in next_images.csv.</p>
+<p>The first {{ shown|length }} of {{ photos }}, by weights {{ version }}. On the right, yellow: where the network is in
+doubt. All of them, with their figures, are in next_images.csv.</p>
 {% for row in shown %}<figure><img src="{{ row.picture }}" alt="{{ row.path }}" loading="lazy">
 <figcaption>{{ row.rank }}. <b>{{ row.path }}</b>: score {{ row.score }} ({{ row.defect }}: uncertainty {{ row.uncertainty }},
 disagreement {{ row.disagreement }}; diversity {{ row.diversity }}
@@ -286,14 +295,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RequestError as error:
         parser.error(f"--cvat-task: {error}")
     try:
-        device = choose_device(os.environ)
         paths = photo_paths(args.photos)
-        weights = load_weights(args.weights, device)
-        looks, skipped = look_at_all(weights, paths, device)
+        predictor = Predictor(load_weights(args.weights), choose_device(os.environ))
+        looks, skipped = look_at_all(predictor, paths)
         if not looks:
             sys.exit(f"none of the {len(skipped)} photos can be read")
         order = ranked(looks)
-        write_order(order, skipped, weights.version, args.top, args.out)
+        write_order(order, skipped, predictor.weights.version, args.top, args.out)
         print(f"{len(order)} photos ordered: {(args.out / 'index.html').resolve()}")
         if server:
             task = server.create_task(args.cvat_task, task_labels(), [one.look.path for one in order[: args.top]])

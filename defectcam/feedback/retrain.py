@@ -1,8 +1,9 @@
 """New weights from the running ones and from what annotators did: the loop closes (paper, Fig. 1).
 
-1. Training: the classifier of every defect with new clicks starts from the running weights and learns from old and
-   new clicks together. With --outlines the outline network learns from the finished outlines, too.
-2. Calibration on the val photos, as in `defectcam calibrate`; the way to an outline stays the running weights'.
+1. Training: the network of every defect with new clicks starts from the running weights and learns from old and new
+   clicks together; or with --outlines from the finished outlines of the photos that were clicked on and, where the
+   running weights were trained on masks, from the masks of the sets.
+2. Calibration on the val photos, as in `defectcam calibrate`.
 3. Comparison: running and new weights answer the same val photos.
 4. Promotion: if for no defect one of two figures is worse by more than --margin. `mean_saved` is the share of clicks
    that a simulated annotator saves, the mean over all instances: what Eq. 3 of the paper counts in groups, but without
@@ -11,7 +12,7 @@
 Clicks on val photos are left out. Defects without new clicks keep the running weights bit for bit. Nothing is
 overwritten: OUT must not exist, or hold a run of the same command that was cut off, which then goes on.
 
-OUT/manifest.json, *.safetensors    promoted weights, for `deploy.sh weights OUT`; the version is called as OUT is
+OUT/manifest.json, *.safetensors    promoted weights, for `deploy.sh weights OUT`
 OUT/report.html, pictures/          both versions' figures, and the photos on which they differ most
 OUT/rejected/                       all of this instead, where the new weights were not promoted
 OUT/clicks/<defect>.csv             old and new clicks: --old-clicks of the next time
@@ -30,7 +31,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -42,38 +42,31 @@ from pathlib import Path
 import cv2
 import jinja2
 import numpy as np
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from defectcam.evaluation.evaluate import COLUMNS, compared
+from defectcam.evaluation.figures import COLUMNS, figures, painted
 from defectcam.evaluation.measures import iou
-from defectcam.evaluation.survey import LabelledPhoto, figures, labelled_photos
+from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
+from defectcam.evaluation.report import compared
 from defectcam.paths import file_name, inside, relative_path, write_image
-from defectcam.request import RequestError, Settings
+from defectcam.predict import Predictor
+from defectcam.request import RequestError
 from defectcam.training import outline, train
 from defectcam.training.calibrate import calibrate, say
 from defectcam.training.clicks import Click, photo_path, read_clicks, split_stems, write_clicks
 from defectcam.training.train import names
-from defectcam.weights import (
-    OUTLINE_PREFIX,
-    DefectWeights,
-    WeightsError,
-    load_weights,
-    read_manifest,
-    sha256_of,
-    write_manifest,
-)
-from model_handler import ModelHandler, choose_device
+from defectcam.weights import DefectWeights, WeightsError, load_weights, read_manifest, sha256_of, write_manifest
+from model_handler import choose_device
 
 NOT_PROMOTED = 3
 STEPS = 400
 # The paper's rate, and for the head ten times as much, as the shipped weights were trained.
 LR, HEAD_LR = 1e-4, 1e-3
 MARGIN = 0.02  # two clicks in a hundred: less than annotators notice
+SETS = ("sets", "none_sets", "wide_sets", "val_sets", "healthy_sets")
 JUDGED_BY = ("mean_saved", "iou")
 PICTURES = 12
 PICTURE_PX = 360
-LOG = logging.getLogger("defectcam.retrain")
 
 
 @dataclass(frozen=True)
@@ -84,6 +77,7 @@ class Plan:
         defect: its name.
         fact: the running weights' manifest entry.
         sets, none_sets: whose train photos are learnt from, with the defect and without it.
+        wide_sets: further ones with the defect, whose outlines run wide: for --outlines alone.
         val_sets, healthy_sets: whose val photos judge, with the defect and without it.
         clicks: old and new ones of people.
         new: how many of them are not among the old ones.
@@ -94,6 +88,7 @@ class Plan:
     fact: DefectWeights
     sets: list[str]
     none_sets: list[str]
+    wide_sets: list[str]
     val_sets: list[str]
     healthy_sets: list[str]
     clicks: list[Click]
@@ -103,7 +98,7 @@ class Plan:
     def facts(self) -> dict:
         """What defines the run, for its record."""
         clicks = hashlib.sha256(repr(self.clicks).encode()).hexdigest()
-        sets = {name: getattr(self, name) for name in ("sets", "none_sets", "val_sets", "healthy_sets")}
+        sets = {name: getattr(self, name) for name in SETS}
         return {**sets, "clicks": len(self.clicks), "new_clicks": self.new, "on_val": self.on_val, "clicks_sha256": clicks}
 
 
@@ -163,23 +158,19 @@ def sets_of(defect: str, fact: DefectWeights, args: argparse.Namespace) -> dict[
     """
     remedy = "name sets of yours with --sets and --none-sets"
     if args.sets:
-        found = {"sets": args.sets, "none_sets": args.none_sets, "val_sets": args.sets, "healthy_sets": args.none_sets}
+        found = (args.sets, args.none_sets, [], args.sets, args.none_sets)
     elif not fact.training.get("sets"):
         raise ValueError(f"{args.weights} does not say from which sets its {defect} weights were made: {remedy}")
     else:
         val, healthy = fact.training["sets"], fact.training["healthy_sets"]
-        run = fact.training.get("classifier") or {}  # of older weights it does not tell the sets
-        found = {
-            "sets": run.get("sets", val),
-            "none_sets": run.get("none_sets", healthy),
-            "val_sets": val,
-            "healthy_sets": healthy,
-        }
+        run = fact.training.get("network", {})
+        wide = run.get("wide_sets", []) if args.outlines else []
+        found = (run.get("sets", val), run.get("none_sets", healthy), wide, val, healthy)
     there = json.loads((args.data / "splits.json").read_text())
-    for name in (name for group in found.values() for name in group):
+    for name in (name for group in found for name in group):
         if name not in there:
             raise ValueError(f"{args.data / 'splits.json'} has no set {name!r} for {defect}: {remedy}")
-    return found
+    return dict(zip(SETS, found))
 
 
 def make_plans(args: argparse.Namespace, facts: dict[str, DefectWeights]) -> list[Plan]:
@@ -238,36 +229,34 @@ def begin(out: Path, facts: dict) -> dict:
     return state
 
 
-def running_tensors(args: argparse.Namespace, plan: Plan, prefix: str, path: Path) -> Path:
-    """Write the running weights of the classifier ("") or the outline network (OUTLINE_PREFIX) as a file of its own."""
-    tensors = load_file(args.weights / plan.fact.file)
-    own = {name: value for name, value in tensors.items() if name.startswith(OUTLINE_PREFIX) == bool(prefix)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name.removeprefix(prefix): value for name, value in own.items()}, path)
-    return path
+def train_network(args: argparse.Namespace, plan: Plan, out: Path) -> None:
+    """Train from the running weights, on old and new clicks or on outlines; goes on where a run was cut off.
 
-
-def training_options(args: argparse.Namespace, plan: Plan, sets: list[str], init: Path, out: Path) -> list[str]:
-    """Options that both trainings share: the running weights' architecture and scale."""
-    fact = plan.fact
-    options = {
-        "defect": plan.defect, "data": args.data, "sets": ",".join(sets), "none-sets": ",".join(plan.none_sets),
-        "working-scale": fact.working_scale, "decoder": ",".join(map(str, fact.decoder_channels)),
-        "downsamplings": fact.downsamplings, "lr": LR, "head-lr": HEAD_LR, "steps": args.steps,
-        "val-every": min(100, args.steps), "init": init, "out": out,
+    Architecture, crops and batch are those of the running weights.
+    """
+    fact, record = plan.fact, plan.fact.training.get("network", {})
+    values = {
+        "defect": plan.defect, "data": args.data, "sets": ",".join(plan.sets), "none-sets": ",".join(plan.none_sets),
+        "encoder": fact.encoder, "decoder": ",".join(map(str, fact.decoder_channels)),
+        "downsamplings": fact.downsamplings, "pooling": fact.pooling, "init": args.weights / fact.file,
+        "lr": LR, "head-lr": HEAD_LR, "steps": args.steps, "val-every": min(100, args.steps), "out": out,
     }  # fmt: skip
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
-def train_classifier(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
-    """Train from the running weights on old and new clicks; returns the folder of the run."""
-    init = running_tensors(args, plan, "", work / "running.safetensors")
-    options = training_options(args, plan, plan.sets, init, work / "classifier")
-    batch = (plan.fact.training.get("classifier") or {}).get("batch", 32)
-    clicks = args.out / "clicks" / file_name(plan.defect, ".csv")
-    own = [f"--clicks={clicks}", f"--crop-px={plan.fact.window_px}", f"--batch={batch}"]
-    train.train(train.parse_args(options + own))
-    return work / "classifier"
+    values |= {name.replace("_", "-"): record[name] for name in ("crop_px", "batch") if name in record}
+    options = [f"--{name}={value}" for name, value in values.items()]
+    if not args.outlines:
+        clicks = args.out / "clicks" / file_name(plan.defect, ".csv")
+        done = train.train(train.parse_args([*options, f"--clicks={clicks}"]))
+        began_with = {name: record[name] for name in ("arm", "scales", "wide_sets") if name in record}
+        write_json(out / "record.json", done | began_with)
+        return
+    options += ["--arm=outlines", f"--wide-sets={','.join(plan.wide_sets)}"]
+    if "scales" in record:
+        options.append(f"--scales={','.join(map(str, record['scales']))}")
+    run = outline.parse_args(options)
+    photos = finished_outlines(args, plan)
+    if record.get("arm") == "outlines":  # else the sets' own masks have never trained these weights
+        photos += outline.train_photos(run)
+    outline.train_outline(run, photos)
 
 
 def finished_outlines(args: argparse.Namespace, plan: Plan) -> list[outline.OutlinePhoto]:
@@ -276,61 +265,24 @@ def finished_outlines(args: argparse.Namespace, plan: Plan) -> list[outline.Outl
     folder = args.new / "masks" / file_name(plan.defect)
     masks = {group: inside(folder, f"{group}.png") for group in groups}
     return [
-        outline.load_outline_photo(Path(image), masks[group], plan.fact.working_scale)
-        for group, image in groups.items()
-        if masks[group].exists()
+        outline.load_outline_photo(Path(image), masks[group]) for group, image in groups.items() if masks[group].exists()
     ]
 
 
-def outline_folder(args: argparse.Namespace, plan: Plan, work: Path, classifier: Path) -> Path | None:
-    """The outline network to calibrate with: trained on, or the running one as it is; None where there is none."""
-    record = plan.fact.training.get("outline") or {}
-    if args.outlines:
-        if plan.fact.has_outline_network:
-            init = running_tensors(args, plan, OUTLINE_PREFIX, work / "running-outline.safetensors")
-        else:
-            init = classifier / "best.safetensors"
-        sets = record.get("sets", plan.val_sets) if not args.sets else args.sets
-        options = training_options(args, plan, sets, init, work / "outline")
-        options += ["--arm=outlines", f"--encoder={plan.fact.outline_encoder}"]
-        own = [f"--crop-px={record.get('crop_px', 96)}", f"--batch={record.get('batch', 8)}"]
-        run = outline.parse_args(options + own)
-        photos = finished_outlines(args, plan)
-        if record.get("arm") == "outlines":  # else the sets' own masks have never trained these weights
-            photos += outline.train_photos(run)
-        outline.train_outline(run, photos)
-        return work / "outline"
-    if not plan.fact.has_outline_network:
-        return None
-    running_tensors(args, plan, OUTLINE_PREFIX, work / "outline" / "best.safetensors")
-    (work / "outline" / "record.json").write_text(json.dumps(record))
-    return work / "outline"
-
-
-def calibrated(args: argparse.Namespace, plan: Plan, work: Path, classifier: Path, outlines: Path | None) -> Path:
-    """Calibrate the new networks, unless that is done; returns the folder with the defect's weights."""
+def calibrated(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
+    """Calibrate the new network, unless that is done; returns the folder with the defect's weights."""
     out = work / "weights"
     try:
         read_manifest(out)
         return out
     except WeightsError:  # not there, or cut off
         shutil.rmtree(out, ignore_errors=True)
-    way = plan.fact.snap["method"] if plan.fact.snap else "cam"
     calibrate(
         argparse.Namespace(
-            defect=plan.defect,
-            classifier=classifier,
-            outline=outlines,
-            data=args.data,
-            sets=plan.val_sets,
-            healthy_sets=plan.healthy_sets,
-            photos=args.val_photos,
-            way=None if args.outlines else way,
-            choose_climb=False,
-            version=args.out.name,
-            out=out,
+            defect=plan.defect, network=work / "network", data=args.data, sets=plan.val_sets,
+            healthy_sets=plan.healthy_sets, photos=args.val_photos, iterations=plan.fact.iterations, out=out,
         )
-    )
+    )  # fmt: skip
     return out
 
 
@@ -345,35 +297,28 @@ def assemble(args: argparse.Namespace, calibrated_dirs: dict[str, Path], parent:
         entries[defect] = json.loads((source / "manifest.json").read_text())["defects"][defect]
         shutil.copyfile(source / entries[defect]["file"], folder / file)
         entries[defect]["file"] = file
-    write_manifest(folder, args.out.name, entries, parent)
+    write_manifest(folder, entries, parent)
     return folder
 
 
-def answered(handler: ModelHandler, photo: LabelledPhoto, defect: str, folder: Path) -> np.ndarray:
-    """All pixels that the function proposes for a photo, (H, W) bool; kept in `folder` and read from there."""
+def answered(predictor: Predictor, photo: LabelledPhoto, defect: str, folder: Path) -> np.ndarray:
+    """All pixels that are proposed for a photo, (H, W) bool; kept in `folder` and read from there."""
     path = folder / file_name(defect) / relative_path(f"{photo.set_name}/{photo.stem}", ".png")
     known = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.exists() else None
     if known is not None:
         return known > 0
-    mask = np.zeros(photo.image_rgb.shape[:2], bool)
-    for component, _ in handler.components(photo.image_rgb, defect, Settings()):
-        x0, y0, x1, y1 = component.box_xyxy
-        mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
+    proposals = predictor.propose(photo.image_rgb, defect)
+    mask = painted([one.component for one in proposals], photo.image_rgb.shape[:2])
     write_image(path, mask.astype(np.uint8) * 255)
     return mask
 
 
-def compare(args: argparse.Namespace, plan: Plan, candidate: Path) -> list[Judged]:
-    """Both versions' answers on the val photos."""
-    device = choose_device(os.environ)
-    handlers = {
-        name: ModelHandler(folder, device, Settings(), LOG)
-        for name, folder in (("running", args.weights), ("candidate", candidate))
-    }
+def compare(args: argparse.Namespace, plan: Plan, predictors: dict[str, Predictor]) -> list[Judged]:
+    """The answers of both versions, "running" and "candidate", on the val photos."""
     photos = labelled_photos(args.data, plan.val_sets, plan.healthy_sets, "val", plan.defect, args.val_photos)
     masks = args.out / "work" / "masks"
     return [
-        Judged(photo, *(answered(handlers[name], photo, plan.defect, masks / name) for name in handlers))
+        Judged(photo, **{name: answered(one, photo, plan.defect, masks / name) for name, one in predictors.items()})
         for photo in photos
     ]
 
@@ -381,19 +326,17 @@ def compare(args: argparse.Namespace, plan: Plan, candidate: Path) -> list[Judge
 def figures_of(defect: str, judged: Sequence[Judged]) -> dict[str, dict[str, dict[str, float]]]:
     """Measures per set, and of all photos together as "all", of both versions: set -> version -> figures.
 
-    For "all" a photo without the defect has an empty truth, so that what is proposed on it lowers `iou`.
+    What is proposed on a photo without the defect lowers `iou` of the set that has it, and of "all".
     """
     groups: dict[str, list[Judged]] = {}
     for one in judged:
         groups.setdefault(one.photo.set_name, []).append(one)
-        truth = np.zeros_like(one.running) if one.photo.truth is None else one.photo.truth
-        groups.setdefault("all", []).append(replace(one, photo=replace(one.photo, truth=truth)))
     return {
         set_name: {
             version: figures(defect, [(one.photo, getattr(one, version)) for one in group])
             for version in ("running", "candidate")
         }
-        for set_name, group in groups.items()
+        for set_name, group in [*groups.items(), ("all", judged)]
     }
 
 
@@ -434,8 +377,7 @@ PAGE = jinja2.Template(
 <h1>Weights {{ version }} against the running ones, {{ parent }}</h1>
 <p>{% if promoted %}<b>Promoted.</b>{% else %}<b class="worse">Not promoted.</b>{% endif %} A defect may be worse by
  {{ margin }} in <code>mean_saved</code> (share of clicks saved, mean over instances) and in <code>iou</code> (all pixels, photos
- without the defect included, which count in the rows "all" as photos with an empty truth). Thresholds of both were
- chosen on these photos, so expect less on new ones.
+ without the defect included). Thresholds of both were chosen on these photos, so expect less on new ones.
  {% if kept %}As they were: {{ kept|join(", ") }}.{% endif %}</p>
 {% for defect in defects %}<h2>{{ defect.name }}: {{ defect.new }} new clicks of {{ defect.clicks }} by people</h2>
 <p>{% for name, change in defect.changes.items() %}{{ name }} {{ "%+.4f"|format(change) }}
@@ -484,8 +426,6 @@ def retrain(args: argparse.Namespace) -> bool:
     unknown = sorted(set(args.defects or ()) - set(running_facts))
     if unknown:
         raise ValueError(f"--defects names {unknown[0]}; {args.weights} has weights for {list(running_facts)}")
-    if args.out.name == running_version:
-        raise ValueError(f"--out {args.out} would name the new version as the running one: choose another")
     known = {file_name(defect, ".csv") for defect in running_facts}
     for path in sorted((args.new / "clicks").glob("*.csv")):
         if path.name not in known:
@@ -509,7 +449,7 @@ def retrain(args: argparse.Namespace) -> bool:
     }
     state = begin(args.out, facts)
     if "promoted" not in state:
-        load_weights(args.weights, "cpu")  # what is altered or truncated shows here, and not after hours
+        load_weights(args.weights)  # what is altered or truncated shows here, and not after hours
         state |= run_stages(args, plans, parent, [defect for defect in running_facts if defect not in facts["defects"]])
         write_json(args.out / "retrain.json", state)
     for defect, changes in state["changes"].items():
@@ -525,21 +465,23 @@ def retrain(args: argparse.Namespace) -> bool:
 
 def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, kept: list[str]) -> dict:
     """Everything from the clicks to the report; returns what the run's record keeps of it."""
+    device = choose_device(os.environ)
     (args.out / "clicks").mkdir(exist_ok=True)
     calibrated_dirs = {}
     for plan in plans:
         write_clicks(args.out / "clicks" / file_name(plan.defect, ".csv"), plan.clicks)
         work = args.out / "work" / file_name(plan.defect)
         say(f"{plan.defect}: training")
-        classifier = train_classifier(args, plan, work)
-        outlines = outline_folder(args, plan, work, classifier)
+        train_network(args, plan, work / "network")
         say(f"{plan.defect}: calibration")
-        calibrated_dirs[plan.defect] = calibrated(args, plan, work, classifier, outlines)
+        calibrated_dirs[plan.defect] = calibrated(args, plan, work)
     candidate = assemble(args, calibrated_dirs, parent)
+    folders = {"running": args.weights, "candidate": candidate}
+    predictors = {name: Predictor(load_weights(folder), device) for name, folder in folders.items()}
     of_defects, judged = [], {}
     for plan in plans:
         say(f"{plan.defect}: comparison")
-        judged[plan.defect] = compare(args, plan, candidate)
+        judged[plan.defect] = compare(args, plan, predictors)
         found = figures_of(plan.defect, judged[plan.defect])
         of_defects.append(
             {"name": plan.defect, "new": plan.new, "clicks": len(plan.clicks), "on_val": plan.on_val,
@@ -550,8 +492,8 @@ def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, ke
     for plan, own in zip(plans, of_defects):
         own["pictures"] = pictures_of(plan, judged[plan.defect], folder)
     page = PAGE.render(
-        version=args.out.name, parent=parent["version"], promoted=promoted, margin=args.margin, kept=kept,
-        defects=of_defects, columns=COLUMNS,
+        version=predictors["candidate"].weights.version, parent=parent["version"], promoted=promoted, margin=args.margin,
+        kept=kept, defects=of_defects, columns=dict.fromkeys([*JUDGED_BY, *COLUMNS]),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(page, encoding="utf-8")
@@ -575,7 +517,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--new", type=Path, default=Path("out/feedback"), help="folder of defectcam weak-labels (default: %(default)s)"
     )
     parser.add_argument("--old-clicks", type=Path, help="folder of <defect>.csv: clicks that were learnt from before")
-    parser.add_argument("--outlines", action="store_true", help="train the outline networks too, on the masks in --new")
+    parser.add_argument("--outlines", action="store_true", help="train on the finished outlines in --new instead of on clicks")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json: its val photos judge")
     parser.add_argument("--sets", type=names, default=[], help="sets with the defect (default: those of the running weights)")
     parser.add_argument("--none-sets", type=names, default=[], help="with --sets: sets without the defect")
@@ -586,9 +528,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--margin", type=float, default=MARGIN,
         help="how much worse a figure may be, 0 to 1; below 0: how much better it must be (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new version; its name is the version's")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new version")
     args = parser.parse_args(argv)
-    args.out = args.out.resolve() if args.out.name in ("", "..") else args.out
     if not -1 <= args.margin <= 1:
         parser.error(f"--margin is {args.margin}; allowed is -1 to 1")
     if args.steps < 1:

@@ -16,7 +16,6 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from defectcam.tiling import at_working_scale
 from defectcam.training.clicks import Click, patch_bounds
 
 CROPS_PER_CLICK = 5
@@ -39,7 +38,6 @@ class CropDataset(Dataset):
         crop_px: side of the square crops.
         seed: together with the draw's number fixes every crop.
         augment: flips, quarter turns, scale, brightness, contrast, colour, blur, noise; off for validation.
-        working_scale: photos are resized by it first, crops are cut from the resized ones.
 
     Attributes:
         mistakes: none-clicks of which every second negative draw is made, where there are any; none at first.
@@ -57,7 +55,6 @@ class CropDataset(Dataset):
         crop_px: int,
         seed: int,
         augment: bool,
-        working_scale: float = 1.0,
     ) -> None:
         self.mistakes: Sequence[Click] = ()
         self.positives = [click for click in clicks if click.defect != "none"]
@@ -76,7 +73,6 @@ class CropDataset(Dataset):
         self.crop_px = crop_px
         self.seed = seed
         self.augment = augment
-        self.working_scale = working_scale
         self._photos: dict[str, np.ndarray] = {}
 
     @property
@@ -85,9 +81,9 @@ class CropDataset(Dataset):
         return 2 * CROPS_PER_CLICK * len(self.positives)
 
     def photo_rgb(self, path: str) -> np.ndarray:
-        """The photo at working scale as (H, W, 3) uint8 RGB, decoded at the first look."""
+        """The photo as (H, W, 3) uint8 RGB, decoded at the first look."""
         if path not in self._photos:
-            self._photos[path] = on_disk(at_working_scale(read_photo_rgb(path), self.working_scale))
+            self._photos[path] = on_disk(read_photo_rgb(path))
         return self._photos[path]
 
     def __getitem__(self, draw: int) -> tuple[torch.Tensor, float, float]:
@@ -104,10 +100,9 @@ class CropDataset(Dataset):
             click = self.negatives[int(rng.integers(len(self.negatives)))]
         weight = click.weight / mean_weight
         photo = self.photo_rgb(click.image)
-        if click.x * self.working_scale >= photo.shape[1] or click.y * self.working_scale >= photo.shape[0]:
+        if click.x >= photo.shape[1] or click.y >= photo.shape[0]:
             raise ValueError(f"the click at ({click.x}, {click.y}) lies outside its photo {click.image}")
-        x, y = int(click.x * self.working_scale), int(click.y * self.working_scale)
-        size = self.crop_px
+        x, y, size = click.x, click.y, self.crop_px
         if self.augment and positive:
             size = int(round(size * rng.uniform(0.75, 1.25)))
         elif self.augment:  # a none-click vouches for its patch only: never look beyond it

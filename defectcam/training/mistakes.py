@@ -7,55 +7,61 @@ rejected anything, the photos known to be without the defect show them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
-from defectcam.cam import score_sums, window_logits
-from defectcam.network import DefectNet
-from defectcam.tiling import stitched_score_map
+from defectcam.climb import LocalClimb
+from defectcam.engine import TorchEngine
+from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
+from defectcam.pyramid import PhotoMaps, Pyramid, Reading
 from defectcam.training.clicks import Click
 
 LOOKED_AT_PX = 30_000_000  # of all photos together, in a random order: some minutes on a processor
 SPACING_PX = 8  # between the windows looked at
 PER_PHOTO = 20  # clicks at most; a photo with more is no better teacher
+NO_CLIMB = (LocalClimb(0.0, 1.0),)
+ALL_LEVELS = Reading(1.0, 16, 1.0, NO_CLIMB)
+ONE_LEVEL = Reading(1.0, 1, 1.0, NO_CLIMB)
 
 
-def mistaken_pixels(network: DefectNet, photos_rgb: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+def mistaken_pixels(network: ScoreNet, photos_rgb: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     """Where a network read per pixel says "defect" on photos without it.
 
     Args:
-        photos_rgb: (H, W, 3) uint8 each, at working scale.
+        photos_rgb: (H, W, 3) uint8 each.
 
     Returns:
         For every photo the flat indices of such pixels, int32; none for photos beyond LOOKED_AT_PX.
     """
     found = [np.empty(0, np.int32) for _ in photos_rgb]
     for index in _some(photos_rgb, seed):
-        score_map = stitched_score_map(network, photos_rgb[index])
-        found[index] = np.flatnonzero(score_map > -network.head.bias.item()).astype(np.int32)
+        logits = plain_map(network, photos_rgb[index], ALL_LEVELS)
+        found[index] = np.flatnonzero(logits > 0).astype(np.int32)
     return found
 
 
 def mistaken_clicks(
-    network: DefectNet, clicks: Sequence[Click], photos_rgb: Sequence[np.ndarray], window_px: int, working_scale: float, seed: int
+    network: ScoreNet, clicks: Sequence[Click], photos_rgb: Sequence[np.ndarray], window_px: int, seed: int
 ) -> list[Click]:
     """None-clicks where the classifier says "defect" on photos without it: what rejected proposals would leave.
 
     Args:
         clicks: a none-click on each of the photos.
-        photos_rgb: (H, W, 3) uint8 each, at working scale.
-        window_px: side of the windows, at working scale.
+        photos_rgb: (H, W, 3) uint8 each.
+        window_px: side of the windows, whose logits are means of the score map.
 
     Returns:
         Clicks at the windows whose logit is above 0, of each photo the surest first, no two within half a window.
     """
-    bias, found = network.head.bias.item(), []
+    found = []
     for index in _some(photos_rgb, seed):
-        score_map = stitched_score_map(network, photos_rgb[index])
+        score_map = plain_map(network, photos_rgb[index], ONE_LEVEL)
         ys, xs = (np.arange(SPACING_PX // 2, size, SPACING_PX) for size in score_map.shape)
-        logits = window_logits(score_sums(score_map), bias, ys[:, None], xs[None], window_px)
+        logits = cv2.blur(score_map, (window_px, window_px), borderType=cv2.BORDER_REPLICATE)[ys[:, None], xs[None]]
         for _ in range(PER_PHOTO):
             row, column = np.unravel_index(np.argmax(logits), logits.shape)
             if logits[row, column] <= 0:
@@ -63,9 +69,15 @@ def mistaken_clicks(
             near = np.maximum(abs(ys[:, None] - ys[row]), abs(xs[None] - xs[column])) < window_px / 2
             logits[near] = -np.inf
             known = clicks[index]
-            x, y = (int(value / working_scale) for value in (xs[column], ys[row]))
-            found.append(Click(known.image, x, y, "none", known.absent, known.photo_group))
+            found.append(Click(known.image, int(xs[column]), int(ys[row]), "none", known.absent, known.photo_group))
     return found
+
+
+def plain_map(network: ScoreNet, image_rgb: np.ndarray, reading: Reading) -> np.ndarray:
+    """The merged map of T = 0, (H, W) float32; the network is left as it is, free to learn."""
+    device = str(network.head.weight.device)
+    frozen = fold_upsampling(fold_batchnorm(copy.deepcopy(network).requires_grad_(False).eval()))
+    return PhotoMaps(TorchEngine(frozen, device), reading, Pyramid(image_rgb)).merged()
 
 
 def _some(photos_rgb: Sequence[np.ndarray], seed: int) -> Iterable[int]:

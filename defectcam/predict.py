@@ -1,0 +1,300 @@
+"""Predictor: a photo -> one defect's map -> proposals. The pipeline that everything else calls.
+
+pixels -> pyramid -> score maps -> merged map -> regions of T = 0 with their confidence -> climb around them -> regions
+
+Extend, never invent: a proposal at T is a region of the climbed map that holds a region of T = 0 whose confidence is at
+least the threshold, and has that confidence. So T says how far a proposal reaches, and the threshold how many there
+are. What no such region can reach is not climbed, which changes no answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from defectcam.deadline import NO_DEADLINE, Deadline, Progress
+from defectcam.engine import TorchEngine
+from defectcam.pace import Pace, climb_passes
+from defectcam.postprocess import regions
+from defectcam.proposals import Component, Proposal, component_confidence, component_features, find_components
+from defectcam.pyramid import PhotoMaps, Pyramid, level_tiles
+from defectcam.tiling import Tile
+from defectcam.weights import DefectWeights, Weights
+
+PLACES, PLACE_PX = 3, 320  # in a row and in a column of a large photo, and their side at its finest level
+CELL_PX = 16  # side of the photo's cells that are climbed or not
+BATCH = {"cpu": 1, "cuda": 8}  # tiles at once: a CPU gains nothing from more
+
+
+@dataclass(frozen=True, eq=False)
+class Cores:
+    """The regions of T = 0 of one photo and defect, each with its confidence (0..1), and all their pixels (H, W) bool."""
+
+    found: list[Proposal]
+    mask: np.ndarray
+
+    def at_least(self, threshold: float) -> list[Proposal]:
+        """Those whose confidence is at least the threshold."""
+        return [core for core in self.found if core.confidence >= threshold]
+
+
+class Predictor:
+    """All defects' engines.
+
+    Args:
+        weights: from `load_weights`.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, weights: Weights, device: str = "cpu") -> None:
+        self.weights = weights
+        self.engines = {defect: TorchEngine(network, device) for defect, network in weights.networks.items()}
+        self.device, self.batch = device, BATCH[device]
+        self.pace = Pace(self.engines)
+        if device == "cpu":  # a GPU's is learnt from the first photo: nothing goes there before
+            for defect in self.engines:
+                self.pace.measure(defect)
+
+    @property
+    def defects(self) -> list[str]:
+        """The defects there are weights for, in the manifest's order."""
+        return list(self.weights.facts)
+
+    def maps(
+        self,
+        pyramid: Pyramid,
+        defect: str,
+        deadline: Deadline = NO_DEADLINE,
+        near: Sequence[tuple[int, int]] | None = None,
+        near_px: int = 0,
+    ) -> PhotoMaps:
+        """The plain maps of a photo; for the arguments see `PhotoMaps`."""
+        started, reading = time.monotonic(), self.weights.facts[defect].reading
+        maps = PhotoMaps(self.engines[defect], reading, pyramid, self.batch, deadline, near, near_px)
+        self.pace.learn(defect, time.monotonic() - started, pixels_of(maps.tiles))
+        return maps
+
+    def plain_pixels(
+        self, height: int, width: int, defect: str, near: Sequence[tuple[int, int]] | None = None, near_px: int = 0
+    ) -> int:
+        """Pixels of the tiles, halos included, of the plain maps of a photo of so many px."""
+        reading = self.weights.facts[defect].reading
+        return pixels_of(level_tiles(height, width, reading, self.engines[defect], near, near_px))
+
+    def propose(
+        self,
+        image: np.ndarray | Pyramid,
+        defect: str,
+        steps: int | None = None,
+        threshold: float | None = None,
+        cam_threshold: float | None = None,
+        deadline: Deadline = NO_DEADLINE,
+    ) -> list[Proposal]:
+        """Proposals of one defect, by confidence times area, the largest first.
+
+        Args:
+            image: (H, W, 3) uint8, or its pyramid where several defects are looked for.
+            steps, threshold, cam_threshold: T, the minimum confidence, theta; None for the weights' own.
+            deadline: of the whole answer.
+
+        Raises:
+            TimeLimitError: the deadline passed.
+        """
+        fact = self.weights.facts[defect]
+        steps = fact.iterations if steps is None else steps
+        pyramid = image if isinstance(image, Pyramid) else Pyramid(image)
+        maps = self.maps(pyramid, defect, deadline)
+        return proposals_for(maps, fact, [steps], threshold, cam_threshold)[steps]
+
+    def check_time(self, height: int, width: int, defects: Sequence[str], deadline: Deadline) -> Deadline:
+        """Refuse a photo of so many px whose plain maps alone would be late.
+
+        Returns:
+            The deadline to work with: it refuses as soon as the plain maps turn out to be late.
+
+        Raises:
+            TimeLimitError: they would be late.
+        """
+        needed = {defect: self.plain_pixels(height, width, defect) for defect in defects}
+        amount = height * width / 1e6
+        deadline.check_work(self.pace.seconds(needed, deadline.left_s()), amount, "megapixels")
+        return Progress(deadline, sum(needed.values()), amount, "megapixels")
+
+    def check_climb(
+        self, image_rgb: np.ndarray, settings: Mapping[str, tuple[int, float, float]], deadline: Deadline
+    ) -> None:
+        """Refuse a photo whose climb would be late, after a look at a few places of it.
+
+        How much of a photo is climbed shows on its plain maps, which take long themselves. Where there is time to climb
+        all of it, nothing is looked at.
+
+        Args:
+            image_rgb: (H, W, 3) uint8.
+            settings: defect -> T, minimum confidence, theta.
+
+        Raises:
+            TimeLimitError: it would be late.
+        """
+        height, width = image_rgb.shape[:2]
+
+        def needed_s(shares: Mapping[str, float]) -> float:
+            needed = {}
+            for defect, (steps, *_) in settings.items():
+                plain = self.plain_pixels(height, width, defect)
+                needed[defect] = plain * (1 + shares[defect] * climb_passes(steps))
+            return self.pace.seconds(needed, deadline.left_s())
+
+        if needed_s(dict.fromkeys(settings, 1.0)) <= deadline.left_s():
+            return
+        shares = {defect: self._share_with_cores(image_rgb, defect, *how[1:]) for defect, how in settings.items() if how[0]}
+        amount = height * width / 1e6
+        deadline.check_work(needed_s(dict.fromkeys(settings, 0.0) | shares), amount, "megapixels")
+
+    def _share_with_cores(self, image_rgb: np.ndarray, defect: str, threshold: float, cam_threshold: float) -> float:
+        """Of a few places evenly over the photo the share that has a region to climb around, 0..1."""
+        fact, (height, width) = self.weights.facts[defect], image_rgb.shape[:2]
+        side_px, with_cores = round(PLACE_PX / min(fact.finest_scale, 1.0)), []
+        for row, column in np.ndindex(PLACES, PLACES):
+            top = max(0, (2 * row + 1) * height // (2 * PLACES) - side_px // 2)
+            left = max(0, (2 * column + 1) * width // (2 * PLACES) - side_px // 2)
+            place = Pyramid(np.ascontiguousarray(image_rgb[top : top + side_px, left : left + side_px]))
+            cores = find_cores(self.maps(place, defect).merged(), fact, cam_threshold)
+            with_cores.append(bool(cores.at_least(threshold)))
+        return float(np.mean(with_cores))
+
+
+def pixels_of(tiles: Mapping[float, Sequence[Tile]]) -> int:
+    """Pixels of the tiles of all levels, halos included."""
+    return sum(tile.pixels for of_level in tiles.values() for tile in of_level)
+
+
+def find_cores(
+    logits: np.ndarray, fact: DefectWeights, cam_threshold: float | None = None, deadline: Deadline = NO_DEADLINE
+) -> Cores:
+    """The regions of the plain map (H, W) float32 with their confidence."""
+    theta = fact.cam_threshold if cam_threshold is None else cam_threshold
+    mask = regions(logits, fact.least_logit(theta), fact.cleaning, deadline)
+    found = []
+    for component in find_components(mask):
+        features = component_features(component, logits)
+        found.append(Proposal(component, component_confidence(features, fact.confidence_weights)))
+    return Cores(found, mask)
+
+
+def proposals_for(
+    maps: PhotoMaps,
+    fact: DefectWeights,
+    wanted: Sequence[int],
+    threshold: float | None = None,
+    cam_threshold: float | None = None,
+    everywhere: bool = False,
+) -> dict[int, list[Proposal]]:
+    """The proposals for several T from one climb.
+
+    Args:
+        maps: of the photo.
+        wanted: the T.
+        threshold, cam_threshold: None for the weights' own.
+        everywhere: climb all of the photo, which changes no answer; for tests and measurements.
+
+    Returns:
+        T -> proposals, by confidence times area, the largest first.
+    """
+    threshold = fact.threshold if threshold is None else threshold
+    cam_threshold = fact.cam_threshold if cam_threshold is None else cam_threshold
+    cores = find_cores(maps.merged(), fact, cam_threshold, maps.deadline)
+    accepted = cores.at_least(threshold)
+    result = {}
+    climbing = [steps for steps in wanted if steps > 0]
+    if climbing and accepted:
+        climb_around(maps, fact, climbing, accepted, cam_threshold, everywhere)
+    for steps in wanted:
+        found = extended(maps, fact, steps, accepted, cam_threshold) if steps and accepted else accepted
+        result[steps] = sorted(found, key=lambda one: -one.confidence * one.component.area_px)
+    return result
+
+
+def climb_around(
+    maps: PhotoMaps,
+    fact: DefectWeights,
+    wanted: Sequence[int],
+    accepted: Sequence[Proposal],
+    cam_threshold: float,
+    everywhere: bool = False,
+) -> None:
+    """Climb as far as the accepted regions may reach.
+
+    After every climb the regions that hold an accepted one are looked at, in cells of the photo and with the reach of
+    closing and bridging around them; where they touch cells that have not climbed, these are next.
+    """
+    shape = -(-maps.height // CELL_PX), -(-maps.width // CELL_PX)
+    if everywhere:
+        maps.climb(wanted, np.ones(shape, bool), CELL_PX)
+        return
+    seeds = np.zeros(shape, bool)
+    for one in accepted:
+        seeds |= cells_of(one.component, shape)
+    margin = -(-fact.cleaning.reach_px // CELL_PX)
+    around = np.ones((2 * margin + 1, 2 * margin + 1), np.uint8)
+    due = cv2.dilate(seeds.view(np.uint8), around).view(bool)
+    least = fact.least_logit(cam_threshold)
+    while True:
+        maps.deadline.check()
+        maps.climb(wanted, due, CELL_PX)
+        reached = seeds.copy()
+        for steps in wanted:
+            reached |= any_of_cells(maps.merged(steps) > least)
+        _, labels = cv2.connectedComponents(cv2.dilate(reached.view(np.uint8), around), connectivity=8)
+        held = np.zeros(labels.max() + 1, bool)
+        held[labels[seeds]] = True
+        held[0] = False
+        due = held[labels] & ~maps.is_climbed(CELL_PX)
+        if not due.any():
+            return
+
+
+def extended(
+    maps: PhotoMaps, fact: DefectWeights, steps: int, accepted: Sequence[Proposal], cam_threshold: float
+) -> list[Proposal]:
+    """The regions of the climbed map that hold an accepted one, with the confidence of the best they hold."""
+    mask = regions(maps.merged(steps), fact.least_logit(cam_threshold), fact.cleaning, maps.deadline)
+    for one in accepted:
+        paste(mask, one.component)  # after bridging: what was bridged once is not bridged again
+    _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    best: dict[int, float] = {}
+    for one in accepted:
+        x0, y0, x1, y1 = one.component.box_xyxy
+        label = int(labels[y0 : y1 + 1, x0 : x1 + 1][one.component.mask][0])
+        best[label] = max(one.confidence, best.get(label, 0.0))
+    kept = np.zeros(labels.max() + 1, bool)
+    kept[list(best)] = True
+    return [
+        Proposal(component, best[int(labels[component.top, component.left + int(np.argmax(component.mask[0]))])])
+        for component in find_components(kept[labels])
+    ]
+
+
+def paste(mask: np.ndarray, component: Component) -> None:
+    """Add a component's pixels to a mask (H, W) bool."""
+    x0, y0, x1, y1 = component.box_xyxy
+    mask[y0 : y1 + 1, x0 : x1 + 1] |= component.mask
+
+
+def cells_of(component: Component, shape: tuple[int, int]) -> np.ndarray:
+    """The cells (bool, `shape`) that a component has pixels in."""
+    cells = np.zeros(shape, bool)
+    ys, xs = np.nonzero(component.mask)
+    cells[(ys + component.top) // CELL_PX, (xs + component.left) // CELL_PX] = True
+    return cells
+
+
+def any_of_cells(mask: np.ndarray) -> np.ndarray:
+    """The cells in which a mask (H, W) bool has a pixel."""
+    height, width = mask.shape
+    padded = np.pad(mask, ((0, -height % CELL_PX), (0, -width % CELL_PX)))
+    rows, columns = padded.shape[0] // CELL_PX, padded.shape[1] // CELL_PX
+    return padded.reshape(rows, CELL_PX, columns, CELL_PX).any(axis=(1, 3))

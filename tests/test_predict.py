@@ -1,0 +1,242 @@
+"""Extend, never invent: what T and the threshold do to the proposals, and that climbing only around them is enough."""
+
+from dataclasses import replace
+from functools import partial
+
+import cv2
+import numpy as np
+import pytest
+
+from defectcam import pyramid
+from defectcam.deadline import Deadline, TimeLimitError
+from defectcam.engine import TorchEngine
+from defectcam.postprocess import regions
+from defectcam.predict import Predictor, find_cores, pixels_of, proposals_for
+from defectcam.proposals import Proposal, component_confidence, component_features, find_components, probability
+from defectcam.pyramid import PhotoMaps, Pyramid
+from defectcam.tiling import tile_grid
+from defectcam.weights import DefectWeights, load_weights
+from tests.conftest import SmallNetwork, textured, tiny_weights
+
+FACT = DefectWeights(
+    file="", sha256="", encoder="", decoder_channels=(), downsamplings=1, pooling="",
+    finest_scale=1.0, levels=3, sharpness=1.0,
+    climb={"form": "local", "xi": 0.1, "g_ref": [0.5, 1.0]},
+    platt=(0.5, -0.2), cam_threshold=0.5, closing_radius_px=0, gap_px=0, min_area_px=4,
+    confidence_weights=(0.8, 0.0, 0.3, 0.0, 0.0, -2.0), threshold=0.5, iterations=2,
+    tolerance_px=1.0, hole_share=0.02, training={},
+)  # fmt: skip
+
+
+class Case:
+    """A photo that has structure here and there, and theta and threshold at which some of its cores are accepted.
+
+    Its tiles are of 128 px, so that there are many that need not climb.
+    """
+
+    def __init__(self, seed, monkeypatch, closing_radius_px=0, gap_px=0, accepted=3, share=0.01, **fields):
+        monkeypatch.setattr(pyramid, "tile_grid", partial(tile_grid, largest_px=128))
+        self.photo = np.full((240, 350, 3), 128, np.uint8)
+        for top, bottom, left, right in [(15, 110, 10, 130), (30, 60, 240, 340), (140, 230, 200, 300)]:
+            self.photo[top:bottom, left:right] = textured(bottom - top, right - left, seed)
+        self.photo = cv2.GaussianBlur(self.photo, (0, 0), 1.5)
+        self.engine = TorchEngine(SmallNetwork(seed))
+        self.fact = replace(FACT, closing_radius_px=closing_radius_px, gap_px=gap_px, **fields)
+        logits = self.maps().merged()
+        monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", float(np.quantile(logits, 0.98)))
+        slope, intercept = self.fact.platt
+        self.theta = float(probability(slope * float(np.quantile(logits, 1 - share)) + intercept))
+        self.cores = find_cores(self.maps().merged(), self.fact, self.theta)
+        self.threshold = sorted(core.confidence for core in self.cores.found)[-accepted]
+        self.accepted = self.cores.at_least(self.threshold)
+        assert accepted <= len(self.accepted) < len(self.cores.found)
+
+    def maps(self, batch=1) -> PhotoMaps:
+        return PhotoMaps(self.engine, self.fact.reading, Pyramid(self.photo), batch)
+
+    def proposals(self, wanted, maps=None, **given) -> dict[int, list[Proposal]]:
+        return proposals_for(maps or self.maps(), self.fact, wanted, self.threshold, self.theta, **given)
+
+
+def pixels_in(proposal: Proposal, shape: tuple[int, int]) -> np.ndarray:
+    """The pixels (H, W) bool of a proposal."""
+    pixels = np.zeros(shape, bool)
+    x0, y0, x1, y1 = proposal.component.box_xyxy
+    pixels[y0 : y1 + 1, x0 : x1 + 1] = proposal.component.mask
+    return pixels
+
+
+def told(proposals: list[Proposal]) -> list[tuple]:
+    """All that proposals say, in their order, for comparing."""
+    return [(one.component.box_xyxy, one.component.mask.tobytes(), one.confidence) for one in proposals]
+
+
+@pytest.mark.parametrize("closing_radius_px, gap_px", [(0, 0), (2, 5)])
+def test_a_proposal_extends_what_was_accepted_and_none_is_invented(monkeypatch, closing_radius_px, gap_px):
+    case = Case(1, monkeypatch, closing_radius_px, gap_px, accepted=6)
+    maps = case.maps()
+    shape = maps.height, maps.width
+    by_steps = case.proposals([0, 1, 2, 8], maps)
+    assert sorted(told(by_steps[0])) == sorted(told(case.accepted))
+    for steps, proposals in by_steps.items():
+        held = []
+        for one in proposals:
+            pixels = pixels_in(one, shape)
+            inside = [core for core in case.accepted if (pixels & pixels_in(core, shape)).any()]
+            assert inside, "invented"
+            assert all(pixels[pixels_in(core, shape)].all() for core in inside)
+            assert one.confidence == max(core.confidence for core in inside)
+            held += inside
+        assert len(held) == len(case.accepted) == len({id(core) for core in held}), "every core in one proposal"
+        assert len(proposals) <= len(by_steps[0])
+        order = [one.confidence * one.component.area_px for one in proposals]
+        assert order == sorted(order, reverse=True)
+    reach = [sum(one.component.area_px for one in by_steps[steps]) for steps in (0, 1, 2, 8)]
+    assert reach[0] < reach[1] and reach[0] < reach[2] < reach[3], "T says how far"
+
+
+def test_a_proposal_is_a_region_of_the_climbed_map(monkeypatch):
+    case = Case(2, monkeypatch, 1, 3)
+    maps = case.maps()
+    proposals = case.proposals([2], maps, everywhere=True)[2]
+    core = np.zeros((maps.height, maps.width), bool)
+    for one in case.accepted:
+        core |= pixels_in(one, core.shape)
+    mask = regions(maps.merged(2), case.fact.least_logit(case.theta), case.fact.cleaning) | core
+    wanted = [one for one in find_components(mask) if (pixels_in(Proposal(one, 0.0), core.shape) & core).any()]
+    assert {one.component.box_xyxy for one in proposals} == {one.box_xyxy for one in wanted}
+    assert sum(one.component.area_px for one in proposals) == sum(one.area_px for one in wanted)
+
+
+@pytest.mark.parametrize(
+    "seed, accepted, share, closing_radius_px, gap_px, finest_scale, levels, wanted, grows",
+    [
+        (6, 1, 0.01, 0, 0, 1.0, 1, [2], True),
+        (8, 2, 0.06, 0, 0, 1.0, 1, [2], True),
+        (1, 1, 0.01, 2, 5, 1.0, 3, [1, 3], True),
+        (5, 2, 0.06, 0, 9, 1.0, 2, [2], True),
+        (6, 1, 0.01, 1, 4, 2.0, 1, [2], True),
+        (850, 1, 0.01, 1, 20, 1.0, 1, [1], False),  # over a gap of more than one cell
+        (0, 1, 0.01, 3, 0, 0.5, 2, [2], False),
+    ],
+)
+def test_climbing_around_the_accepted_regions_is_enough(
+    monkeypatch, seed, accepted, share, closing_radius_px, gap_px, finest_scale, levels, wanted, grows
+):
+    """What grows beyond the tiles that climbed first is followed; what lies elsewhere does not climb."""
+    fields = {"finest_scale": finest_scale, "levels": levels, "climb": FACT.climb | {"xi": 0.2}}
+    case = Case(seed, monkeypatch, closing_radius_px, gap_px, accepted, share, **fields)
+    gated, whole, rounds = case.maps(), case.maps(), []
+    climb = gated.climb
+    monkeypatch.setattr(gated, "climb", lambda *given: (rounds.append(1), climb(*given)))
+    found, expected = case.proposals(wanted, gated), case.proposals(wanted, whole, everywhere=True)
+    for steps in wanted:
+        assert told(found[steps]) == told(expected[steps]) != told(case.accepted)
+    assert whole.is_climbed(16).all() and not gated.is_climbed(16).all()
+    assert len(rounds) > 1 or not grows
+
+
+def test_several_t_at_once_are_each_by_itself(monkeypatch):
+    case = Case(3, monkeypatch, 1, 4)
+    together = case.proposals([3, 0, 1])
+    assert list(together) == [3, 0, 1]
+    for steps in (0, 1, 3):
+        assert told(together[steps]) == told(case.proposals([steps])[steps])
+
+
+def test_the_threshold_acts_on_the_confidence_of_the_plain_map_s_regions(monkeypatch):
+    case = Case(4, monkeypatch, gap_px=3)
+    logits = case.maps().merged()
+    for core in case.cores.found:
+        features = component_features(core.component, logits)
+        assert core.confidence == component_confidence(features, case.fact.confidence_weights)
+    everything = case.proposals([2])[2]
+    for threshold in sorted(core.confidence for core in case.cores.found)[-4:]:
+        proposals = proposals_for(case.maps(), case.fact, [0, 2], threshold, case.theta)
+        assert len(proposals[0]) == sum(core.confidence >= threshold for core in case.cores.found)
+        assert all(one.confidence >= threshold for one in proposals[2])
+        assert len(proposals[2]) <= len(everything) or threshold < case.threshold
+    assert proposals_for(case.maps(), case.fact, [0, 2], 1.0, case.theta) == {0: [], 2: []}
+
+
+def test_without_an_accepted_region_nothing_climbs(monkeypatch):
+    case = Case(5, monkeypatch)
+    monkeypatch.setattr(case.engine, "score_and_gradient", lambda images: pytest.fail("it climbed"))
+    assert proposals_for(case.maps(), case.fact, [8], 1.0, case.theta) == {8: []}
+    assert told(case.proposals([0])[0])
+
+
+@pytest.mark.parametrize("theta", [0.0, 1.0])
+def test_theta_at_its_ends_is_everything_and_nothing(monkeypatch, theta):
+    case = Case(6, monkeypatch)
+    found = proposals_for(case.maps(), case.fact, [0, 2], 0.0, theta)
+    areas = {0.0: [240 * 350], 1.0: []}[theta]
+    assert [[one.component.area_px for one in found[steps]] for steps in (0, 2)] == [areas, areas]
+
+
+def test_steps_of_length_0_give_the_plain_map_s_proposals(monkeypatch):
+    case = Case(7, monkeypatch, 2, 4, climb={"form": "local", "xi": 0.0, "g_ref": [1.0]})
+    found = case.proposals([0, 1, 8])
+    assert told(found[0]) == told(found[1]) == told(found[8])
+
+
+def test_the_paper_s_climb_keeps_to_the_rule_too(monkeypatch):
+    climb = {"form": "paper", "xi": 0.1, "penalty_weight": 0.1, "salient_share": 0.5}
+    monkeypatch.setattr(SmallNetwork, "logit", lambda _, score: score.mean(dim=(1, 2)), raising=False)
+    case = Case(8, monkeypatch, 1, 3, climb=climb, levels=1)
+    gated, whole = case.proposals([0, 2]), case.proposals([0, 2], everywhere=True)
+    assert told(gated[2]) == told(whole[2]) != told(gated[0])
+
+
+def test_no_proposals_are_made_after_the_deadline(monkeypatch):
+    case = Case(9, monkeypatch)
+    maps = case.maps()
+    maps.deadline = Deadline(0)
+    with pytest.raises(TimeLimitError):
+        case.proposals([2], maps)
+
+
+EASY = {"min_area_px": 8, "confidence_weights": [1.0, 0.0, 0.0, 0.0, 0.0, -1.0], "threshold": 0.65}  # much is found
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory) -> Predictor:
+    """With real networks, small and random."""
+    return Predictor(load_weights(tiny_weights(tmp_path_factory.mktemp("weights"), ("crack", "rust"), **EASY)))
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    return textured(60, 80)
+
+
+def test_the_weights_own_values_count_where_none_are_given(predictor, photo):
+    assert predictor.defects == ["crack", "rust"]
+    fact = predictor.weights.facts["crack"]
+    found = told(predictor.propose(photo, "crack"))
+    assert found == told(predictor.propose(photo, "crack", fact.iterations, fact.threshold, fact.cam_threshold))
+    plain = told(predictor.propose(photo, "crack", 0))
+    assert plain and plain != found and found != told(predictor.propose(photo, "rust"))
+    assert predictor.propose(photo, "crack", threshold=1.0) == []
+    assert told(predictor.propose(photo, "crack", 0, cam_threshold=0.5)) != plain
+
+
+def test_a_pyramid_made_once_gives_the_same(predictor, photo):
+    levels = Pyramid(photo)
+    for defect in predictor.defects:
+        assert told(predictor.propose(levels, defect, 1)) == told(predictor.propose(photo, defect, 1))
+
+
+def test_pixels_of_the_plain_maps_are_known_before(predictor):
+    assert predictor.plain_pixels(130, 700, "crack") == pixels_of(predictor.maps(Pyramid(textured(130, 700)), "crack").tiles)
+
+
+def test_the_predictor_keeps_to_the_deadline(predictor, photo):
+    with pytest.raises(TimeLimitError):
+        predictor.propose(photo, "crack", deadline=Deadline(0))
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 70), (5, 3)])
+def test_the_smallest_photos_get_an_answer(predictor, height, width):
+    for steps in (0, 2):
+        predictor.propose(np.full((height, width, 3), 90, np.uint8), "crack", steps, 0.0, 0.0)
