@@ -30,7 +30,7 @@ OUTLINE_SHIFT_PX = 0.24
 
 # What a polygon should share with its component. Wide components have it at a tolerance of 1 px or more; cracks
 # a few pixels wide do not, so their tolerance shrinks step by step, but never below half of what was asked for:
-# an outline that is a chain of dots agrees perfectly and nobody can edit it.
+# an outline with a vertex at every pixel agrees perfectly, but an annotator cannot edit it.
 MIN_IOU = 0.95
 TOLERANCE_STEP = 0.8
 LEAST_TOLERANCE_SHARE = 0.5

@@ -142,6 +142,30 @@ def own_environment():
 
 
 @contextmanager
+def little_training(val_crops: int):
+    """Trainings judge `val_crops` crops, not 400; one step of the climb is tried, on one photo; photos fit into one tile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("defectcam.network.LARGEST_HALO_PX", 16)
+        patch.setattr("defectcam.training.train.VAL_CROPS", val_crops)
+        patch.setattr("defectcam.training.calibrate.XIS", (0.012,))
+        patch.setattr("defectcam.training.calibrate.CLIMB_PHOTOS", 1)
+        yield
+
+
+def late_tiles(monkeypatch, engine, clock: SimpleNamespace, seconds: float) -> list[np.ndarray]:
+    """From now on the engine takes so many seconds for a tile, by a clock with `now`; returns where its tiles are noted."""
+    done = []
+
+    def score(images):
+        clock.now += seconds
+        done.append(images)
+        return np.full((len(images), *images.shape[2:]), -9, np.float32)
+
+    monkeypatch.setattr(engine, "score", score)
+    return done
+
+
+@contextmanager
 def running_function(handler=None, **environ: str):
     """URL of a server of the real function, started with these variables; `handler` in place of its own."""
     with pytest.MonkeyPatch.context() as environment:

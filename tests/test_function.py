@@ -35,7 +35,7 @@ from defectcam.proposals import Component, Proposal
 from defectcam.request import Request, RequestError, Settings, parse_request
 from defectcam.tiling import tile_grid
 from model_handler import ModelHandler, out_of_memory
-from tests.conftest import ROOT, dark_wall, dark_weights, running_function
+from tests.conftest import ROOT, dark_wall, dark_weights, late_tiles, running_function
 
 LOG = logging.getLogger("test")
 SPOTS = [(40, 40, 18), (100, 60, 12)]
@@ -533,14 +533,8 @@ def test_a_photo_that_turns_out_to_be_late_is_refused_while_it_is_done(slow_mode
     for module in ("defectcam.deadline.time", "model_handler.time"):
         monkeypatch.setattr(module, clock)
     monkeypatch.setattr(pyramid, "tile_grid", partial(tile_grid, largest_px=256))
-    model, done = slow_model(1e-6), []
-
-    def score(images):
-        clock.now += 3000
-        done.append(images)
-        return np.full((len(images), *images.shape[2:]), -9, np.float32)
-
-    monkeypatch.setattr(model.predictor.engines["crack"], "score", score)
+    model = slow_model(1e-6)
+    done = late_tiles(monkeypatch, model.predictor.engines["crack"], clock, 3000)
     (tag,) = model.answer(request_of(sound(128, 256), iterations=0))
     assert re.match(r"too slow \d+>6000 s; ", reason_of(tag)) and len(done) == 1, "of ten tiles"
 

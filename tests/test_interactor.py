@@ -24,7 +24,7 @@ from defectcam.proposals import find_components
 from defectcam.pyramid import Pyramid
 from defectcam.request import Clicks, RequestError, Settings, parse_request
 from model_handler import ModelHandler
-from tests.conftest import DATA, ROOT, dark_wall, dark_weights, running_function
+from tests.conftest import DATA, ROOT, dark_wall, dark_weights, late_tiles, running_function
 
 LOG = logging.getLogger("test")
 PLAIN = {"crack": ClickSettings(0, 0.5, 1.0, 0.02)}
@@ -318,14 +318,8 @@ def test_clicks_that_turn_out_to_be_late_are_refused_while_they_are_done(slow_mo
     """What was measured says a second; then a tile takes 300 s, by the clock."""
     clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
     monkeypatch.setattr("defectcam.deadline.time", clock)
-    model, done = slow_model(1e-9), []
-
-    def score(images):
-        clock.now += 300
-        done.append(images)
-        return np.full((len(images), *images.shape[2:]), -9, np.float32)
-
-    monkeypatch.setattr(model.predictor.engines["crack"], "score", score)
+    model = slow_model(1e-9)
+    done = late_tiles(monkeypatch, model.predictor.engines["crack"], clock, 300)
     clicks = Clicks(tuple((x, y) for x in (300.0, 2000.0, 3500.0, 4500.0) for y in (100.0, 1100.0)), (), None)
     with pytest.raises(TimeLimitError) as told:
         outline_clicked(model.predictor, sound(1200, 4800), clicks, PLAIN, Deadline(6000))

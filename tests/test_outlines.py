@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from defectcam import __main__, network
+from defectcam import __main__
 from defectcam.evaluation.figures import painted
 from defectcam.evaluation.measures import iou
 from defectcam.network import normalised
@@ -24,18 +24,13 @@ from defectcam.training.dark_lines import dark_lines
 from defectcam.training.outline import UNKNOWN, OutlineDataset, OutlineLoss, OutlinePhoto, load_outline_photo
 from defectcam.training.pseudo import pseudo_mask
 from defectcam.weights import load_weights
-from tests.conftest import ROOT, dark_wall, random_network
+from tests.conftest import ROOT, dark_wall, little_training, random_network
 from tests.test_evaluate import darkness_network
 
 
 @pytest.fixture(scope="module", autouse=True)
 def little_work():
-    """Validations of a training on 32 crops, not 400; one climb is tried, on one photo; photos fit into one tile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "LARGEST_HALO_PX", 16)
-        patch.setattr(train, "VAL_CROPS", 32)
-        patch.setattr(calibrate, "XIS", (0.012,))
-        patch.setattr(calibrate, "CLIMB_PHOTOS", 1)
+    with little_training(val_crops=32):
         yield
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from defectcam import network
 from defectcam.evaluation.photos import LabelledPhoto
 from defectcam.feedback import retrain
 from defectcam.feedback.retrain import Judged, changes_of, figures_of, merged_clicks, no_worse
@@ -23,7 +22,7 @@ from defectcam.training import calibrate, train
 from defectcam.training.clicks import Click, read_clicks, write_clicks
 from defectcam.training.crops import CropDataset
 from defectcam.weights import WeightsError, load_weights, read_manifest, write_manifest
-from tests.conftest import ROOT, dark_network, dark_wall
+from tests.conftest import ROOT, dark_network, dark_wall, little_training
 
 TRAIN, VAL = slice(0, 3), slice(3, None)
 RECORD = {"encoder": "efficientnet-lite0", "decoder": [16, 16, 8, 8], "downsamplings": 4, "pooling": "log-mean-exp"}
@@ -31,12 +30,7 @@ RECORD = {"encoder": "efficientnet-lite0", "decoder": [16, 16, 8, 8], "downsampl
 
 @pytest.fixture(scope="module", autouse=True)
 def little_work():
-    """Validations of a training on 4 crops, not 400; one climb is tried, on one photo; photos fit into one tile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "LARGEST_HALO_PX", 16)
-        patch.setattr(train, "VAL_CROPS", 4)
-        patch.setattr(calibrate, "XIS", (0.01,))
-        patch.setattr(calibrate, "CLIMB_PHOTOS", 1)
+    with little_training(val_crops=4):
         yield
 
 

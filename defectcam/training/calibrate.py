@@ -208,7 +208,7 @@ class Calibration:
 def recall(photos: Sequence[LabelledPhoto], masks: Sequence[np.ndarray]) -> float:
     """Share of the truth's pixels that are found, over all photos."""
     found = sum(np.count_nonzero(mask & photo.truth) for photo, mask in zip(photos, masks, strict=True))
-    return found / max(sum(np.count_nonzero(photo.truth) for photo in photos), 1)
+    return float(found / max(sum(np.count_nonzero(photo.truth) for photo in photos), 1))
 
 
 def spread(items: Sequence, count: int) -> list:
