@@ -1,6 +1,7 @@
 # The function's image: Nuclio's processor and Python wrapper, the runtime half of this repository, its weights.
 # deploy.sh builds it; by hand:
 #   docker build --build-arg NUCLIO_VERSION=1.13.0 --build-arg DEVICE=gpu --tag advcam-defects:gpu .
+# On a CPU OpenVINO runs the networks. For weights that have no graph (*.onnx) add --build-arg ENGINE=torch.
 # Other weights than the image's: mount their folder at /opt/nuclio/weights.
 
 # Must equal the version of the Nuclio that CVAT runs (components/serverless/docker-compose.serverless.yml in
@@ -12,22 +13,27 @@ ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 FROM quay.io/nuclio/handler-builder-python-onbuild:${NUCLIO_VERSION}-${NUCLIO_ARCH} AS nuclio
 
 FROM ${PYTHON_IMAGE} AS packages
-# cpu: PyTorch without CUDA, gigabytes smaller. gpu: PyTorch as it comes, with its own CUDA, so the base image is
-# the same.
+# cpu: OpenVINO, or PyTorch without CUDA where ENGINE is torch; either is gigabytes smaller than gpu: PyTorch as it comes,
+# with its own CUDA, so the base image is the same.
 ARG DEVICE=cpu
+# openvino or torch; if left out openvino on the CPU, and torch on the GPU, which has no other.
+ARG ENGINE=
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 COPY --from=nuclio /home/nuclio/bin/py3.11-whl whl/
 # Only what the runtime half asks for, not the package itself: that would bring the offline half along. The
 # wrapper's msgpack comes from Nuclio's own wheels.
-RUN python -c "import tomllib; \
-extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-print(*extras['runtime'], sep='\\n')" > requirements.txt \
-    && case "${DEVICE}" in \
-        cpu) index=--extra-index-url=https://download.pytorch.org/whl/cpu ;; \
-        gpu) index= ;; \
+RUN case "${DEVICE}+${ENGINE}" in \
+        cpu+ | cpu+openvino) extra=runtime-cpu index= ;; \
+        cpu+torch) extra=runtime index=--extra-index-url=https://download.pytorch.org/whl/cpu ;; \
+        gpu+ | gpu+torch) extra=runtime index= ;; \
+        gpu+openvino) echo "ENGINE is 'openvino', which runs on the CPU, but DEVICE is 'gpu'; leave one out" >&2; exit 1 ;; \
+        cpu+* | gpu+*) echo "ENGINE is '${ENGINE}', but must be openvino or torch" >&2; exit 1 ;; \
         *) echo "DEVICE is '${DEVICE}', but must be cpu or gpu" >&2; exit 1 ;; \
     esac \
+    && python -c "import sys, tomllib; \
+extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+print(*extras[sys.argv[1]], sep='\\n')" "${extra}" > requirements.txt \
     && pip install --no-cache-dir --prefix=/packages --constraint constraints.txt ${index} \
         --requirement requirements.txt \
     && pip install --no-cache-dir --prefix=/packages --no-index --find-links whl msgpack

@@ -31,7 +31,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
 		|| { echo "Python 3.11 or 3.12 is needed, not '$(PYTHON)': name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[runtime,train,feedback,cvat,bulk,bench,dev]'
+	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[runtime,runtime-cpu,train,feedback,cvat,bulk,bench,dev]'
 	@touch $@
 
 demo: install

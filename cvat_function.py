@@ -1,6 +1,6 @@
 """The function for cvat-cli: T and every other setting per run, against any CVAT that cvat-sdk can talk to.
 
-    pip install --constraint constraints.txt '.[runtime,cvat]' cvat-cli
+    pip install --constraint constraints.txt '.[runtime,cvat]' cvat-cli  # without a GPU: '.[runtime-cpu,cvat]'
     cvat-cli task auto-annotate 7 --function-file cvat_function.py -p iterations=int:4
 
 The same handler as Nuclio's, on this machine; labels and attributes are those of function.yaml, so a task made

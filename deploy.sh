@@ -336,10 +336,23 @@ suppose_release() {
 
 build_image() {
     local arguments=(--build-arg "NUCLIO_VERSION=$nuclio_version" --build-arg "DEVICE=$device")
+    [[ $device != cpu ]] || openvino_suffices || {
+        say "not all of weights/ can be run by OpenVINO: the image gets PyTorch"
+        arguments+=(--build-arg ENGINE=torch)
+    }
     name_image "${registry:+${registry%/}/}$IMAGE"
     say "building $image"
     call docker build "${arguments[@]}" --target code --tag "$code" "$ROOT" >&2
     call docker build "${arguments[@]}" --tag "$image" "$ROOT" >&2
+}
+
+# Whether OpenVINO can run all of weights/: every defect has a graph, and none climbs as the paper does.
+openvino_suffices() {
+    (($(in_manifest '"file": *"') == $(in_manifest '"graph": *"[^"]') && $(in_manifest '"form": *"paper"') == 0))
+}
+
+in_manifest() { # how often weights/manifest.json has something
+    { grep -o "$1" "$ROOT/weights/manifest.json" || true; } | wc -l
 }
 
 # New weights on the code that runs now. They are copied into the release first: what is verified is what is deployed.
@@ -347,6 +360,7 @@ build_weights() {
     name_image "${current_code%:*}" "$current_code"
     mkdir "$folder/weights"
     cp "$argument"/manifest.json "$argument"/*.safetensors "$folder/weights"
+    if compgen -G "$argument/*.onnx" >/dev/null; then cp "$argument"/*.onnx "$folder/weights"; fi
     chmod -R a+rX "$folder/weights" # the function does not run as root
     printf 'FROM %s\nCOPY . weights/\n' "$code" >"$folder/Dockerfile"
     say "building $image with the weights of $argument"

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from defectcam import __version__
 from defectcam.cvat_task import CvatTask, TaskSetting
@@ -19,7 +18,7 @@ from defectcam.deadline import NO_DEADLINE, Deadline, TimeLimitError
 from defectcam.interactor import ClickSettings, outline_clicked
 from defectcam.memory import keep_freed_memory
 from defectcam.polygons import mask_crop, outline_length_px, polygon_points_xy
-from defectcam.predict import Predictor, proposals_for
+from defectcam.predict import Predictor, device_and_engine, proposals_for
 from defectcam.proposal_log import ProposalLog, image_hash
 from defectcam.proposals import Proposal, proposal_id
 from defectcam.pyramid import Pyramid
@@ -49,7 +48,7 @@ class ModelHandler:
 
     Args:
         weights_dir: folder with manifest.json, see `defectcam.weights`.
-        device: "cuda" or "cpu".
+        device, engine: see `Predictor`.
         settings: of the deployment; the request's come before them, the manifest's after.
         max_pixels: larger photos are not processed.
         time_limit_s: a photo whose answer takes longer, from its arrival on, gets no proposals but the reason.
@@ -71,14 +70,10 @@ class ModelHandler:
         time_limit_s: float = TIME_LIMIT_S,
         cvat_task: CvatTask | None = None,
         proposal_log: ProposalLog | None = None,
+        engine: str | None = None,
     ) -> None:
-        # The same photo must give the same answer, and proposals keep their names: no TF32, no search for the
-        # fastest algorithm of the day.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
         keep_freed_memory()
-        self.predictor = Predictor(load_weights(weights_dir), device)
+        self.predictor = Predictor(load_weights(weights_dir), device, engine)
         self.weights = self.predictor.weights
         self.device = device
         self.settings = settings
@@ -105,7 +100,8 @@ class ModelHandler:
                 f"ADVCAM_LOG_DIR is {log_dir!r}, which cannot be written to ({error.strerror}); mount a folder there "
                 "that the function's user may write to, or unset it"
             ) from error
-        return cls(folder, choose_device(environ), settings, logger, max_pixels, time_limit_s, cvat_task, proposal_log)
+        device, engine = device_and_engine(environ)
+        return cls(folder, device, settings, logger, max_pixels, time_limit_s, cvat_task, proposal_log, engine)
 
     @property
     def defects(self) -> list[str]:
@@ -120,6 +116,7 @@ class ModelHandler:
             "weights": self.weights.version,
             "defects": self.defects,
             "device": self.device,
+            "engines": {defect: engine.name for defect, engine in self.predictor.engines.items()},
             "defaults": {defect: self.effective(defect, self.settings) for defect in self.defects},
             "limits": {
                 "max_megapixels": self.max_pixels / 1e6,
@@ -296,8 +293,7 @@ class ModelHandler:
                 if not out_of_memory(error):
                     raise
             # Here, and not above, the failed attempt's tensors are gone.
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+            self.predictor.release_memory()
             if self.predictor.batch == 1:
                 raise ImageError(f"out of memory on {self.device}, one tile at a time; use a smaller photo")
             self.predictor.batch //= 2
@@ -379,16 +375,6 @@ def with_iterations(settings: Settings, defect: str, iterations: Mapping[str, in
     return dataclasses.replace(settings, iterations=None if steps == "auto" else steps)
 
 
-def choose_device(environ: Mapping[str, str]) -> str:
-    """ADVCAM_DEVICE, else the GPU where there is one."""
-    wanted = environ.get("ADVCAM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted not in ("cpu", "cuda"):
-        raise RequestError(f"ADVCAM_DEVICE is {wanted!r}; allowed are cpu and cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise RequestError("ADVCAM_DEVICE is 'cuda' but torch sees no GPU; set cpu, or give the container a GPU")
-    return wanted
-
-
 def positive_number(environ: Mapping[str, str], variable: str, default: float, largest: float) -> float:
     """A number above 0 from the environment, or the default; RequestError for anything else."""
     text = environ.get(variable) or str(default)
@@ -403,8 +389,8 @@ def positive_number(environ: Mapping[str, str], variable: str, default: float, l
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory did not suffice, on the GPU or the host."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+    if isinstance(error, MemoryError):
         return True
     text = str(error).lower()
-    phrases = ("out of memory", "can't allocate memory", "not enough memory", "insufficient memory", "alloc_failed")
-    return any(phrase in text for phrase in (*phrases, "can't start new thread"))  # a thread's stack is memory too
+    phrases = ("out of memory", "can't alloc", "failed to alloc", "not enough memory", "insufficient memory", "alloc_failed")
+    return any(phrase in text for phrase in (*phrases, "bad_alloc", "can't start new thread"))  # a thread's stack is memory too

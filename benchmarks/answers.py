@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,9 +24,10 @@ import nuclio_sdk
 import torch
 from tqdm import tqdm
 
-from defectcam.engine import TorchEngine
+from defectcam.openvino_engine import OpenVinoEngine
 from defectcam.request import RequestError
 from defectcam.serve import load_main
+from defectcam.torch_engine import TorchEngine
 
 SAMPLE = Path(__file__).parents[1] / "docs" / "sample.jpg"
 
@@ -53,11 +54,10 @@ def engine_calls(description: str) -> Iterator[list[float]]:
 
         return run
 
-    with (
-        tqdm(desc=description, unit="tile", leave=False) as bar,
-        patch.object(TorchEngine, "score", timed(TorchEngine.score)),
-        patch.object(TorchEngine, "score_and_gradient", timed(TorchEngine.score_and_gradient)),
-    ):
+    with tqdm(desc=description, unit="tile", leave=False) as bar, ExitStack() as patches:
+        for engine in (TorchEngine, OpenVinoEngine):
+            for name in ("score", "score_and_gradient"):
+                patches.enter_context(patch.object(engine, name, timed(getattr(engine, name))))
         yield seconds
 
 

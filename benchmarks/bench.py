@@ -2,12 +2,16 @@
 
 Ratios are of medians over alternating repetitions (A, B, A, B, ...) in one run, so that a machine that gets slower
 meanwhile, or that others use too, hardly changes them. Photos are docs/sample.jpg, mirrored to the size wanted; the
-weights are the deployed ones. The plain port and pytorch-grad-cam run the network as it was trained, ours the same
-network folded for use. All three read the photo at its own scale alone, in the same tiles.
+weights are the deployed ones, and so is the engine that runs ours. The plain port and pytorch-grad-cam run the network
+in PyTorch as it was trained, ours is the same network folded for use. All three read the photo at its own scale alone, in
+the same tiles.
 
     climb_speedup            plain_climb.py over ours, T = 2, where one tile in ten is climbed
     climb_speedup_all_tiles  the same where every tile is climbed
     grad_cam_speedup         pytorch-grad-cam over ours for the plain map, T = 0
+    openvino_forward_speedup, openvino_step_speedup
+                             PyTorch with the network as it was trained over OpenVINO, for the map of one tile as large
+                             as the function's, and for its map and gradient
     floor_share              the least a climb can take, over what the plain map and the climb of every tile take,
                              with tiles as large as the function's. The least: the operations of T + 1 forward and T
                              backward passes to the input of the network as it was trained, at the speed of this
@@ -55,6 +59,7 @@ from defectcam.proposal_log import ProposalLog, image_hash
 from defectcam.pyramid import NEAR_TILE_PX, PhotoMaps, Pyramid, Reading, level_tiles
 from defectcam.request import RequestError, Settings
 from defectcam.tiling import LARGEST_TILE_PX, Tile
+from defectcam.torch_engine import TorchEngine
 from model_handler import WEIGHTS_DIR, ModelHandler
 
 matplotlib.use("Agg")
@@ -73,6 +78,8 @@ FLOOR_TILES_XY = 2, 1  # of the function's own size, with which the plain port w
 CONVOLUTIONS = (64, 512), (128, 256), (256, 128)
 # What is wanted, and whether it is the least or the most.
 AIMS = {
+    "openvino_forward_speedup": (3.5, "at least"),
+    "openvino_step_speedup": (2.8, "at least"),
     "climb_speedup": (4, "at least"),
     "climb_speedup_all_tiles": (2, "at least"),
     "floor_share": (0.6, "at least"),
@@ -147,14 +154,20 @@ def compare_networks(model: ModelHandler, repetitions: int) -> dict:
         "ours, T = 0": partial(ours, photo, None, **SMALL_TILES),
         "ours, large tiles": partial(ours, large, np.ones(large.shape[:2], bool)),
     }
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, LARGEST_TILE_PX, LARGEST_TILE_PX)).astype(np.float32)
+    for name, one in (("PyTorch", TorchEngine(copy.deepcopy(plain), model.device)), ("ours", engine)):
+        calls |= {f"forward, {name}": partial(one.score, image), f"step, {name}": partial(one.score_and_gradient, image)}
     for channels, side_px in CONVOLUTIONS:
         calls[f"convolution of {channels} channels"] = convolution(channels, side_px, model.device)
     timed = alternate({name: partial(seconds_of, call) for name, call in calls.items()}, repetitions, "maps")
     seconds = {name: median(values) for name, values in timed.items()}
     peak_flops = max(flops_of(calls[name]) / seconds[name] for name in calls if name.startswith("convolution"))
     floor_seconds = climb_flops(plain, large_tiles) / peak_flops
-    folded_seconds = climb_flops(engine.network, large_tiles) / peak_flops
-    return {
+    folded_seconds = climb_flops(model.predictor.torch_engine(defect).network, large_tiles) / peak_flops
+    engines = {
+        f"openvino_{work}_speedup": seconds[f"{work}, PyTorch"] / seconds[f"{work}, ours"] for work in ("forward", "step")
+    }
+    return (engines if engine.name == "openvino" else {}) | {
         "climb_speedup": seconds["plain port"] / seconds["ours, one tile in ten"],
         "climb_speedup_all_tiles": seconds["plain port"] / seconds["ours, every tile"],
         "grad_cam_speedup": seconds["pytorch-grad-cam"] / seconds["ours, T = 0"],
@@ -297,7 +310,9 @@ def machine_facts(device: str) -> dict:
 def draw(results: dict, path: Path) -> None:
     """The picture: ratios with their aims, seconds against megapixels."""
     groups = {
-        "times as fast": ["climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup"],
+        "times as fast": [
+            "openvino_forward_speedup", "openvino_step_speedup", "climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup",
+        ],
         "share of time": ["floor_share", "outside_network_share", "log_share"],
         "times as long as for 1 MP": ["growth_4mp", "growth_25mp"],
         "seconds": ["seconds_1mp_t0", "seconds_1mp", "seconds_4mp", "seconds_25mp", "seconds_click"],
@@ -323,7 +338,7 @@ def draw(results: dict, path: Path) -> None:
     memory = f", peak host memory for 25 MP {results['peak_host_mb']:.0f} MB" if "peak_host_mb" in results else ""
     figure.suptitle(
         f"T = {STEPS}, {', '.join(results['defects'])}; {machine['device']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}{memory}; red: the aim"
+        f"torch {machine['torch']}, ours by {' and '.join(sorted({*results['engines'].values()}))}{memory}; red: the aim"
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -345,6 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     model: ModelHandler = function.context.user_data.model
     repetitions = 1 if args.quick else 3
     results = {"machine": machine_facts(model.device), "defects": model.defects, "iterations": STEPS, "quick": args.quick}
+    results["engines"] = {defect: engine.name for defect, engine in model.predictor.engines.items()}
 
     def keep(more: dict) -> None:
         """Written after every part: whoever interrupts the last one, the longest, keeps the others."""

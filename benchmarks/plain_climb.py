@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from defectcam.climb import PaperClimb
-from defectcam.network import ScoreNet, normalised
+from defectcam.encoders import normalised
+from defectcam.network import ScoreNet
 from defectcam.tiling import Tile, cut
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "train-outline": ("defectcam.training.outline", "train a defect's outline network from masks or proposals"),
     "pseudo-masks": ("defectcam.training.pseudo", "masks for training outlines, from clicks alone"),
     "calibrate": ("defectcam.training.calibrate", "choose a defect's thresholds on val, write the manifest"),
+    "export": ("defectcam.training.export", "graphs for OpenVINO, the engine of processors, for weights without"),
     "evaluate": ("defectcam.evaluation.evaluate", "the table of all measures on val photos, with overlays"),
     "harvest": ("defectcam.feedback.harvest", "what annotators did with the proposals, from CVAT to a database"),
     "weak-labels": ("defectcam.feedback.labels", "clicks and masks for training from that database"),

@@ -29,9 +29,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from defectcam.engine import TorchEngine
+from defectcam.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LocalClimb:
     xi: float
     g_ref: float
 
-    def maps(self, engine: TorchEngine, images: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+    def maps(self, engine: Engine, images: np.ndarray, steps: int) -> Iterator[np.ndarray]:
         """Yield M_0, M_1, ..., M_steps of a batch, each (N, H, W) float32.
 
         Args:
@@ -71,8 +70,10 @@ class PaperClimb:
     penalty_weight: float
     salient_share: float
 
-    def maps(self, engine: TorchEngine, images: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+    def maps(self, engine: Engine, images: np.ndarray, steps: int) -> Iterator[np.ndarray]:
         """As `LocalClimb.maps`. Every image of the batch climbs by itself; needs the PyTorch engine."""
+        import torch  # here, since the local climb does without it
+
         network = engine.network
         image = engine.tensor(images)
         low, high = image.amin(dim=(1, 2, 3), keepdim=True), image.amax(dim=(1, 2, 3), keepdim=True)

@@ -1,46 +1,31 @@
 """The engine runs a network: score maps of a batch of tiles, and the gradient that climbing follows.
 
-PyTorch's is the definition. Everything else, climbing, tiling, pyramid, speaks to these two calls alone, in NumPy, so
-another engine can take its place.
+Climbing, tiling and pyramid speak to these two calls alone, in NumPy. `torch_engine` has PyTorch's, which is the
+definition; `openvino_engine` has that for processors, which needs no PyTorch.
 """
 
 from __future__ import annotations
 
-import threading
+from typing import Protocol
 
 import numpy as np
-import torch
-
-from defectcam.memory import return_freed_memory
-from defectcam.network import ScoreNet
 
 
-class TorchEngine:
-    """A frozen ScoreNet on one device.
+class Engine(Protocol):
+    """One network on one device.
 
-    Args:
-        network: in eval mode, folded or not; moved to `device`.
-        device: "cpu" or "cuda".
-
-    Raises:
-        ValueError: a network in training mode, whose BatchNorms would drift and mix the batch.
+    Attributes:
+        name: "torch" or "openvino".
+        stride_px: height and width of images are its multiples.
+        halo_px: surroundings that a tile is given.
     """
 
-    name = "torch"
-
-    def __init__(self, network: ScoreNet, device: str = "cpu") -> None:
-        if network.training:
-            raise ValueError("an engine needs the network in eval mode: call network.eval() first")
-        self.network = network.requires_grad_(False).to(device, memory_format=torch.channels_last)
-        self.device = device
-        self.stride_px, self.halo_px = network.stride_px, network.halo_px
-        self.bias = network.head.bias.item()
-        self.lock = threading.Lock()  # several threads would only compete for memory
+    name: str
+    stride_px: int
+    halo_px: int
 
     def score(self, images: np.ndarray) -> np.ndarray:
         """Score maps S, (N, H, W) float32, of images (N, 3, H, W) float32 in -1..1, sides multiples of `stride_px`."""
-        with self.lock, torch.no_grad():
-            return self.network.score_map(self.tensor(images)).float().cpu().numpy()
 
     def score_and_gradient(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """S as `score` gives it, and the gradient (N, 3, H, W) of sum(sg(sigmoid(S)) * S) towards the images.
@@ -48,14 +33,6 @@ class TorchEngine:
         sg: taken as a constant. Where the network sees the defect already, more of it is looked for; a pixel's
         gradient depends on its surroundings alone, not on a tile's largest value.
         """
-        with self.lock, torch.enable_grad():
-            tensor = self.tensor(images).requires_grad_(True)
-            score = self.network.score_map(tensor)
-            return_freed_memory()  # else what the forward pass has left over adds a tenth to the backward pass's peak
-            (gradient,) = torch.autograd.grad(score, tensor, grad_outputs=score.detach().sigmoid())
-            return score.detach().float().cpu().numpy(), gradient.float().cpu().numpy()
 
-    def tensor(self, images: np.ndarray) -> torch.Tensor:
-        """Images on the device, in the network's dtype, channels last."""
-        tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self.device, self.network.head.weight.dtype)
-        return tensor.contiguous(memory_format=torch.channels_last)
+    def release_memory(self) -> None:
+        """Return the memory that is kept for the next tile: one of another size would need its own beside it."""

@@ -23,7 +23,6 @@ import cv2
 import numpy as np
 
 from defectcam.deadline import NO_DEADLINE, Deadline, Progress
-from defectcam.pace import climb_passes
 from defectcam.polygons import polygon_points_xy
 from defectcam.postprocess import regions
 from defectcam.predict import Predictor
@@ -90,7 +89,7 @@ def outline_clicked(
 
     looked_at = {name: predictor.plain_pixels(height, width, name, near) for name in settings if len(settings) > 1}
     least = min(
-        predictor.plain_pixels(height, width, name, near, NEAR_PX) * max(1.0, climb_passes(own.iterations))
+        predictor.pixels_with_climb(height, width, name, own.iterations, near, NEAR_PX)
         for name, own in settings.items()
     )
     defect = next(iter(settings))

@@ -8,7 +8,6 @@ binary network per defect (paper 4.1).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -19,34 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-LARGEST_HALO_PX = 96  # the pyramid gives context; wider halos changed the sign of 0.3 % of the pixels
+from defectcam.encoders import ENCODERS, check_architecture, halo_px, stride_px
+
 LOG_MEAN_EXP_SHARPNESS = 4.0
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """What an encoder needs to be known for.
-
-    Attributes:
-        smp_name: of segmentation-models-pytorch.
-        reach_px: pixels around a region that its score map depends on, per number of down-samplings.
-        mean_rgb, std_rgb: what its ImageNet weights were trained with, on the scale 0..1.
-    """
-
-    smp_name: str
-    reach_px: dict[int, int]
-    mean_rgb: tuple[float, float, float]
-    std_rgb: tuple[float, float, float]
-
-
-ENCODERS = {
-    # The paper's: its first blocks, the first convolution with stride 1.
-    "resnet34": Encoder("resnet34", {1: 24, 2: 60, 3: 168}, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    # Halves the resolution from its first convolution on: sees four times as far for a tenth of the arithmetic.
-    # Without squeeze-and-excitation, whose global means would let tiles disagree.
-    "efficientnet-lite0": Encoder("tu-tf_efficientnet_lite0", {4: 214}, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-POOLINGS = ("average", "log-mean-exp")
 
 
 class ScoreNet(nn.Module):
@@ -75,21 +49,9 @@ class ScoreNet(nn.Module):
         encoder_weights: str | None = None,
     ) -> None:
         super().__init__()
-        if encoder not in ENCODERS:
-            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, not {encoder!r}")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+        depth = check_architecture(encoder, decoder_channels, downsamplings, pooling)
         known = ENCODERS[encoder]
-        if downsamplings not in known.reach_px:
-            allowed = " or ".join(map(str, known.reach_px))
-            raise ValueError(f"downsamplings of {encoder} must be {allowed}, not {downsamplings!r}")
-        depth = downsamplings + 1 if encoder == "resnet34" else downsamplings
-        if len(decoder_channels) != depth:
-            raise ValueError(
-                f"decoder_channels needs {depth} numbers for {downsamplings} down-samplings of {encoder}, "
-                f"not {decoder_channels!r}"
-            )
-        self.downsamplings, self.pooling = downsamplings, pooling
+        self.encoder_name, self.downsamplings, self.pooling = encoder, downsamplings, pooling
         self.reach_px = known.reach_px[downsamplings]
         unet = smp.Unet(
             known.smp_name, encoder_depth=depth, encoder_weights=encoder_weights, decoder_channels=tuple(decoder_channels)
@@ -111,13 +73,13 @@ class ScoreNet(nn.Module):
 
     @property
     def stride_px(self) -> int:
-        """Spacing of the coarsest grid: height and width of every image are its multiples."""
-        return 2**self.downsamplings
+        """Height and width of every image are its multiples."""
+        return stride_px(self.downsamplings)
 
     @property
     def halo_px(self) -> int:
-        """Pixels of surroundings that a tile is given, a multiple of `stride_px`: the reach, LARGEST_HALO_PX at most."""
-        return min(-(-self.reach_px // self.stride_px) * self.stride_px, LARGEST_HALO_PX)
+        """Pixels of surroundings that a tile is given."""
+        return halo_px(self.encoder_name, self.downsamplings)
 
     def score_map(self, images: Tensor) -> Tensor:
         """Signed score map S, the head's bias included.
@@ -148,12 +110,6 @@ class ScoreNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N,) of images (N, 3, H, W) in -1..1."""
         return self.logit(self.score_map(images))
-
-
-def normalised(images_rgb: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    """RGB of 0..255, any shape and dtype -> -1..1, the networks' input, float32."""
-    floats = images_rgb.float() if isinstance(images_rgb, Tensor) else images_rgb.astype(np.float32)
-    return floats / 127.5 - 1
 
 
 def fold_batchnorm(network: nn.Module) -> nn.Module:

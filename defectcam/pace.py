@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from defectcam.engine import TorchEngine
+from defectcam.engine import Engine
 
 SAMPLE_PX = 192  # side of the tile that is timed: large enough for a stable timing
 GRADIENT_COST = 1.3  # of a backward pass to the image alone, in forward passes
@@ -23,7 +23,7 @@ class Pace:
         engines: defect -> engine.
     """
 
-    def __init__(self, engines: Mapping[str, TorchEngine]) -> None:
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.engines = dict(engines)
         self.fastest: dict[str, float] = {}
 

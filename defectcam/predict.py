@@ -9,24 +9,32 @@ are. What no such region can reach is not climbed, which changes no answer.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from defectcam.deadline import NO_DEADLINE, Deadline, Progress
-from defectcam.engine import TorchEngine
+from defectcam.encoders import halo_px, stride_px
+from defectcam.engine import Engine
 from defectcam.pace import Pace, climb_passes
 from defectcam.postprocess import regions
 from defectcam.proposals import Component, Proposal, component_confidence, component_features, find_components
 from defectcam.pyramid import PhotoMaps, Pyramid, level_tiles
+from defectcam.request import RequestError
 from defectcam.tiling import Tile
-from defectcam.weights import DefectWeights, Weights
+from defectcam.weights import TORCH_REMEDY, DefectWeights, Weights, WeightsError
+
+if TYPE_CHECKING:
+    from defectcam.torch_engine import TorchEngine
 
 PLACES, PLACE_PX = 3, 320  # in a row and in a column of a large photo, and their side at its finest level
 CELL_PX = 16  # side of the photo's cells that are climbed or not
+ENGINES = ("torch", "openvino")
 BATCH = {"cpu": 1, "cuda": 8}  # tiles at once: a CPU gains nothing from more
 
 
@@ -42,22 +50,83 @@ class Cores:
         return [core for core in self.found if core.confidence >= threshold]
 
 
+def make_engine(weights: Weights, defect: str, device: str, name: str | None) -> Engine:
+    """The engine of one defect; for the arguments see `Predictor`."""
+    fact = weights.facts[defect]
+    if name is None:
+        fits = device == "cpu" and fact.graph and fact.climb["form"] == "local" and importlib.util.find_spec("openvino")
+        name = "openvino" if fits or not importlib.util.find_spec("torch") else "torch"  # whose errors say what to do
+    if name == "openvino":
+        if fact.climb["form"] != "local":
+            raise WeightsError(f"the climb of {defect!r} has the paper's form, which needs PyTorch: {TORCH_REMEDY}")
+        from defectcam.openvino_engine import OpenVinoEngine
+
+        return OpenVinoEngine(weights.graph(defect), stride_px(fact.downsamplings), halo_px(fact.encoder, fact.downsamplings))
+    from defectcam.torch_engine import TorchEngine  # only where it is used: the CPU's image has no PyTorch
+
+    return TorchEngine(weights.network(defect), device)
+
+
+def device_and_engine(environ: Mapping[str, str]) -> tuple[str, str | None]:
+    """ADVCAM_DEVICE, else the GPU where PyTorch sees one, and ADVCAM_ENGINE, as `Predictor` takes them.
+
+    Raises:
+        RequestError: naming the variable and the remedy.
+    """
+    device, engine = environ.get("ADVCAM_DEVICE") or "", environ.get("ADVCAM_ENGINE") or None
+    for variable, value, allowed in (("ADVCAM_DEVICE", device, ("", *BATCH)), ("ADVCAM_ENGINE", engine, (None, *ENGINES))):
+        if value not in allowed:
+            raise RequestError(f"{variable} is {value!r}; allowed are {' and '.join(allowed[1:])}")
+    if engine == "openvino" and device == "cuda":
+        raise RequestError("ADVCAM_ENGINE is 'openvino', which runs on the CPU, but ADVCAM_DEVICE is 'cuda'; unset one")
+    missing = [name for name in (engine, "torch" if device == "cuda" else None) if name and not importlib.util.find_spec(name)]
+    if missing:
+        variable = "ADVCAM_ENGINE" if engine else "ADVCAM_DEVICE"
+        raise RequestError(f"{variable} is {environ[variable]!r}, but {missing[0]} is not installed; unset it, or install it")
+    if device == "cpu" or engine == "openvino" or not importlib.util.find_spec("torch"):
+        return "cpu", engine
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("ADVCAM_DEVICE is 'cuda' but torch sees no GPU; set cpu, or give the container a GPU")
+    return "cuda" if torch.cuda.is_available() else "cpu", engine
+
+
 class Predictor:
     """All defects' engines.
 
     Args:
         weights: from `load_weights`.
         device: "cpu" or "cuda".
+        engine: "torch", "openvino"; None for OpenVINO on a CPU where it is installed and the weights have a graph.
+
+    Raises:
+        WeightsError: weights that do not fit, or have no graph although OpenVINO was asked for.
     """
 
-    def __init__(self, weights: Weights, device: str = "cpu") -> None:
+    def __init__(self, weights: Weights, device: str = "cpu", engine: str | None = None) -> None:
         self.weights = weights
-        self.engines = {defect: TorchEngine(network, device) for defect, network in weights.networks.items()}
+        self.engines = {defect: make_engine(weights, defect, device, engine) for defect in weights.facts}
+        self._torch_engines: dict[str, TorchEngine] = {}
         self.device, self.batch = device, BATCH[device]
         self.pace = Pace(self.engines)
         if device == "cpu":  # a GPU's is learnt from the first photo: nothing goes there before
             for defect in self.engines:
                 self.pace.measure(defect)
+
+    def torch_engine(self, defect: str) -> TorchEngine:
+        """PyTorch's engine of a defect: the paper's climb and the encoder's features are its alone."""
+        if defect not in self._torch_engines:
+            own = self.engines[defect]
+            self._torch_engines[defect] = (
+                own if own.name == "torch" else make_engine(self.weights, defect, self.device, "torch")
+            )
+        return self._torch_engines[defect]
+
+    def release_memory(self) -> None:
+        """Return the memory that the engines keep for the next tile."""
+        for engine in self.engines.values():
+            engine.release_memory()
 
     @property
     def defects(self) -> list[str]:
@@ -84,6 +153,15 @@ class Predictor:
         """Pixels of the tiles, halos included, of the plain maps of a photo of so many px."""
         reading = self.weights.facts[defect].reading
         return pixels_of(level_tiles(height, width, reading, self.engines[defect], near, near_px))
+
+    def pixels_with_climb(
+        self, height: int, width: int, defect: str, steps: int, near: Sequence[tuple[int, int]] | None = None, near_px: int = 0
+    ) -> float:
+        """Pixels of the tiles of all forward passes, or what takes as long, if all of a photo of so many px climbs."""
+        reading = self.weights.facts[defect].reading
+        tiles = level_tiles(height, width, reading, self.engines[defect], near, near_px)
+        climbing = {scale: some for scale, some in tiles.items() if reading.climb(scale)}
+        return pixels_of(tiles) + climb_passes(steps) * pixels_of(climbing)
 
     def propose(
         self,
@@ -145,7 +223,7 @@ class Predictor:
             needed = {}
             for defect, (steps, *_) in settings.items():
                 plain = self.plain_pixels(height, width, defect)
-                needed[defect] = plain * (1 + shares[defect] * climb_passes(steps))
+                needed[defect] = plain + shares[defect] * (self.pixels_with_climb(height, width, defect, steps) - plain)
             return self.pace.seconds(needed, deadline.left_s())
 
         if needed_s(dict.fromkeys(settings, 1.0)) <= deadline.left_s():

@@ -5,7 +5,8 @@ A spall may be 40 or 4000 px wide and a network knows the sizes it was trained o
 cost a third of the finest. An enlarged level of scale 2 sees hairline cracks, but costs four times the first: it is
 read only around what the others take for possible, and does not climb.
 
-Every other level climbs by itself. Its maps are enlarged bilinearly to the photo's size and merged there:
+Every other level climbs by itself, if the weights say that it does: where a coarse level's map grows, whole blocks of
+the photo do. Its maps are enlarged bilinearly to the photo's size and merged there:
 
     M = log(mean over levels of exp(r * M_level)) / r.
 
@@ -23,9 +24,9 @@ from functools import cached_property
 import cv2
 import numpy as np
 
-from defectcam.climb import Climb
+from defectcam.climb import Climb, LocalClimb
 from defectcam.deadline import NO_DEADLINE, Deadline
-from defectcam.engine import TorchEngine
+from defectcam.engine import Engine
 from defectcam.pace import climb_passes
 from defectcam.tiling import Tile, cut, tile_grid, tile_maps
 
@@ -37,6 +38,7 @@ UNREAD_LOGIT = -80.0  # where no tile was read
 POSSIBLE_LOGIT = -3.0  # of the merged map: below it the enlarged level is not asked
 POSSIBLE_RADIUS_PX = 16
 NEAR_TILE_PX = 384  # of tiles around clicks
+NO_CLIMB = LocalClimb(0.0, 1.0)  # for T = 0
 CUBIC_REACH_PX = 4  # of the interpolation that enlarges, in photo px
 
 
@@ -113,22 +115,23 @@ class Reading:
         finest: scale of the finest level, one of FINEST_SCALES.
         levels: so many levels at most, the enlarged one not counted; 1 of the paper's preset.
         sharpness: r of the merging, above 0; the larger, the more the surest level decides alone.
-        climbs: of every level from the finest of the photo's size on, coarser ones like the last.
+        climbs: of every level from the finest of the photo's size on, coarser ones like the last; None of a level that
+            does not climb.
     """
 
     finest: float
     levels: int
     sharpness: float
-    climbs: tuple[Climb, ...]
+    climbs: tuple[Climb | None, ...]
 
-    def climb(self, scale: float) -> Climb:
-        """The climb of a level."""
+    def climb(self, scale: float) -> Climb | None:
+        """The climb of a level, None where it does not climb."""
         index = max(0, round(np.log2(min(self.finest, 1.0) / scale)))
         return self.climbs[min(index, len(self.climbs) - 1)]
 
 
 def tiles_of_level(
-    height: int, width: int, scale: float, engine: TorchEngine, near: Sequence[tuple[int, int]] | None, near_px: int
+    height: int, width: int, scale: float, engine: Engine, near: Sequence[tuple[int, int]] | None, near_px: int
 ) -> list[Tile]:
     """The tiles of one level of a photo of so many px; `near`, `near_px`: see `PhotoMaps`."""
     size = [math.ceil(length * scale) for length in (height, width)]
@@ -142,7 +145,7 @@ def level_tiles(
     height: int,
     width: int,
     reading: Reading,
-    engine: TorchEngine,
+    engine: Engine,
     near: Sequence[tuple[int, int]] | None = None,
     near_px: int = 0,
 ) -> dict[float, list[Tile]]:
@@ -169,7 +172,7 @@ class PhotoMaps:
 
     def __init__(
         self,
-        engine: TorchEngine,
+        engine: Engine,
         reading: Reading,
         pyramid: Pyramid,
         batch: int = 1,
@@ -188,6 +191,7 @@ class PhotoMaps:
         """Read the levels whose plain maps are not there yet; nothing has climbed."""
         self.tiles = level_tiles(self.height, self.width, self.reading, self.engine, self.near, self.near_px)
         self.scales = list(self.tiles)
+        self.climbing = {scale: tiles if self.reading.climb(scale) else [] for scale, tiles in self.tiles.items()}
         self._maps: dict[int, dict[float, np.ndarray]] = {0: {}}  # T -> scale -> map of the level
         self._climbed: dict[float, set[Tile]] = {scale: set() for scale in self.scales}
         for scale, tiles in self.tiles.items():
@@ -250,7 +254,8 @@ class PhotoMaps:
             raise ValueError(f"these maps were climbed for T {sorted(before)}, not {sorted(wanted)}: make new ones")
         for steps in wanted:
             if steps not in self._maps:
-                self._maps[steps] = {scale: self._maps[0][scale].copy() for scale in self.scales}
+                maps = self._maps[0]
+                self._maps[steps] = {scale: maps[scale].copy() if self.climbing[scale] else maps[scale] for scale in self.scales}
         for scale, due in self._due(cells, cell_px).items():
             self._read(scale, due, wanted)
             self._climbed[scale].update(due)
@@ -258,7 +263,7 @@ class PhotoMaps:
     def is_climbed(self, cell_px: int) -> np.ndarray:
         """The cells of which every pixel has climbed at every level, bool as in `climb`."""
         result = np.ones((-(-self.height // cell_px), -(-self.width // cell_px)), bool)
-        for scale, tiles in self.tiles.items():
+        for scale, tiles in self.climbing.items():
             for tile in tiles:
                 if tile not in self._climbed[scale]:
                     result[_photo_slices(tile, scale, cell_px)] = False
@@ -272,12 +277,12 @@ class PhotoMaps:
         """The tiles of every level that touch some cells and were not climbed yet."""
         return {
             scale: [t for t in tiles if t not in self._climbed[scale] and cells[_photo_slices(t, scale, cell_px)].any()]
-            for scale, tiles in self.tiles.items()
+            for scale, tiles in self.climbing.items()
         }
 
     def _read(self, scale: float, tiles: Sequence[Tile], wanted: Sequence[int]) -> None:
         """Write the cores of some tiles into the maps of all T wanted."""
-        level, climb = self.pyramid.level(scale), self.reading.climb(scale)
+        level, climb = self.pyramid.level(scale), self.reading.climb(scale) or NO_CLIMB
         passes = max(1.0, climb_passes(max(wanted)))
         for tile, maps in tile_maps(self.engine, climb, level.pixels, tiles, wanted, self.batch, self.deadline):
             self.deadline.done(passes * tile.pixels)

@@ -15,9 +15,8 @@ import numpy as np
 
 from defectcam.climb import Climb
 from defectcam.deadline import NO_DEADLINE, Deadline
-from defectcam.engine import TorchEngine
-from defectcam.memory import return_freed_memory
-from defectcam.network import normalised
+from defectcam.encoders import normalised
+from defectcam.engine import Engine
 
 LARGEST_TILE_PX = 768  # with the halo of 96 px 1.8 times the arithmetic of no halo; a climb takes about 1 GB
 TILE_STEP_PX = 128  # sides of tiles are its multiples: an engine that prepares itself for each size knows a few
@@ -74,7 +73,7 @@ def tile_grid(height: int, width: int, halo_px: int, stride_px: int, largest_px:
 
 
 def tile_maps(
-    engine: TorchEngine,
+    engine: Engine,
     climb: Climb,
     pixels_of: Callable[[tuple[int, int, int, int]], np.ndarray],
     tiles: Iterable[Tile],
@@ -96,7 +95,7 @@ def tile_maps(
     for tile in tiles:
         by_size.setdefault(tile.size, []).append(tile)
     for alike in by_size.values():
-        return_freed_memory()
+        engine.release_memory()
         for start in range(0, len(alike), batch):
             some = alike[start : start + batch]
             images = normalised(np.stack([pixels_of(tile.outer).transpose(2, 0, 1) for tile in some]))
@@ -108,4 +107,4 @@ def tile_maps(
                 for tile, own, outer_map in zip(some, cores, maps):
                     own[steps] = tile.core_of(outer_map).copy()
             yield from zip(some, cores)
-    return_freed_memory()
+    engine.release_memory()

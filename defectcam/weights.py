@@ -1,9 +1,10 @@
-"""Weights of all defects: one safetensors file each and a manifest that says what they are and how to use them.
+"""Weights of all defects: a manifest that says what they are and how to use them, and two files for each.
 
     weights/manifest.json           {"version", "defects": {<defect>: {...}}}, the fields of `DefectWeights`
-    weights/<defect>.safetensors    the network's tensors
+    weights/<defect>.safetensors    the network's tensors, for PyTorch
+    weights/<defect>.onnx           the same network and its gradient as a graph, for OpenVINO; not of every encoder
 
-Loading verifies before it trusts: checksum, names and shapes of all tensors, finite values. Nothing is unpickled.
+Loading verifies before it trusts: checksums, names and shapes of all tensors, finite values. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
+from typing import TYPE_CHECKING
 
 from defectcam.climb import Climb, LocalClimb, PaperClimb
-from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
+from defectcam.encoders import check_architecture
 from defectcam.postprocess import Cleaning
 from defectcam.proposals import FEATURES, logit
 from defectcam.pyramid import FINEST_SCALES, Reading
+
+if TYPE_CHECKING:
+    from defectcam.network import ScoreNet
+
+REMEDY = "take the weights folder as it was published, or deploy another version"
+TORCH_REMEDY = "set ADVCAM_ENGINE=torch, and build the CPU's image with --build-arg ENGINE=torch"
 
 
 class WeightsError(RuntimeError):
@@ -37,8 +41,8 @@ class DefectWeights:
         file, sha256: the safetensors file beside the manifest and its checksum.
         encoder, decoder_channels, downsamplings, pooling: the network, see `ScoreNet`.
         finest_scale, levels, sharpness: how it reads the pyramid, see `Reading`.
-        climb: {"form": "local", "xi", "g_ref": one per level} or {"form": "paper", "xi", "penalty_weight",
-            "salient_share"}, see `defectcam.climb`.
+        climb: {"form": "local", "xi", "g_ref": one per level, the last for all coarser ones, None of levels that do
+            not climb} or {"form": "paper", "xi", "penalty_weight", "salient_share"}, see `defectcam.climb`.
         platt: (a, c), the probability of a pixel is sigmoid(a * M + c), M the merged map.
         cam_threshold: theta, the probability above which a pixel counts.
         closing_radius_px, gap_px, min_area_px: see `Cleaning`.
@@ -47,6 +51,7 @@ class DefectWeights:
         iterations: T where the request, the task and the deployment do not set it.
         tolerance_px, hole_share: polygon simplification, see `polygons`.
         training: the record of how the weights were made.
+        graph, graph_sha256: the ONNX file beside the manifest and its checksum; empty where there is none.
     """
 
     file: str
@@ -70,6 +75,8 @@ class DefectWeights:
     tolerance_px: float
     hole_share: float
     training: dict
+    graph: str = ""
+    graph_sha256: str = ""
 
     @property
     def reading(self) -> Reading:
@@ -87,39 +94,74 @@ class DefectWeights:
         return (logit(cam_threshold) - intercept) / slope
 
     def build_network(self) -> ScoreNet:
-        """An untrained network of this architecture."""
+        """An untrained network of this architecture; needs PyTorch."""
+        from defectcam.network import ScoreNet
+
         return ScoreNet(self.encoder, self.decoder_channels, self.downsamplings, self.pooling)
 
 
-def climbs_of(climb: dict) -> tuple[Climb, ...]:
-    """The climb of each level, from the manifest's `climb`."""
+def climbs_of(climb: dict) -> tuple[Climb | None, ...]:
+    """The climb of each level, from the manifest's `climb`; None of a level that does not climb."""
     if climb["form"] == "paper":
         return (PaperClimb(climb["xi"], climb["penalty_weight"], climb["salient_share"]),)
-    return tuple(LocalClimb(climb["xi"], g_ref) for g_ref in climb["g_ref"])
+    return tuple(None if g_ref is None else LocalClimb(climb["xi"], g_ref) for g_ref in climb["g_ref"])
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A verified folder of weights: its version and, per defect in the manifest's order, facts and network."""
+    """A folder of weights whose files are those of the manifest.
+
+    Attributes:
+        version: of the manifest.
+        facts: per defect, in the manifest's order.
+        folder: where they lie.
+    """
 
     version: str
     facts: dict[str, DefectWeights]
-    networks: dict[str, ScoreNet]
+    folder: Path
+
+    def network(self, defect: str) -> ScoreNet:
+        """The network of a defect, frozen, folded and in eval mode, on the CPU; needs PyTorch.
+
+        Raises:
+            WeightsError: for a file that does not fit the manifest.
+        """
+        from defectcam.network import fold_batchnorm, fold_upsampling
+
+        fact = self.facts[defect]
+        network = fact.build_network()
+        load_tensors(network, self.folder / fact.file, fact.sha256)
+        return fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval()))
+
+    def graph(self, defect: str) -> bytes:
+        """The ONNX file of a defect.
+
+        Raises:
+            WeightsError: there is none, or it is not the manifest's.
+        """
+        fact = self.facts[defect]
+        if not fact.graph:
+            raise WeightsError(
+                f"the weights in {self.folder} have no graph of {defect!r} for OpenVINO: run `defectcam export --weights "
+                f"{self.folder}` where PyTorch is installed, or {TORCH_REMEDY}"
+            )
+        return _verified(self.folder / fact.graph, fact.graph_sha256)
 
 
 def load_weights(folder: Path) -> Weights:
-    """Verify and load a weights folder; networks come frozen, folded and in eval mode, on the CPU.
+    """Verify a weights folder.
 
     Raises:
         WeightsError: for a missing, truncated, swapped or altered file, or a manifest that does not fit.
     """
+    folder = Path(folder)
     version, facts = read_manifest(folder)
-    networks = {}
-    for defect, fact in facts.items():
-        network = fact.build_network()
-        _load_verified(network, folder / fact.file, fact.sha256)
-        networks[defect] = fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval()))
-    return Weights(version, facts, networks)
+    for fact in facts.values():
+        _verified(folder / fact.file, fact.sha256)
+        if fact.graph:
+            _verified(folder / fact.graph, fact.graph_sha256)
+    return Weights(version, facts, folder)
 
 
 def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[str, DefectWeights]]:
@@ -161,7 +203,7 @@ def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[s
 
 
 def write_manifest(folder: Path, defects: dict[str, dict], parent: dict | None = None) -> str:
-    """Write the manifest of a weights folder; `sha256` of each entry is taken from its file.
+    """Write the manifest of a weights folder; `sha256` and `graph_sha256` of each entry are taken from its files.
 
     Args:
         parent: what names the version that this one was retrained from.
@@ -171,6 +213,8 @@ def write_manifest(folder: Path, defects: dict[str, dict], parent: dict | None =
     """
     for entry in defects.values():
         entry["sha256"] = sha256_of(folder / entry["file"])
+        if entry.get("graph"):
+            entry["graph_sha256"] = sha256_of(folder / entry["graph"])
     content = hashlib.sha256(json.dumps(defects, sort_keys=True).encode()).hexdigest()
     version = f"{datetime.date.today().isoformat()}-{content[:6]}"
     origin = {"parent": parent} if parent else {}
@@ -195,11 +239,12 @@ def _check_facts(fact: DefectWeights) -> None:
             what = "an integer" if kind is int else "a number"
             raise ValueError(f"{name} must be {what} in {low:g}..{high:g}, not {_as_json(value)}")
 
-    for name in ("file", "sha256", "encoder", "pooling"):
+    for name in ("file", "sha256", "encoder", "pooling", "graph", "graph_sha256"):
         if not isinstance(getattr(fact, name), str):
             raise ValueError(f"{name} must be a text, not {_as_json(getattr(fact, name))}")
-    if Path(fact.file).name != fact.file:
-        raise ValueError(f"file must be a name without folders, not {fact.file!r}")
+    for name in ("file", "graph"):
+        if Path(getattr(fact, name)).name != getattr(fact, name):
+            raise ValueError(f"{name} must be a name without folders, not {getattr(fact, name)!r}")
     for name in ("decoder_channels", "platt", "confidence_weights"):
         if not isinstance(getattr(fact, name), tuple):
             raise ValueError(f"{name} must be a list, not {getattr(fact, name)!r}")
@@ -244,11 +289,12 @@ def _check_facts(fact: DefectWeights) -> None:
     for name, least, most in (("xi", 0, 2), ("penalty_weight", 0, 1e6), ("salient_share", 0, 1)):
         need(f"climb {name}", fact.climb.get(name, least), least, most)
     g_ref = fact.climb.get("g_ref", [1.0])
-    if not isinstance(g_ref, list) or not g_ref:
+    if not isinstance(g_ref, list) or not any(number is not None for number in g_ref):
         raise ValueError(f"climb g_ref must be a list of numbers, one per level, not {g_ref!r}")
     for number in g_ref:
-        need("climb g_ref", number, 1e-12, 1e12)
-    fact.build_network()
+        if number is not None:
+            need("climb g_ref", number, 1e-12, 1e12)
+    check_architecture(fact.encoder, fact.decoder_channels, fact.downsamplings, fact.pooling)
 
 
 def _as_json(value: object) -> str:
@@ -256,33 +302,42 @@ def _as_json(value: object) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _load_verified(network: ScoreNet, path: Path, sha256: str) -> None:
-    """Fill a network from its file."""
-    remedy = "take the weights folder as it was published, or deploy another version"
+def _verified(path: Path, sha256: str) -> bytes:
+    """A file's content; WeightsError where it is not the one with this checksum."""
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # the latter for names that no file can have
-        raise WeightsError(f"weights file {path} cannot be read ({getattr(error, 'strerror', error)}); {remedy}") from error
+        raise WeightsError(f"weights file {path} cannot be read ({getattr(error, 'strerror', error)}); {REMEDY}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise WeightsError(
             f"weights file {path} was truncated, altered or swapped: its sha256 is {found}, the manifest says "
-            f"{sha256}; {remedy}"
+            f"{sha256}; {REMEDY}"
         )
+    return data
+
+
+def load_tensors(network: ScoreNet, path: Path, sha256: str) -> None:
+    """Fill a network from its file; WeightsError for what does not fit. Needs PyTorch."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = _verified(path, sha256)
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise WeightsError(f"weights file {path} is not a safetensors file ({error}); {remedy}") from error
+        raise WeightsError(f"weights file {path} is not a safetensors file ({error}); {REMEDY}") from error
     wanted = network.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
             where = "is missing" if name in wanted else "belongs to another architecture"
-            raise WeightsError(f"weights file {path}: tensor {name} {where}; {remedy}")
+            raise WeightsError(f"weights file {path}: tensor {name} {where}; {REMEDY}")
         if tensors[name].shape != wanted[name].shape:
             raise WeightsError(
                 f"weights file {path}: tensor {name} has shape {tuple(tensors[name].shape)}, the manifest's "
-                f"architecture needs {tuple(wanted[name].shape)}; {remedy}"
+                f"architecture needs {tuple(wanted[name].shape)}; {REMEDY}"
             )
         if not torch.isfinite(tensors[name]).all():
-            raise WeightsError(f"weights file {path}: tensor {name} has values that are not finite; {remedy}")
+            raise WeightsError(f"weights file {path}: tensor {name} has values that are not finite; {REMEDY}")
     network.load_state_dict(tensors)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -23,7 +25,8 @@ from torch import nn
 from nuclio_sdk.event import _EventDeserializer
 
 from defectcam import serve
-from defectcam.network import ScoreNet, normalised
+from defectcam.encoders import normalised
+from defectcam.network import ScoreNet
 from defectcam.training.clicks import photo_path, split_stems
 from defectcam.weights import WeightsError, read_manifest, write_manifest
 
@@ -143,11 +146,27 @@ def own_environment():
 
 @contextmanager
 def little_training(val_crops: int):
-    """Trainings judge `val_crops` crops, not 400; one step of the climb is tried, on one photo; photos fit into one tile."""
+    """Trainings judge `val_crops` crops, not 400; one step of the climb is tried, on one photo; photos fit into one tile.
+
+    A network that has its graph is not exported once more, which takes 10 s.
+    """
+    from defectcam.training import export  # not at the top: few tests need what it takes long to import
+
+    graphs: dict[str, bytes] = {}
+
+    def graph_of(network: ScoreNet) -> bytes:
+        tensors = hashlib.sha256()
+        for name, tensor in network.state_dict().items():
+            tensors.update(name.encode() + tensor.numpy().tobytes())
+        key = tensors.hexdigest()
+        graphs[key] = graphs.get(key) or export.graph_of(network)
+        return graphs[key]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("defectcam.network.LARGEST_HALO_PX", 16)
+        patch.setattr("defectcam.encoders.LARGEST_HALO_PX", 16)
         patch.setattr("defectcam.training.train.VAL_CROPS", val_crops)
-        patch.setattr("defectcam.training.calibrate.XIS", (0.012,))
+        patch.setattr("defectcam.training.calibrate.graph_of", graph_of)
+        patch.setattr("defectcam.training.calibrate.CLIMBS", [("all levels", 0.012)])
         patch.setattr("defectcam.training.calibrate.CLIMB_PHOTOS", 1)
         yield
 
@@ -275,3 +294,25 @@ def dark_weights(folder: Path, defects: Sequence[str] = ("crack",), **fields: ob
     """Write a weights folder whose networks see dark spots, with `fields` in place of every entry's; returns it."""
     fields = {"cam_threshold": 0.5, "confidence_weights": [2.0, 0.0, 0.0, 0.0, 0.0, -2.0]} | fields
     return tiny_weights(folder, defects, dark_network(), **fields)
+
+
+@pytest.fixture(scope="session")
+def exported_weights(tmp_path_factory) -> Path:
+    """`dark_weights` for cracks, to which `defectcam export` has added the graph: once, since that takes 10 s."""
+    from defectcam.training import export
+
+    folder = dark_weights(tmp_path_factory.mktemp("exported"))
+    export.main(["--weights", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_graph(exported_weights):
+    """Function (folder, fields of the manifest) -> `dark_weights` for cracks in that folder, with their graph."""
+
+    def make(folder: Path, **fields: object) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(exported_weights / "crack.onnx", folder / "crack.onnx")
+        return dark_weights(folder, graph="crack.onnx", **fields)
+
+    return make

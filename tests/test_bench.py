@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import answers, bench
-from benchmarks.plain_climb import plain_climbed_map
 from defectcam import pyramid
 from defectcam.climb import PaperClimb
-from defectcam.engine import TorchEngine
 from defectcam.tiling import Tile, cut, tile_grid, tile_maps
+from defectcam.torch_engine import TorchEngine
+from benchmarks import answers, bench
+from benchmarks.plain_climb import plain_climbed_map
 from tests.conftest import random_network, textured, tiny_weights
 
 CLIMB = PaperClimb(xi=0.3, penalty_weight=5.0, salient_share=0.3)
@@ -71,7 +71,8 @@ def deployed(tmp_path, monkeypatch):
     monkeypatch.setenv("ADVCAM_WEIGHTS", str(tiny_weights(tmp_path / "weights", ["crack"])))
 
 
-def test_a_quick_run_writes_all_it_measures(deployed, tmp_path, monkeypatch, capsys):
+def test_a_quick_run_writes_all_it_measures(exported_weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(exported_weights))
     monkeypatch.setattr(bench, "SIDE_PX", 96)
     for module in (bench, pyramid):
         monkeypatch.setattr(module, "NEAR_TILE_PX", 256)
@@ -80,11 +81,13 @@ def test_a_quick_run_writes_all_it_measures(deployed, tmp_path, monkeypatch, cap
     monkeypatch.setattr(bench, "CONVOLUTIONS", [(16, 32), (32, 16)])
     bench.main(["--quick", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "bench.json").read_text())
-    measured = ["climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup", "floor_share", "outside_network_share",
-                "log_share", "growth_4mp", "seconds_1mp_t0", "seconds_1mp", "seconds_click"]  # fmt: skip
+    measured = ["openvino_forward_speedup", "openvino_step_speedup", "climb_speedup", "climb_speedup_all_tiles",
+                "grad_cam_speedup", "floor_share", "outside_network_share", "log_share", "growth_4mp", "seconds_1mp_t0",
+                "seconds_1mp", "seconds_click"]  # fmt: skip
     for key in measured:
         assert math.isfinite(results[key]) and results[key] > 0, key
     assert results["outside_network_share"] < 1
+    assert results["engines"] == {"crack": "openvino"}
     assert results["machine"]["threads"] == torch.get_num_threads() and results["defects"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     printed = capsys.readouterr().out

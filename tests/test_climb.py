@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from defectcam.climb import LocalClimb, PaperClimb
-from defectcam.engine import TorchEngine
+from defectcam.torch_engine import TorchEngine
 from tests.conftest import random_network
 from tests.test_engine import images_like
 

@@ -723,6 +723,31 @@ def test_images_of_older_releases_are_deleted(world):
     assert sorted(images) == ["second", "second", "third", "third"], "two releases, each with and without weights"
 
 
+GRAPH = {"file": "a.safetensors", "climb": {"form": "local"}, "graph": "a.onnx", "graph_sha256": "0"}
+NO_GRAPH = {key: value for key, value in GRAPH.items() if "graph" not in key}
+
+
+@pytest.mark.parametrize(
+    "command, defects, engine",
+    [
+        ("cpu", {"crack": GRAPH, "rust": GRAPH}, []),
+        ("cpu", {"crack": GRAPH, "rust": NO_GRAPH}, ["ENGINE=torch"]),
+        ("cpu", {"crack": NO_GRAPH}, ["ENGINE=torch"]),
+        ("cpu", {"crack": GRAPH | {"graph": ""}}, ["ENGINE=torch"]),
+        ("cpu", {"crack": GRAPH | {"climb": {"form": "paper"}}}, ["ENGINE=torch"]),
+        ("gpu", {"crack": NO_GRAPH}, []),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_cpu_s_image_has_pytorch_where_openvino_cannot_run_the_weights(world, command, defects, engine, indent):
+    manifest = json.dumps({"version": "old", "defects": defects}, indent=indent)
+    (world.repository / "weights" / "manifest.json").write_text(manifest)
+    builds = [line.split() for line in world.succeed(command, "--dry-run").splitlines() if line.startswith("docker build")]
+    assert len(builds) == 2
+    for build in builds:
+        assert [word for word in build if word.startswith("ENGINE=")] == engine
+
+
 # Weights
 
 
@@ -1080,8 +1105,8 @@ def test_commands_in_a_function_file_work_in_a_used_checkout(tmp_path, name):
         capture_output=True,
         text=True,
     )
-    runtime = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["runtime"]
-    assert wanted.stdout.split() == runtime
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert wanted.stdout.split() == extras["runtime-cpu" if name == "function.yaml" else "runtime"]
 
 
 def docker_context(checkout: Path) -> set[str]:

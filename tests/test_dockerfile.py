@@ -2,7 +2,10 @@
 
 import ast
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -16,6 +19,7 @@ from defectcam.request import ITERATIONS_MAX, Settings, parse_request
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = [ROOT / "main.py", ROOT / "model_handler.py", *sorted((ROOT / "defectcam").glob("*.py"))]
+OWN = {"main", "model_handler", "defectcam"}
 FUNCTION_FILES = [path for path in sorted(ROOT.glob("*.yaml")) if "annotations" in path.read_text()]
 
 
@@ -69,14 +73,41 @@ def test_modules_import_only_what_the_image_holds(source):
             assert parts[1] not in folders, f"{source.name} imports {module} of the offline half"
 
 
-def test_third_party_imports_are_runtime_requirements():
-    names = {re.split(r"[<>=\[; ]", line)[0] for line in PROJECT["optional-dependencies"]["runtime"]}
+def not_installed(extra: str, sources: list[Path], imported=imports) -> set[tuple[str, str]]:
+    """(file, module) of every import that an extra does not install."""
+    names = {re.split(r"[<>=\[; ]", line)[0] for line in PROJECT["optional-dependencies"][extra]}
     required = {name.lower().replace("_", "-") for name in names}
-    own = {"main", "model_handler", "defectcam"}
-    for source in SOURCES:
-        for module in {name.split(".")[0] for name in imports(source)} - set(sys.stdlib_module_names) - own:
+    found = set()
+    for source in sources:
+        for module in {name.split(".")[0] for name in imported(source)} - set(sys.stdlib_module_names) - OWN:
             provided = {name.lower().replace("_", "-") for name in packages_distributions().get(module, [module])}
-            assert provided & required, f"{source.name} imports {module}, which the image does not install"
+            if not provided & required:
+                found.add((source.name, module))
+    return found
+
+
+def imports_at_once(path: Path) -> set[str]:
+    """Modules that a file imports as soon as it is imported itself."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return names | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_third_party_imports_are_runtime_requirements():
+    assert not_installed("runtime", SOURCES) == {("openvino_engine.py", "openvino")}
+
+
+def test_what_main_imports_at_once_is_installed_for_a_cpu_and_so_is_its_engine():
+    """tests/test_function.py runs it without the others."""
+    reached, new = set(), {ROOT / "main.py", ROOT / "defectcam" / "openvino_engine.py"}
+    while new:
+        reached |= new
+        paths = {ROOT / f"{name.replace('.', '/')}.py" for path in new for name in imports_at_once(path)}
+        new = {path for path in paths if path.exists()} - reached
+    names = {path.name for path in reached}
+    assert {"model_handler.py", "predict.py", "pyramid.py"} <= names and not {"network.py", "torch_engine.py"} & names
+    assert not_installed("runtime-cpu", sorted(reached), imports_at_once) == set()
+    assert not [name for name in PROJECT["optional-dependencies"]["runtime-cpu"] if "torch" in name]
 
 
 def test_context_is_what_the_dockerfile_copies():
@@ -92,17 +123,10 @@ def test_requirements_are_pinned():
     install = next(command for command in of("RUN") if "--requirement" in command)
     assert "--constraint constraints.txt" in install
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
-    names = {line.lower().replace("_", "-") for line in PROJECT["optional-dependencies"]["runtime"]}
-    assert names <= pinned
+    for extra in ("runtime", "runtime-cpu"):
+        assert {line.lower().replace("_", "-") for line in PROJECT["optional-dependencies"][extra]} <= pinned
     images = [argument.split("=")[1] for argument in of("ARG") if "IMAGE" in argument]
     assert images and all(re.search(r":\d+\.\d+\.\d+-\w+", image) for image in images), "a tag of two numbers moves on"
-
-
-def test_program_that_reads_the_requirements():
-    command = next(command for command in of("RUN") if "tomllib" in command)
-    program = re.search(r'python -c "(.*?)"', command).group(1).replace("\\\\n", "\\n")
-    compile(program, "Dockerfile", "exec")
-    assert "'runtime'" in program and "train" not in program
 
 
 def test_processor_and_wrapper_come_from_nuclios_image_of_one_version():
@@ -129,10 +153,55 @@ def test_handler_lies_where_nuclio_looks():
         assert f"{module}.py" in in_image()
 
 
-def test_cpu_and_gpu_by_build_argument():
-    assert "DEVICE=cpu" in of("ARG")
-    install = next(command for command in of("RUN") if "DEVICE" in command)
-    assert "cpu)" in install and "gpu)" in install and "exit 1" in install
+@pytest.fixture
+def install(tmp_path):
+    """Function (DEVICE, ENGINE) -> the finished process of the instruction that installs, with a pip that only says what."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pip").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "bin" / "pip").chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (command,) = (command for command in of("RUN") if "--requirement" in command)
+
+    def run(device: str, engine: str) -> subprocess.CompletedProcess:
+        environ = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "DEVICE": device, "ENGINE": engine}
+        return subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "device, engine, extra, of_cpu",
+    [
+        ("cpu", "", "runtime-cpu", False),
+        ("cpu", "openvino", "runtime-cpu", False),
+        ("cpu", "torch", "runtime", True),
+        ("gpu", "", "runtime", False),
+        ("gpu", "torch", "runtime", False),
+    ],
+)
+def test_device_and_engine_say_what_is_installed(install, tmp_path, device, engine, extra, of_cpu):
+    assert {"DEVICE=cpu", "ENGINE="} <= set(of("ARG"))
+    done = install(device, engine)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "requirements.txt").read_text().split("\n")[:-1] == PROJECT["optional-dependencies"][extra]
+    assert ("whl/cpu" in done.stdout) == of_cpu, "PyTorch without CUDA"
+    assert done.stdout.count("install --no-cache-dir --prefix=/packages") == 2
+
+
+@pytest.mark.parametrize(
+    "device, engine, reason",
+    [
+        ("tpu", "", "DEVICE is 'tpu', but must be cpu or gpu"),
+        ("", "", "DEVICE is '', but must be cpu or gpu"),
+        ("cpu", "onnx", "ENGINE is 'onnx', but must be openvino or torch"),
+        ("gpu", "onnx", "ENGINE is 'onnx', but must be openvino or torch"),
+        ("gpu", "openvino", "ENGINE is 'openvino', which runs on the CPU, but DEVICE is 'gpu'"),
+    ],
+)
+def test_other_devices_and_engines_end_the_build_with_the_reason(install, device, engine, reason):
+    done = install(device, engine)
+    assert done.returncode == 1 and reason in done.stderr and not done.stdout
 
 
 def test_threads_that_wait_sleep_wherever_the_function_is_started():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from defectcam.engine import TorchEngine
+from defectcam.torch_engine import TorchEngine
 from tests.conftest import random_network
 
 

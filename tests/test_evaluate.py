@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -11,17 +13,18 @@ from scipy import ndimage
 from torch import nn
 
 from defectcam.climb import PaperClimb
-from defectcam.engine import TorchEngine
+from defectcam.encoders import normalised
 from defectcam.evaluation import evaluate, mosaics
 from defectcam.evaluation.dial import STEPS, ShuffledEngine, dial_lines, measure_dial
 from defectcam.evaluation.figures import figures, painted, photo_figures, set_figures
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
 from defectcam.evaluation.scale import measure_scale, scale_lines, scaled
-from defectcam.network import ScoreNet, normalised
+from defectcam.network import ScoreNet
 from defectcam.predict import Predictor
 from defectcam.proposals import find_components
 from defectcam.pyramid import Pyramid
 from defectcam.tiling import cut
+from defectcam.torch_engine import TorchEngine
 from defectcam.weights import DefectWeights, Weights, load_weights, write_manifest
 
 SLOPE, MIDDLE = 8.0, -0.5  # S = SLOPE * (MIDDLE - grey), grey in -1..1
@@ -53,7 +56,7 @@ def grey_of(image_rgb: np.ndarray) -> np.ndarray:
 class DarknessEngine:
     """The same function without a network, for what needs no more than an engine's two calls."""
 
-    halo_px, stride_px = 0, 1
+    name, halo_px, stride_px = "darkness", 0, 1
 
     def score(self, images):
         return (SLOPE * (MIDDLE - images.mean(axis=1))).astype(np.float32)
@@ -62,6 +65,9 @@ class DarknessEngine:
         score = self.score(images)
         gradient = -SLOPE / 3 / (1 + np.exp(-score))
         return score, np.repeat(gradient[:, None], 3, axis=1)
+
+    def release_memory(self):
+        pass
 
 
 ENTRY = {
@@ -83,9 +89,9 @@ def write_weights(folder, **fields):
 
 def dark_predictor(defect="spalling", **fields):
     """A Predictor that runs the engine without a network."""
-    predictor = Predictor(Weights("1", {defect: DefectWeights(**ENTRY | fields)}, {}))
-    predictor.engines[defect] = DarknessEngine()
-    return predictor
+    weights = Weights("1", {defect: DefectWeights(**ENTRY | fields)}, Path("no files"))
+    with patch("defectcam.predict.make_engine", return_value=DarknessEngine()):
+        return Predictor(weights)
 
 
 def dark_spot(height, width, centre_yx, radius_px, darkest=0, softness_px=0.0, brightest=210):

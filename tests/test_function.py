@@ -334,6 +334,11 @@ def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(mod
     assert model.answer(request) == []  # the worker lives on
 
 
+@pytest.mark.parametrize("words", ["can't alloc", "Failed to allocate 387957120 bytes of memory", "std::bad_alloc"])
+def test_openvino_s_words_for_it_are_known(words):
+    assert out_of_memory(RuntimeError(f"Exception from src/inference/src/dev/plugin.cpp:54:\n{words}\n"))
+
+
 def test_a_thread_that_finds_no_memory_for_its_stack_is_out_of_memory():
     assert out_of_memory(RuntimeError("can't start new thread")) and not out_of_memory(RuntimeError("a bug"))
 
@@ -609,6 +614,8 @@ def test_what_was_left_out_reaches_the_log_and_is_no_proposal_there(handler_of, 
         ({"ADVCAM_IDLE_SECONDS": "300"}, ["ADVCAM_IDLE_SECONDS was removed", "stay on the GPU", "unset it"]),
         ({"ADVCAM_MAX_PROPOSALS": "0"}, ["ADVCAM_MAX_PROPOSALS", "0", "1 to 10000"]),
         ({"ADVCAM_DEVICE": "tpu"}, ["ADVCAM_DEVICE", "tpu", "cpu"]),
+        ({"ADVCAM_ENGINE": "onnx"}, ["ADVCAM_ENGINE", "onnx", "torch and openvino"]),
+        ({"ADVCAM_ENGINE": "openvino"}, ["no graph of 'crack'", "defectcam export", "ADVCAM_ENGINE=torch"]),
         ({"ADVCAM_MAX_MEGAPIXELS": "-1"}, ["ADVCAM_MAX_MEGAPIXELS", "-1", "178"]),
         ({"ADVCAM_TIME_LIMIT": "soon"}, ["ADVCAM_TIME_LIMIT", "soon"]),
         ({"ADVCAM_CVAT_URL": "http://cvat"}, ["ADVCAM_CVAT_TOKEN is not set"]),
@@ -650,6 +657,46 @@ def test_runtime_half_imports_nothing_of_the_offline_half():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, cwd=ROOT)
     first, second = out.stdout.split("\n")[:2]
     assert first == "[]" and "defectcam" not in second, out.stderr
+
+
+WITHOUT_PYTORCH = """
+import base64, importlib.util, json, logging, sys
+
+MISSING = ("torch", "torchvision", "segmentation_models_pytorch", "timm", "safetensors", "scipy", "starlette", "uvicorn")
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name in MISSING else find(name, *more)
+sys.meta_path.insert(0, Missing())
+import nuclio_sdk
+import main
+
+context = nuclio_sdk.Context(nuclio_sdk.Logger(logging.ERROR))
+main.init_context(context)
+body = {"image": base64.b64encode(open("docs/sample.jpg", "rb").read()).decode(), "iterations": 1, "threshold": 0}
+for event in (nuclio_sdk.Event(method="GET"), nuclio_sdk.Event(method="POST", body=body)):
+    answer = main.handler(context, event)
+    print(answer.status_code, answer.body)
+"""
+
+
+def test_weights_with_a_graph_need_no_pytorch(exported_weights):
+    """As in the CPU's image, which holds `runtime-cpu` and no more."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ADVCAM_")}
+    environ |= {"PYTHONPATH": str(ROOT), "ADVCAM_WEIGHTS": str(exported_weights), "ADVCAM_TIME_LIMIT": "80000"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PYTORCH], capture_output=True, text=True, env=environ, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (said_status, said), (status, answer) = (line.split(" ", 1) for line in done.stdout.splitlines())
+    assert (said_status, status) == ("200", "200")
+    assert (json.loads(said)["device"], json.loads(said)["engines"]) == ("cpu", {"crack": "openvino"})
+    shapes = [shape for shape in json.loads(answer) if shape["type"] == "polygon"]
+    assert shapes and all(shape["label"] == "crack" and len(shape["points"]) >= 6 for shape in shapes)
 
 
 def test_every_answer_is_logged_where_a_folder_is_named(weights, tmp_path, spotted_rgb):

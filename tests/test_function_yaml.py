@@ -100,6 +100,8 @@ def test_gpu_file_differs_only_where_it_must():
     assert cpu["build"].pop("image") + "-gpu" == gpu["build"].pop("image")
     assert cpu["env"].pop(0) == {"name": "ADVCAM_DEVICE", "value": "cpu"}
     assert gpu["env"].pop(0) == {"name": "ADVCAM_DEVICE", "value": "cuda"}
+    (on_cpu,), (on_gpu,) = (config["build"]["directives"].pop("postCopy") for config in (cpu, gpu))
+    assert on_cpu["value"].replace("['runtime-cpu']", "['runtime']") == on_gpu["value"] != on_cpu["value"]
     assert cpu == gpu
     assert CPU["metadata"] == GPU["metadata"]
 
@@ -133,7 +135,7 @@ def test_handler_and_init_context_exist():
 
 def test_environment_has_only_variables_that_are_read():
     read = {f"ADVCAM_{field.name.upper()}" for field in fields(Settings)}
-    read |= {"ADVCAM_DEVICE", "ADVCAM_MAX_MEGAPIXELS", "ADVCAM_TIME_LIMIT", "ADVCAM_WEIGHTS"}
+    read |= {"ADVCAM_DEVICE", "ADVCAM_ENGINE", "ADVCAM_MAX_MEGAPIXELS", "ADVCAM_TIME_LIMIT", "ADVCAM_WEIGHTS"}
     read |= {"ADVCAM_CVAT_URL", "ADVCAM_CVAT_TOKEN", "ADVCAM_LOG_DIR"}
     for name in FILES:
         assert set(re.findall(r"\bADVCAM_\w+", (ROOT / name).read_text())) <= read  # the commented ones too

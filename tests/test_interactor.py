@@ -306,7 +306,7 @@ def test_clicks_that_would_be_late_are_refused_before_the_network_is_asked(slow_
     model.predictor.pace.fastest = {"crack": 18_000 / all_px}
     for body, words in [
         (as_cvat_sends(photo, clicks), r"too slow 1800[01]>6000 s; about 8 clicks would fit; "),
-        (as_cvat_sends(photo, clicks) | {"iterations": 1}, r"too slow 5\d{4}>6000 s; about 2 clicks would fit; "),
+        (as_cvat_sends(photo, clicks) | {"iterations": 1}, r"too slow 7740[01]>6000 s; about 1 clicks would fit; "),
         (as_cvat_sends(photo, [], [], [[0, 0], [2000, 2000]]), r"too slow \d+>6000 s; about 1 megapixels would fit; "),
     ]:
         with seen_px(model) as seen, pytest.raises(RequestError, match=words):
@@ -406,10 +406,11 @@ def test_the_recorded_call_of_a_real_server_is_answered(client):
 
 
 def test_the_function_file_is_that_of_the_detector_but_for_what_cvat_shows():
-    detector, interactor = (
-        yaml.safe_load((ROOT / name).read_text()) for name in ("function.yaml", "interactor.yaml")
+    detector, on_gpu, interactor = (
+        yaml.safe_load((ROOT / name).read_text()) for name in ("function.yaml", "function-gpu.yaml", "interactor.yaml")
     )
-    for key in ("runtime", "handler", "eventTimeout", "readinessTimeoutSeconds", "build", "triggers", "platform"):
+    for key in ("runtime", "handler", "eventTimeout", "readinessTimeoutSeconds", "triggers", "platform"):
         assert interactor["spec"][key] == detector["spec"][key], key
+    assert interactor["spec"]["build"] == on_gpu["spec"]["build"], "it takes the GPU where there is one"
     assert interactor["metadata"]["annotations"]["type"] == "interactor"
     assert all(isinstance(variable["value"], str) for variable in interactor["spec"]["env"])

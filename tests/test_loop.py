@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from defectcam import network
+from defectcam import encoders
 from defectcam.deadline import NO_DEADLINE
 from defectcam.evaluation.photos import LabelledPhoto
 from defectcam.feedback import loop
@@ -114,10 +114,11 @@ def test_round_one_and_the_annotators_never_see_the_same_photo(data_dir, tmp_pat
 
 
 def test_all_arms_run_and_are_told_apart(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(network, "LARGEST_HALO_PX", 16)  # of photos that fit into one tile
+    monkeypatch.setattr(encoders, "LARGEST_HALO_PX", 16)  # of photos that fit into one tile
     monkeypatch.setattr(train, "VAL_CROPS", 4)
     monkeypatch.setitem(train.ARCHITECTURES, "efficientnet-lite0", ((16, 16, 8, 8), 4))
-    monkeypatch.setattr(calibrate, "XIS", (0.01,))
+    monkeypatch.setattr(calibrate, "ENCODERS_WITH_GRAPH", ())  # every arm has networks of its own to export, 10 s each
+    monkeypatch.setattr(calibrate, "CLIMBS", [("all levels", 0.01)])
     monkeypatch.setattr(calibrate, "CLIMB_PHOTOS", 1)
     monkeypatch.setattr(loop, "LR", 1e-5)
     monkeypatch.setattr(loop, "HEAD_LR", 1e-5)

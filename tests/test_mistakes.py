@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from defectcam.network import normalised
+from defectcam.encoders import normalised
 from defectcam.pyramid import halved
 from defectcam.tiling import cut
 from defectcam.training import mistakes, outline, train

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from defectcam.network import ENCODERS, ScoreNet, _Interleave, fold_batchnorm, fold_upsampling, normalised
+from defectcam.encoders import ENCODERS, normalised
+from defectcam.network import ScoreNet, _Interleave, fold_batchnorm, fold_upsampling
 from tests.conftest import random_network
 
 KINDS = [("resnet34", 1), ("resnet34", 2), ("resnet34", 3), ("efficientnet-lite0", 4)]

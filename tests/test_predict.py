@@ -1,5 +1,6 @@
 """Extend, never invent: what T and the threshold do to the proposals, and that climbing only around them is enough."""
 
+import importlib.util
 from dataclasses import replace
 from functools import partial
 
@@ -9,14 +10,15 @@ import pytest
 
 from defectcam import pyramid
 from defectcam.deadline import Deadline, TimeLimitError
-from defectcam.engine import TorchEngine
 from defectcam.postprocess import regions
-from defectcam.predict import Predictor, find_cores, pixels_of, proposals_for
+from defectcam.predict import ENGINES, Predictor, device_and_engine, find_cores, pixels_of, proposals_for
 from defectcam.proposals import Proposal, component_confidence, component_features, find_components, probability
 from defectcam.pyramid import PhotoMaps, Pyramid
+from defectcam.request import RequestError
 from defectcam.tiling import tile_grid
-from defectcam.weights import DefectWeights, load_weights
-from tests.conftest import SmallNetwork, textured, tiny_weights
+from defectcam.torch_engine import TorchEngine
+from defectcam.weights import DefectWeights, WeightsError, load_weights
+from tests.conftest import SmallNetwork, dark_wall, dark_weights, textured, tiny_weights
 
 FACT = DefectWeights(
     file="", sha256="", encoder="", decoder_channels=(), downsamplings=1, pooling="",
@@ -240,3 +242,131 @@ def test_the_predictor_keeps_to_the_deadline(predictor, photo):
 def test_the_smallest_photos_get_an_answer(predictor, height, width):
     for steps in (0, 2):
         predictor.propose(np.full((height, width, 3), 90, np.uint8), "crack", steps, 0.0, 0.0)
+
+
+# Engines
+
+
+def hide(monkeypatch, *names: str) -> None:
+    """As if these packages were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in names else find(name, *more))
+
+
+@pytest.fixture(scope="module")
+def weights(with_graph, tmp_path_factory):
+    """With a graph; every step of the climb shows."""
+    climb = {"form": "local", "xi": 0.05, "g_ref": [2.0]}
+    return load_weights(with_graph(tmp_path_factory.mktemp("graph"), climb=climb, gap_px=0, closing_radius_px=0))
+
+
+def test_both_engines_propose_the_same(weights):
+    image_rgb, _ = dark_wall([(40, 40, 18), (150, 60, 12), (120, 160, 25)], 220, 300)
+    found, areas = {}, []
+    for name in ENGINES:
+        predictor = Predictor(weights, "cpu", name)
+        assert predictor.engines["crack"].name == name
+        found[name] = proposals_for(predictor.maps(Pyramid(image_rgb), "crack"), weights.facts["crack"], [0, 2, 8])
+    for steps in (0, 2, 8):
+        one, other = (
+            sorted(found[name][steps], key=lambda proposal: proposal.component.box_xyxy[:2]) for name in ENGINES
+        )
+        assert len(one) == len(other) > 0
+        areas.append(sum(proposal.component.area_px for proposal in one))
+        for mine, theirs in zip(one, other):
+            first, second = pixels_in(mine, image_rgb.shape[:2]), pixels_in(theirs, image_rgb.shape[:2])
+            assert (first & second).sum() / (first | second).sum() >= 0.98
+            assert mine.confidence == pytest.approx(theirs.confidence, abs=1e-3)
+    assert areas[0] < areas[1] < areas[2]
+
+
+PAPER = {"form": "paper", "xi": 0.1, "penalty_weight": 0.1, "salient_share": 0.5}
+
+
+def test_openvino_runs_what_it_can_where_none_is_asked_for(weights, with_graph, tmp_path, monkeypatch):
+    def engine_of(weights, *given):
+        return Predictor(weights, *given).engines["crack"].name
+
+    without, paper = (
+        load_weights(make(tmp_path / name, **fields))
+        for name, make, fields in (("without", dark_weights, {}), ("paper", with_graph, {"climb": PAPER, "levels": 1}))
+    )
+    assert [engine_of(one) for one in (weights, without, paper)] == ["openvino", "torch", "torch"]
+    assert engine_of(weights, "cpu", "torch") == "torch"
+    with pytest.raises(WeightsError, match="no graph of 'crack' .*`defectcam export --weights .*or set ADVCAM_ENGINE=torch"):
+        engine_of(without, "cpu", "openvino")
+    with pytest.raises(WeightsError, match="climb of 'crack' has the paper's form, which needs PyTorch: set ADVCAM_ENGINE=torch"):
+        engine_of(paper, "cpu", "openvino")
+    hide(monkeypatch, "openvino")
+    assert engine_of(weights) == "torch"
+
+
+def test_without_pytorch_weights_that_need_it_say_what_to_do(weights, tmp_path, monkeypatch):
+    hide(monkeypatch, "torch")
+    assert Predictor(weights).engines["crack"].name == "openvino"
+    without = load_weights(dark_weights(tmp_path / "without"))
+    with pytest.raises(WeightsError, match="run `defectcam export --weights .* build the CPU's image with --build-arg ENGINE="):
+        Predictor(without)
+
+
+def test_pytorch_s_engine_is_there_for_what_it_alone_can(weights):
+    predictor = Predictor(weights)
+    engine = predictor.torch_engine("crack")
+    assert (engine.name, predictor.engines["crack"].name) == ("torch", "openvino")
+    assert engine is predictor.torch_engine("crack"), "made once"
+    predictor = Predictor(weights, "cpu", "torch")
+    assert predictor.torch_engine("crack") is predictor.engines["crack"]
+
+
+@pytest.mark.parametrize(
+    "environ, wanted",
+    [
+        ({}, ("cpu", None)),
+        ({"ADVCAM_DEVICE": "", "ADVCAM_ENGINE": ""}, ("cpu", None)),
+        ({"ADVCAM_DEVICE": "cpu"}, ("cpu", None)),
+        ({"ADVCAM_ENGINE": "torch"}, ("cpu", "torch")),
+        ({"ADVCAM_ENGINE": "openvino"}, ("cpu", "openvino")),
+        ({"ADVCAM_ENGINE": "torch", "ADVCAM_DEVICE": "cpu"}, ("cpu", "torch")),
+    ],
+)
+def test_device_and_engine_are_the_environment_s(environ, wanted, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert device_and_engine(environ) == wanted
+
+
+@pytest.mark.parametrize(
+    "environ, wanted",
+    [
+        ({}, ("cuda", None)),
+        ({"ADVCAM_DEVICE": "cuda", "ADVCAM_ENGINE": "torch"}, ("cuda", "torch")),
+        ({"ADVCAM_DEVICE": "cpu"}, ("cpu", None)),
+        ({"ADVCAM_ENGINE": "openvino"}, ("cpu", "openvino")),
+    ],
+)
+def test_a_gpu_is_used_where_there_is_one_but_not_by_openvino(environ, wanted, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert device_and_engine(environ) == wanted
+
+
+@pytest.mark.parametrize(
+    "environ, hidden, message",
+    [
+        ({"ADVCAM_DEVICE": "tpu"}, (), "ADVCAM_DEVICE is 'tpu'; allowed are cpu and cuda"),
+        ({"ADVCAM_ENGINE": "onnx"}, (), "ADVCAM_ENGINE is 'onnx'; allowed are torch and openvino"),
+        ({"ADVCAM_DEVICE": "cuda"}, (), "ADVCAM_DEVICE is 'cuda' but torch sees no GPU; set cpu, or give the container a GPU"),
+        ({"ADVCAM_ENGINE": "openvino", "ADVCAM_DEVICE": "cuda"}, (), "ADVCAM_ENGINE is 'openvino', .* ADVCAM_DEVICE .*; unset one"),
+        ({"ADVCAM_ENGINE": "openvino"}, ("openvino",), "ADVCAM_ENGINE is 'openvino', but openvino is not installed; unset it"),
+        ({"ADVCAM_ENGINE": "torch"}, ("torch",), "ADVCAM_ENGINE is 'torch', but torch is not installed; unset it, or install"),
+        ({"ADVCAM_DEVICE": "cuda"}, ("torch",), "ADVCAM_DEVICE is 'cuda', but torch is not installed; unset it, or install it"),
+    ],
+)
+def test_a_device_or_engine_that_cannot_be_had_names_variable_and_remedy(environ, hidden, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    hide(monkeypatch, *hidden)
+    with pytest.raises(RequestError, match=message):
+        device_and_engine(environ)
+
+
+def test_without_pytorch_there_is_no_gpu_to_ask_for(monkeypatch):
+    hide(monkeypatch, "torch")
+    assert device_and_engine({}) == ("cpu", None)

@@ -10,10 +10,10 @@ import pytest
 from defectcam import pyramid
 from defectcam.climb import LocalClimb
 from defectcam.deadline import Deadline, TimeLimitError
-from defectcam.engine import TorchEngine
-from defectcam.network import normalised
+from defectcam.encoders import normalised
 from defectcam.pyramid import PhotoMaps, Pyramid, Reading, enlarged_to, halved, level_scales
 from defectcam.tiling import tile_grid
+from defectcam.torch_engine import TorchEngine
 from tests.conftest import SmallNetwork, textured
 from tests.test_tiling import whole_map
 
@@ -283,6 +283,21 @@ class TestClimbing:
         maps = make(climbs=(LocalClimb(0.0, 0.5),))
         maps.climb([2], all_cells(maps), CELL_PX)
         assert np.array_equal(maps.merged(2), maps.merged(0))
+
+    def test_a_level_that_does_not_climb_keeps_its_plain_map(self, engine, monkeypatch, small_tiles):
+        photo, asked = textured(180, 250), []
+        maps = maps_of(engine, photo, sharpness=1.0, climbs=(LocalClimb(0.1, 0.5), None))
+        original = engine.score_and_gradient
+        monkeypatch.setattr(engine, "score_and_gradient", lambda images: (asked.append(images.shape), original(images))[1])
+        assert maps.pixels_to_climb(all_cells(maps), CELL_PX) == sum(tile.pixels for tile in maps.tiles[1.0])
+        maps.climb([1], all_cells(maps), CELL_PX)
+        assert len(asked) == len(maps.tiles[1.0]) and maps.is_climbed(CELL_PX).all()
+        alone = maps_of(engine, photo, levels=1, climbs=(LocalClimb(0.1, 0.5),))
+        alone.climb([1], all_cells(alone), CELL_PX)
+        coarse = maps_of(engine, halved(photo), levels=1).merged()
+        wanted = np.log((np.exp(alone.merged(1)) + np.exp(enlarged_to(coarse, 0.5, 180, 250))) / 2)
+        assert maps.scales == [1.0, 0.5]
+        np.testing.assert_allclose(maps.merged(1), wanted, rtol=0, atol=1e-4)
 
     def test_other_t_than_before_are_refused(self, make):
         maps = make()

@@ -65,6 +65,11 @@ def masks(proposals: dict[int, list[Proposal]], image_rgb) -> dict[int, np.ndarr
     return found
 
 
+def alone(proposal: Proposal, image_rgb) -> np.ndarray:
+    """One proposal's pixels (H, W) bool."""
+    return masks({0: [proposal]}, image_rgb)[0]
+
+
 def told(proposals: dict[int, list[Proposal]]) -> dict[int, list[tuple]]:
     """All that proposals say, for comparing."""
     return {
@@ -150,16 +155,33 @@ def test_t_extends_and_invents_nothing(predictor, scenes, full):
     assert areas == sorted(areas) and areas[-1] > 1.05 * areas[0]
 
 
-def test_neither_threads_nor_earlier_photos_matter(predictor, scenes, full):
+def test_neither_threads_nor_earlier_photos_matter(predictor, scenes, full, monkeypatch):
     scene, threads = scenes["crack"], torch.get_num_threads()
     run(predictor, scenes["rust"][:200, :300], "crack")
     assert told(run(predictor, scene, "crack")) == told(full["crack"])
+    monkeypatch.setenv("OMP_NUM_THREADS", str(1 + threads % 2))  # OpenVINO reads it when it compiles
     try:
         torch.set_num_threads(1 + threads % 2)
-        other = masks(run(predictor, scene, "crack"), scene)
+        other = masks(run(Predictor(predictor.weights), scene, "crack"), scene)
     finally:
         torch.set_num_threads(threads)
     assert all(iou(other[steps], masks(full["crack"], scene)[steps]) >= 0.99 for steps in (0, 2))
+
+
+def test_both_engines_propose_the_same(predictor, scenes, full):
+    without = [defect for defect, fact in predictor.weights.facts.items() if not fact.graph]
+    if without:
+        pytest.skip(f"weights/ has no graph for OpenVINO of {', '.join(without)}")
+    assert {engine.name for engine in predictor.engines.values()} == {"openvino"}
+    by_torch, matched = Predictor(predictor.weights, "cpu", "torch"), []
+    for defect, scene in scenes.items():
+        wanted = run(by_torch, scene, defect)
+        for steps in (0, 2):
+            one, other = ([alone(each, scene) for each in found[steps]] for found in (full[defect], wanted))
+            assert one and other
+            for those, these in ((one, other), (other, one)):
+                matched += [max(iou(mask, each) for each in these) >= 0.98 for mask in those if mask.sum() > 100]
+    assert np.mean(matched) >= 0.98
 
 
 def test_photos_without_the_defect_get_no_proposals(predictor, photos):

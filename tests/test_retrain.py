@@ -74,8 +74,10 @@ def running(data_dir, tmp_path_factory):
     weights = folder / "weights"
     calibrate_spalling(data_dir, folder / "run", weights)
     (entry,) = json.loads((weights / "manifest.json").read_text())["defects"].values()
-    shutil.copyfile(weights / "spalling.safetensors", weights / "rust.safetensors")
-    write_manifest(weights, {"spalling": entry, "rust": entry | {"file": "rust.safetensors", "threshold": 0.4}})
+    for suffix in (".safetensors", ".onnx"):
+        shutil.copyfile(weights / f"spalling{suffix}", weights / f"rust{suffix}")
+    rust = entry | {"file": "rust.safetensors", "graph": "rust.onnx", "threshold": 0.4}
+    write_manifest(weights, {"spalling": entry, "rust": rust})
     return weights
 
 
@@ -172,7 +174,8 @@ def test_altered_running_weights_stop_the_run_before_anything_is_trained(data_di
 
 
 def test_a_defect_without_new_clicks_stays_as_it_was(promoted, running):
-    assert (promoted / "rust.safetensors").read_bytes() == (running / "rust.safetensors").read_bytes()
+    for file in ("rust.safetensors", "rust.onnx"):
+        assert (promoted / file).read_bytes() == (running / file).read_bytes()
     old, new = (json.loads((folder / "manifest.json").read_text())["defects"]["rust"] for folder in (running, promoted))
     assert old == new and new["threshold"] == 0.4
 
@@ -226,11 +229,14 @@ def test_every_defect_keeps_a_file_of_its_own(running, tmp_path):
     """The running weights call one defect's file as the new weights call another's."""
     weights, new = shutil.copytree(running, tmp_path / "weights"), shutil.copytree(running, tmp_path / "new")
     manifest = json.loads((weights / "manifest.json").read_text())
-    (weights / "rust.safetensors").rename(weights / "old.safetensors")
-    (weights / "spalling.safetensors").rename(weights / "rust.safetensors")
-    (weights / "old.safetensors").rename(weights / "spalling.safetensors")
-    manifest["defects"]["spalling"]["file"], manifest["defects"]["rust"]["file"] = "rust.safetensors", "spalling.safetensors"
+    spalling, rust = manifest["defects"]["spalling"], manifest["defects"]["rust"]
+    for field, suffix in (("file", ".safetensors"), ("graph", ".onnx")):
+        (weights / f"rust{suffix}").rename(weights / f"old{suffix}")
+        (weights / f"spalling{suffix}").rename(weights / f"rust{suffix}")
+        (weights / f"old{suffix}").rename(weights / f"spalling{suffix}")
+        spalling[field], rust[field] = rust[field], spalling[field]
     (weights / "manifest.json").write_text(json.dumps(manifest))
+    (new / "spalling.onnx").write_bytes(b"of the new weights")
     tensors = {name: value + 1 for name, value in load_file(new / "spalling.safetensors").items()}
     save_file(tensors, new / "spalling.safetensors")
     (tmp_path / "out" / "work").mkdir(parents=True)
@@ -239,6 +245,8 @@ def test_every_defect_keeps_a_file_of_its_own(running, tmp_path):
     facts = read_manifest(folder)[1]
     assert (folder / facts["spalling"].file).read_bytes() == (new / "spalling.safetensors").read_bytes()
     assert (folder / facts["rust"].file).read_bytes() == (weights / "spalling.safetensors").read_bytes()
+    assert load_weights(folder).graph("spalling") == b"of the new weights"
+    assert (folder / facts["rust"].graph).read_bytes() == (weights / "spalling.onnx").read_bytes()
 
 
 def test_the_same_command_again_changes_nothing(promoted, data_dir, running, new, capsys):
@@ -251,15 +259,16 @@ def test_the_same_command_again_changes_nothing(promoted, data_dir, running, new
     assert contents(promoted) == before
 
 
-def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, tmp_path, capsys):
+def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, tmp_path, capsys, monkeypatch):
     """With outlines: trained on the finished ones and the sets', and nothing is lost with the rejection."""
+    monkeypatch.setattr(calibrate, "ENCODERS_WITH_GRAPH", ())  # a graph would take 10 s, and is kept back with the rest
     out, before = tmp_path / "two", contents(running)
     with pytest.raises(SystemExit) as error:
         retrain.main(arguments(data_dir, running, new, out, "--margin", -1, "--outlines"))
     assert error.value.code == retrain.NOT_PROMOTED == 3
     assert "not promoted" in capsys.readouterr().out
     assert contents(running) == before
-    assert not list(out.glob("*.safetensors")) and not (out / "manifest.json").exists()
+    assert not {*out.glob("*.safetensors"), *out.glob("*.onnx")} and not (out / "manifest.json").exists()
     assert "Not promoted." in (out / "rejected" / "report.html").read_text()
     record = json.loads((out / "work" / "spalling" / "network" / "record.json").read_text())
     assert record["arm"] == "outlines"

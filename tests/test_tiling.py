@@ -6,9 +6,9 @@ import torch
 
 from defectcam.climb import LocalClimb
 from defectcam.deadline import Deadline, TimeLimitError
-from defectcam.engine import TorchEngine
-from defectcam.network import normalised
+from defectcam.encoders import normalised
 from defectcam.tiling import Tile, cut, tile_grid, tile_maps
+from defectcam.torch_engine import TorchEngine
 from tests.conftest import SmallNetwork, random_network, textured
 
 CLIMB = LocalClimb(xi=0.1, g_ref=0.5)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from defectcam.network import normalised
+from defectcam.encoders import normalised
 from defectcam.training import train
 from defectcam.training.clicks import Click, patch_bounds, read_clicks, simulate_clicks, write_clicks
 from defectcam.training.crops import CROPS_PER_CLICK, CropDataset, on_disk

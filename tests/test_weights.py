@@ -1,21 +1,22 @@
 """Weights are verified before they are trusted: what is wrong is named, with the file and the field."""
 
 import datetime
+import hashlib
 import json
 import re
 import shutil
+from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from defectcam import weights as weights_module
 from defectcam.climb import LocalClimb, PaperClimb
 from defectcam.network import ScoreNet
 from defectcam.postprocess import Cleaning
 from defectcam.pyramid import Reading
-from defectcam.weights import WeightsError, load_weights, read_manifest, sha256_of, write_manifest
+from defectcam.weights import DefectWeights, WeightsError, load_weights, read_manifest, sha256_of, write_manifest
 from tests.conftest import ROOT, random_network, tiny_weights
 
 
@@ -43,14 +44,14 @@ def rewrite(folder, defect="crack", without=(), **changes):
 
 def test_they_load_in_order_frozen_folded_and_in_eval_mode(sound):
     weights = load_weights(sound)
-    assert list(weights.networks) == list(weights.facts) == ["crack", "rust"]
+    assert list(weights.facts) == ["crack", "rust"] and weights.folder == sound
     original = random_network(0, 4, torch.float32, "efficientnet-lite0", "log-mean-exp")
     images = torch.rand(1, 3, 32, 32) * 2 - 1
-    for network in weights.networks.values():
+    for network in map(weights.network, weights.facts):
         assert isinstance(network, ScoreNet) and not network.training
         assert not any(parameter.requires_grad for parameter in network.parameters())
         assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
-    torch.testing.assert_close(weights.networks["crack"](images), original(images), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(weights.network("crack")(images), original(images), rtol=1e-3, atol=1e-3)
 
 
 def test_a_manifest_says_how_to_read_climb_and_clean(folder):
@@ -127,6 +128,18 @@ def spoil_architecture(folder):
         (spoil_truncated, "truncated, altered or swapped"),
         (spoil_altered, "truncated, altered or swapped"),
         (spoil_swapped, "truncated, altered or swapped"),
+    ],
+)
+def test_spoilt_files_stop_the_start_and_are_named(folder, spoil, reason):
+    spoil(folder)
+    with pytest.raises(WeightsError, match=reason) as error:
+        load_weights(folder)
+    assert "crack.safetensors" in str(error.value) and "take the weights folder as it was published" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
         (spoil_not_safetensors, "not a safetensors file"),
         (spoil_tensor_missing, "head.bias is missing"),
         (spoil_tensor_extra, "head.extra belongs to another architecture"),
@@ -135,11 +148,52 @@ def spoil_architecture(folder):
         (spoil_architecture, r"has shape \(8, 8, 3, 3\), the manifest's architecture needs \(4, 8, 3, 3\)"),
     ],
 )
-def test_spoilt_files_stop_the_start_and_are_named(folder, spoil, reason):
+def test_tensors_that_do_not_fit_stop_the_network_and_are_named(folder, spoil, reason):
+    """Their checksums are right; without PyTorch nobody looks at them."""
     spoil(folder)
+    weights = load_weights(folder)
     with pytest.raises(WeightsError, match=reason) as error:
-        load_weights(folder)
+        weights.network("crack")
     assert "crack.safetensors" in str(error.value) and "take the weights folder as it was published" in str(error.value)
+
+
+def test_a_file_that_is_altered_after_the_start_is_not_taken(folder):
+    weights = load_weights(folder)
+    spoil_altered(folder)
+    with pytest.raises(WeightsError, match="crack.safetensors was truncated, altered or swapped"):
+        weights.network("crack")
+
+
+def add_graph(folder) -> bytes:
+    """Give crack a file that is not looked into before an engine reads it."""
+    content = b"a graph"
+    (folder / "crack.onnx").write_bytes(content)
+    entries = entries_of(folder)
+    entries["crack"]["graph"] = "crack.onnx"
+    write_manifest(folder, entries)
+    return content
+
+
+def test_a_graph_is_verified_as_the_tensors_are(folder):
+    before = load_weights(folder).version
+    content = add_graph(folder)
+    weights = load_weights(folder)
+    assert weights.graph("crack") == content and weights.version != before
+    assert weights.facts["crack"].graph_sha256 == hashlib.sha256(content).hexdigest()
+    (folder / "crack.onnx").write_bytes(b"another")
+    for take in (lambda: load_weights(folder), lambda: weights.graph("crack")):
+        with pytest.raises(WeightsError, match="crack.onnx was truncated, altered or swapped: .*; take the weights folder"):
+            take()
+    (folder / "crack.onnx").unlink()
+    for take in (lambda: load_weights(folder), lambda: weights.graph("crack")):
+        with pytest.raises(WeightsError, match="crack.onnx cannot be read .*; take the weights folder"):
+            take()
+
+
+def test_weights_without_a_graph_say_how_to_get_one(folder):
+    add_graph(folder)
+    with pytest.raises(WeightsError, match="no graph of 'rust' .*`defectcam export --weights .*ADVCAM_ENGINE=torch"):
+        load_weights(folder).graph("rust")
 
 
 LOCAL = {"form": "local", "xi": 0.1, "g_ref": [1.0]}
@@ -152,6 +206,9 @@ PAPER = {"form": "paper", "xi": 0.1, "penalty_weight": 1.0, "salient_share": 0.5
         ({"file": "../crack.safetensors"}, "file must be a name without folders, not '../crack.safetensors'"),
         ({"file": None}, "file must be a text, not None"),
         ({"sha256": None}, "sha256 must be a text, not None"),
+        ({"graph": "../crack.onnx"}, "graph must be a name without folders, not '../crack.onnx'"),
+        ({"graph": None}, "graph must be a text, not None"),
+        ({"graph": "crack.onnx", "graph_sha256": 7}, "graph_sha256 must be a text, not 7"),
         ({"encoder": "vgg"}, "encoder must be one of resnet34, efficientnet-lite0, not 'vgg'"),
         ({"encoder": {}}, "encoder must be a text, not {}"),
         ({"pooling": "max"}, "pooling must be one of average, log-mean-exp, not 'max'"),
@@ -213,11 +270,21 @@ def test_a_manifest_that_does_not_fit_names_defect_and_field(folder, changes, re
     assert "manifest.json" in str(error.value) and "'crack'" in str(error.value)
 
 
-@pytest.mark.parametrize("field", weights_module.DefectWeights.__dataclass_fields__)
+OPTIONAL = {field.name for field in fields(DefectWeights) if field.default is not MISSING}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(DefectWeights) if field.name not in OPTIONAL])
 def test_a_field_that_is_missing_is_named(folder, field):
     rewrite(folder, without=[field])
     with pytest.raises(WeightsError, match=f"'crack': .*'{field}'"):
         read_manifest(folder)
+
+
+def test_the_graph_is_all_that_may_be_missing(folder):
+    assert OPTIONAL == {"graph", "graph_sha256"}
+    rewrite(folder, without=OPTIONAL)
+    _, facts = read_manifest(folder)
+    assert (facts["crack"].graph, facts["crack"].graph_sha256) == ("", "")
 
 
 def test_weights_of_an_earlier_version_are_refused(folder):
@@ -288,5 +355,5 @@ def test_a_manifest_is_there_whole_or_not_at_all(folder, monkeypatch):
 
 def test_what_ships_is_small_and_nothing_is_a_pickle():
     for path in (ROOT / "weights").iterdir():
-        assert path.suffix in (".safetensors", ".json", ".md", ".jpg", ".png"), path
+        assert path.suffix in (".safetensors", ".onnx", ".json", ".md", ".jpg", ".png"), path
         assert path.stat().st_size < 16e6

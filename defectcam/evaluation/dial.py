@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from defectcam.climb import PaperClimb
-from defectcam.engine import TorchEngine
+from defectcam.engine import Engine
 from defectcam.evaluation.figures import painted
 from defectcam.evaluation.measures import bootstrap_sums, interval_95, iou
 from defectcam.evaluation.photos import LabelledPhoto
@@ -34,13 +34,17 @@ SAME_IOU = 0.999  # of two answers that differ by rounding alone
 class ShuffledEngine:
     """An engine whose gradients have lost their places: every image's pixels in random order, the same each time."""
 
-    def __init__(self, engine: TorchEngine, seed: int = 0) -> None:
+    def __init__(self, engine: Engine, seed: int = 0) -> None:
         self.engine, self.random = engine, np.random.default_rng(seed)
-        self.stride_px, self.halo_px = engine.stride_px, engine.halo_px
+        self.name, self.stride_px, self.halo_px = engine.name, engine.stride_px, engine.halo_px
 
     def score(self, images: np.ndarray) -> np.ndarray:
         """As the engine gives it."""
         return self.engine.score(images)
+
+    def release_memory(self) -> None:
+        """As the engine does."""
+        self.engine.release_memory()
 
     def score_and_gradient(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The engine's score, and its gradient (N, 3, H, W) with the pixels of every image shuffled."""
@@ -89,7 +93,7 @@ def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPho
     fact, engine = predictor.weights.facts[defect], predictor.engines[defect]
     if any(isinstance(climb, PaperClimb) for climb in fact.reading.climbs):
         raise ValueError(f"--dial needs the local form of climbing; the weights of {defect} climb in the paper's form")
-    still = replace(fact.reading, climbs=tuple(replace(climb, xi=0.0) for climb in fact.reading.climbs))
+    still = replace(fact.reading, climbs=tuple(climb and replace(climb, xi=0.0) for climb in fact.reading.climbs))
     wanted = sorted({*STEPS, fact.iterations})
     by_steps: dict[int, list[list[int]]] = {steps: [] for steps in wanted}
     by_lower: dict[float, list[list[int]]] = {lower: [] for lower in LOWER_LOGITS}

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 
 from defectcam.climb import PaperClimb
 from defectcam.evaluation.dial import dial_lines, measure_dial
@@ -32,7 +32,7 @@ from defectcam.evaluation.report import draw_case, good_and_bad, page, table_lin
 from defectcam.evaluation.scale import measure_scale, scale_lines
 from defectcam.paths import file_name, write_image
 from defectcam.postprocess import Cleaning, regions
-from defectcam.predict import Predictor, find_cores, proposals_for
+from defectcam.predict import Predictor, device_and_engine, find_cores, proposals_for
 from defectcam.proposals import Component, find_components
 from defectcam.pyramid import PhotoMaps, Pyramid, Reading
 from defectcam.training.train import names
@@ -49,7 +49,7 @@ def answers(predictor: Predictor, maps: PhotoMaps, defect: str) -> Iterator[tupl
     fact = predictor.weights.facts[defect]
     for steps, proposals in proposals_for(maps, fact, sorted({*STEPS, fact.iterations})).items():
         yield "ours", steps, [one.component for one in proposals]
-    paper = PhotoMaps(predictor.engines[defect], PAPER_READING, maps.pyramid, predictor.batch)
+    paper = PhotoMaps(predictor.torch_engine(defect), PAPER_READING, maps.pyramid, predictor.batch)
     paper.climb([PAPER_STEPS], np.ones((1, 1), bool), max(paper.height, paper.width))
     cleaning = Cleaning(fact.closing_radius_px, 0, fact.min_area_px)
     for method, steps in (("plain CAM", 0), ("paper's setting", PAPER_STEPS)):
@@ -137,8 +137,8 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def open_weights(folder: Path) -> Predictor:
-    """A weights folder, on the GPU where there is one."""
-    return Predictor(load_weights(folder), "cuda" if torch.cuda.is_available() else "cpu")
+    """A weights folder, on the device and engine of the environment."""
+    return Predictor(load_weights(folder), *device_and_engine(os.environ))
 
 
 def sets_of(args: argparse.Namespace, predictor: Predictor, defect: str) -> tuple[list[str], list[str]]:

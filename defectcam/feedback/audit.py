@@ -36,13 +36,12 @@ from defectcam.feedback.cvat import CvatError, CvatExport
 from defectcam.feedback.labels import PhotoError, PhotoFolder, set_and_stem, size_on_disk
 from defectcam.feedback.regions import AREA_TYPES, common_px, merged, on_one_crop, region_of, resized
 from defectcam.paths import write_image
-from defectcam.predict import Predictor, proposals_for
+from defectcam.predict import Predictor, device_and_engine, proposals_for
 from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.pyramid import Pyramid
 from defectcam.training.clicks import mask_path, photo_path, split_stems
 from defectcam.training.crops import read_photo_rgb
 from defectcam.weights import WeightsError, load_weights
-from model_handler import choose_device
 
 F1_MARGIN_PX = 3
 PICTURE_PX = 480
@@ -236,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if bool(args.data) == bool(args.export) or bool(args.data) != bool(args.sets) or bool(args.export) != bool(args.photos):
         parser.error("give --data and --sets, or --export and --photos")
     try:
-        predictor = Predictor(load_weights(args.weights), choose_device(os.environ))
+        predictor = Predictor(load_weights(args.weights), *device_and_engine(os.environ))
         unknown = set(args.defects or ()) - set(predictor.defects)
         if unknown:
             parser.error(f"--defects names {sorted(unknown)[0]}; {args.weights} has weights for {predictor.defects}")

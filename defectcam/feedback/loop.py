@@ -54,7 +54,7 @@ from defectcam.feedback.labels import PhotoFolder, write_weak_labels
 from defectcam.feedback.regions import common_px, merged, on_one_crop, run_lengths, saved_share
 from defectcam.feedback.store import InteractionRow, open_store
 from defectcam.paths import file_name
-from defectcam.predict import Predictor
+from defectcam.predict import Predictor, device_and_engine
 from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.proposals import Component, find_components
 from defectcam.request import Request, Settings
@@ -63,7 +63,7 @@ from defectcam.training.calibrate import calibrate, say
 from defectcam.training.clicks import Click, photo_path, read_clicks, simulate_clicks, split_stems, write_clicks
 from defectcam.training.train import names
 from defectcam.weights import load_weights
-from model_handler import ModelHandler, choose_device
+from model_handler import ModelHandler
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -282,7 +282,10 @@ class Experiment:
         store = open_store(str(self.work / "feedback.db"))
         if not feedback.exists():
             log = ProposalLog(self.work / "proposals", LOG)
-            handler = ModelHandler(weights, choose_device(os.environ), Settings(), LOG, proposal_log=log, time_limit_s=math.inf)
+            device, engine = device_and_engine(os.environ)
+            handler = ModelHandler(
+                weights, device, Settings(), LOG, proposal_log=log, time_limit_s=math.inf, engine=engine
+            )
             photos = list(labelled_photos(self.second, args.sets, args.none_sets, "train", args.defect, args.photos))
             source = Campaign(handler, Annotator(args.error, args.seed), self.second, photos, args.defect)
             harvest = Harvest(source, store, LoggedProposals(read_proposal_log(self.work / "proposals")))
@@ -338,7 +341,7 @@ class Experiment:
     def _figures(self, weights: Path) -> dict:
         """Figures of an arm's weights on val, by set, and the minutes its network trained."""
         args, defect = self.args, self.args.defect
-        predictor = Predictor(load_weights(weights), choose_device(os.environ))
+        predictor = Predictor(load_weights(weights), *device_and_engine(os.environ))
         by_set = {}
         for photo in labelled_photos(self.first, args.sets, args.none_sets, "val", defect, args.photos):
             proposals = [one.component for one in predictor.propose(photo.image_rgb, defect)]

@@ -37,16 +37,16 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from defectcam.engine import TorchEngine
+from defectcam.encoders import normalised
 from defectcam.feedback.cvat import CvatError, add_server_options, server_of
-from defectcam.network import normalised
 from defectcam.paths import write_image
-from defectcam.predict import Predictor
+from defectcam.predict import Predictor, device_and_engine
 from defectcam.proposals import probability
 from defectcam.pyramid import Pyramid
 from defectcam.request import ImageError, RequestError, decode_image
+from defectcam.torch_engine import TorchEngine
 from defectcam.weights import WeightsError, load_weights
-from model_handler import MAX_MEGAPIXELS, choose_device
+from model_handler import MAX_MEGAPIXELS
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 WINDOW_PX, SPACING_PX = 64, 32
@@ -141,7 +141,7 @@ def look_at(predictor: Predictor, path: Path, image_rgb: np.ndarray) -> Look:
 
     found = {defect: figures(defect) for defect in predictor.defects}
     defect = max(found, key=lambda name: found[name][0] + found[name][1])
-    features = np.concatenate([pooled_features(engine, image_rgb) for engine in predictor.engines.values()])
+    features = np.concatenate([pooled_features(predictor.torch_engine(name), image_rgb) for name in found])
     return Look(path, defect, *found[defect][:2], features, found[defect][2])
 
 
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--cvat-task: {error}")
     try:
         paths = photo_paths(args.photos)
-        predictor = Predictor(load_weights(args.weights), choose_device(os.environ))
+        predictor = Predictor(load_weights(args.weights), *device_and_engine(os.environ))
         looks, skipped = look_at_all(predictor, paths)
         if not looks:
             sys.exit(f"none of the {len(skipped)} photos can be read")

@@ -12,7 +12,7 @@
 Clicks on val photos are left out. Defects without new clicks keep the running weights bit for bit. Nothing is
 overwritten: OUT must not exist, or hold a run of the same command that was cut off, which then goes on.
 
-OUT/manifest.json, *.safetensors    promoted weights, for `deploy.sh weights OUT`
+OUT/manifest.json, *.safetensors, *.onnx    promoted weights, for `deploy.sh weights OUT`
 OUT/report.html, pictures/          both versions' figures, and the photos on which they differ most
 OUT/rejected/                       all of this instead, where the new weights were not promoted
 OUT/clicks/<defect>.csv             old and new clicks: --old-clicks of the next time
@@ -49,14 +49,13 @@ from defectcam.evaluation.measures import iou
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
 from defectcam.evaluation.report import compared
 from defectcam.paths import file_name, inside, relative_path, write_image
-from defectcam.predict import Predictor
+from defectcam.predict import Predictor, device_and_engine
 from defectcam.request import RequestError
 from defectcam.training import outline, train
 from defectcam.training.calibrate import calibrate, say
 from defectcam.training.clicks import Click, photo_path, read_clicks, split_stems, write_clicks
 from defectcam.training.train import names
 from defectcam.weights import DefectWeights, WeightsError, load_weights, read_manifest, sha256_of, write_manifest
-from model_handler import choose_device
 
 NOT_PROMOTED = 3
 STEPS = 400
@@ -250,6 +249,8 @@ def train_network(args: argparse.Namespace, plan: Plan, out: Path) -> None:
         write_json(out / "record.json", done | began_with)
         return
     options += ["--arm=outlines", f"--wide-sets={','.join(plan.wide_sets)}"]
+    if "none_regions" in record:
+        options.append(f"--none-regions={','.join(record['none_regions'])}")
     if "scales" in record:
         options.append(f"--scales={','.join(map(str, record['scales']))}")
     run = outline.parse_args(options)
@@ -293,10 +294,13 @@ def assemble(args: argparse.Namespace, calibrated_dirs: dict[str, Path], parent:
     entries = json.loads((args.weights / "manifest.json").read_text())["defects"]
     for defect, entry in entries.items():
         source = calibrated_dirs.get(defect, args.weights)
-        file = file_name(defect, ".safetensors")  # the same name may stand for another defect's file in the other folder
         entries[defect] = json.loads((source / "manifest.json").read_text())["defects"][defect]
-        shutil.copyfile(source / entries[defect]["file"], folder / file)
-        entries[defect]["file"] = file
+        for field, suffix in (("file", ".safetensors"), ("graph", ".onnx")):
+            if not entries[defect].get(field):
+                continue
+            file = file_name(defect, suffix)  # the same name may stand for another defect's file in the other folder
+            shutil.copyfile(source / entries[defect][field], folder / file)
+            entries[defect][field] = file
     write_manifest(folder, entries, parent)
     return folder
 
@@ -410,7 +414,7 @@ def pictures_of(plan: Plan, judged: Sequence[Judged], folder: Path) -> list[tupl
 
 def publish(candidate: Path, folder: Path) -> None:
     """Copy a weights folder, its manifest last and in one move: whoever sees one sees all."""
-    for path in candidate.glob("*.safetensors"):
+    for path in (*candidate.glob("*.safetensors"), *candidate.glob("*.onnx")):
         shutil.copyfile(path, folder / path.name)
     shutil.copyfile(candidate / "manifest.json", folder / "manifest.tmp")
     (folder / "manifest.tmp").replace(folder / "manifest.json")
@@ -465,7 +469,7 @@ def retrain(args: argparse.Namespace) -> bool:
 
 def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, kept: list[str]) -> dict:
     """Everything from the clicks to the report; returns what the run's record keeps of it."""
-    device = choose_device(os.environ)
+    hardware = device_and_engine(os.environ)
     (args.out / "clicks").mkdir(exist_ok=True)
     calibrated_dirs = {}
     for plan in plans:
@@ -477,7 +481,7 @@ def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, ke
         calibrated_dirs[plan.defect] = calibrated(args, plan, work)
     candidate = assemble(args, calibrated_dirs, parent)
     folders = {"running": args.weights, "candidate": candidate}
-    predictors = {name: Predictor(load_weights(folder), device) for name, folder in folders.items()}
+    predictors = {name: Predictor(load_weights(folder), *hardware) for name, folder in folders.items()}
     of_defects, judged = [], {}
     for plan in plans:
         say(f"{plan.defect}: comparison")

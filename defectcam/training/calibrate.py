@@ -1,10 +1,12 @@
 """From a trained network to weights that can be deployed: everything the manifest needs, chosen on val.
 
 1. Reading: the finest level and the sharpness of merging whose plain maps fit best, each at its best threshold; a
-   finer level must be better by FINER_GAIN, since it costs four times as much.
-2. Climb: `g_ref` of every level, the 99.9 % quantile of the gradient's magnitude on photos with the defect; and the
-   largest step xi that costs at most CLIMB_COST of the fit, else the smallest of XIS.
-3. Cleaning: closing, gap and minimum area that fit best at the default T, and then the threshold that does.
+   finer level must be better by FINER_GAIN, since it costs four times as much, the enlarged one by ENLARGED_GAIN.
+2. Climb: `g_ref` of every level, the 99.9 % quantile of the gradient's magnitude on photos with the defect; and of
+   CLIMBS the one that comes nearest to a dial: T = 2 costs at most COST_OF_DEFAULT_T of the fit, T = 8 at most
+   COST_OF_LARGE_T, and the recall of pixels rises by LEAST_RISE.
+3. Cleaning: closing, gap and minimum area that fit best at the default T, and then the threshold that does; by how
+   much T = 0 fits better at a threshold counts against it.
 4. Platt: the probability of a pixel, by logistic regression of the truth on the merged map; theta is the threshold
    as a probability.
 5. Confidence: logistic regression on the regions of T = 0, right or wrong. Right ones lie for the most part within
@@ -13,8 +15,9 @@
    the defect together, FALSE_PER_MP_OF_SET (or a single one) on every set with LEAST_PHOTOS of them, and
    FALSE_PER_PHOTO a photo on those with it.
 
-"Fit" is, of each set, the mean of F1 with 2 px tolerance (mean over photos) and IoU for cracks, IoU of all pixels for
-other defects; and of several sets the mean.
+"Fit" is, of each set, the IoU of all pixels, for cracks the mean of it, of F1 with 2 px tolerance (mean over photos)
+and of the share of clicks saved (mean over cracks): an outline slightly wide of a crack saves more than one with gaps.
+Of several sets it is the mean.
 
 Example:
     defectcam calibrate --defect crack --network out/train/crack --data ../shared/data --sets deepcrack,uav75 \\
@@ -34,40 +37,50 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from tqdm import tqdm
 
 from defectcam.climb import LocalClimb
-from defectcam.engine import TorchEngine
-from defectcam.evaluation.measures import f1_2px
+from defectcam.encoders import normalised
+from defectcam.evaluation.measures import f1_2px, saved_per_component
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
-from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling, normalised
+from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
+from defectcam.openvino_engine import OpenVinoEngine
 from defectcam.paths import file_name
 from defectcam.postprocess import Cleaning, regions
 from defectcam.proposals import component_confidence, component_features, find_components, probability
 from defectcam.pyramid import ENLARGED, PhotoMaps, Pyramid, Reading
+from defectcam.torch_engine import TorchEngine
+from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
 from defectcam.training.train import names
 from defectcam.weights import climbs_of, read_manifest, write_manifest
 
 FINEST = {"crack": (1.0, ENLARGED)}
 OTHER_FINEST = (1.0, 0.5)
-SHARPNESSES = (0.5, 1.0, 3.0)
+SHARPNESSES = (0.5, 3.0)
 THRESHOLDS = tuple(range(-4, 5))  # of the merged map; then twice half as far around the best
 FIRST_CLEANING = {"crack": Cleaning(1, 10, 24)}
 OTHER_FIRST_CLEANING = Cleaning(1, 0, 30)
 CLEANINGS = {"crack": [Cleaning(*how) for how in product((0, 1, 2), (6, 10, 14), (24, 48))]}
 OTHER_CLEANINGS = [Cleaning(closing, 0, area) for closing, area in product((0, 1, 3), (30, 100, 300))]
 FINER_GAIN = 0.03  # of fit, which a level twice as fine must bring: it takes four times as long
+ENLARGED_GAIN = 0.01  # which the enlarged level must bring: it is read only near what the others see
 STEPS = (0, 1, 2, 4, 8)
-XIS = (0.003, 0.006, 0.012)
+CLIMBS = [
+    *(("finest level", xi) for xi in (0.005, 0.01, 0.02, 0.04)),
+    *(("all levels", xi) for xi in (0.0005, 0.001)),
+]  # step xi
 G_REF_QUANTILE = 0.999
 G_REF_LEVELS = 4  # coarser ones are like the last
-CLIMB_COST = {2: 0.01, 8: 0.05}  # T -> of fit, against T = 0
-CLIMB_PHOTOS = 4  # for xi: a climb of eight steps takes as long as thirty plain maps
+COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.15  # of the best fit of T = 0 that T = 2 and T = 8 may lose
+DEFAULT_T_COUNTS = 4  # times as much, what T = 2 loses beyond that: it is what people get unasked
+LEAST_RISE = 0.05  # of the recall of pixels from T = 0 to 8; of proposals that extend it is about twice as much
+CLIMB_PHOTOS = 8  # a climb of eight steps takes as long as thirty plain maps
 DEFAULT_T_PHOTOS = 40  # for cleaning and threshold
 PIXELS_PER_PHOTO = 4000  # for Platt
-FALSE_PER_MP = 0.2
+FALSE_PER_MP = 0.4
 FALSE_PER_MP_OF_SET = 0.5
 LEAST_PHOTOS = 20  # of fewer, one odd photo decides
 FALSE_PER_PHOTO = 1.5
@@ -82,7 +95,13 @@ class Calibration:
         self.tensors = load_file(args.network / "best.safetensors")
         network = ScoreNet(*(self.record[name] for name in ("encoder", "decoder", "downsamplings", "pooling")))
         network.load_state_dict(self.tensors)
-        self.engine = TorchEngine(fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval())))
+        network.requires_grad_(False).eval()
+        self.graph = graph_of(network) if network.encoder_name in ENCODERS_WITH_GRAPH else None
+        if self.graph and not torch.cuda.is_available():
+            self.engine = OpenVinoEngine(self.graph, network.stride_px, network.halo_px)
+        else:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.engine = TorchEngine(fold_upsampling(fold_batchnorm(network)), device)
         photos = list(labelled_photos(args.data, args.sets, args.healthy_sets, "val", self.defect, args.photos))
         self.healthy = [photo for photo in photos if photo.truth is None]
         self.labelled = [photo for photo in photos if photo.truth is not None]
@@ -108,22 +127,37 @@ class Calibration:
             either = sum(np.count_nonzero(mask | truth) for mask, truth in pairs)
             value = both / max(either, 1)
             if self.defect == "crack":
-                value = (value + float(np.mean([f1_2px(mask, truth) for mask, truth in pairs]))) / 2
+                f1 = np.mean([f1_2px(mask, truth) for mask, truth in pairs])
+                saved = [share for mask, truth in pairs for share in saved_per_component(mask, truth, self.defect)]
+                value = float(np.mean([value, f1, np.mean(saved or [0.0])]))
             found.append(value)
         return float(np.mean(found))
 
     def best_threshold(
-        self, photos: Sequence[LabelledPhoto], logits: Sequence[np.ndarray], cleaning: Cleaning
+        self,
+        photos: Sequence[LabelledPhoto],
+        logits: Sequence[np.ndarray],
+        cleaning: Cleaning,
+        plain: Sequence[np.ndarray] | None = None,
     ) -> tuple[float, float]:
-        """The largest fit, and the threshold where it is."""
+        """The largest fit, and the threshold where it is.
 
-        def best(thresholds: Sequence[float]) -> tuple[float, float]:
-            return max((self.fit(photos, [regions(one, least, cleaning) for one in logits]), least) for least in thresholds)
+        Args:
+            plain: the maps of T = 0. By how much they fit better at a threshold counts against it: the default T shall
+                be the best.
+        """
 
-        found = best(THRESHOLDS)
+        def at(least: float) -> tuple[float, float, float]:
+            fit = self.fit(photos, [regions(one, least, cleaning) for one in logits])
+            if plain is None:
+                return fit, fit, least
+            lead = self.fit(photos, [regions(one, least, cleaning) for one in plain]) - fit
+            return fit - max(0.0, lead), fit, least
+
+        found = max(map(at, THRESHOLDS))
         for step in (0.5, 0.25):
-            found = max(found, best((found[1] - step, found[1] + step)))
-        return found
+            found = max(found, at(found[2] - step), at(found[2] + step))
+        return found[1:]
 
     def choose_reading(self) -> tuple[Reading, float, dict]:
         """The reading that fits best, its threshold, and the fit of all."""
@@ -135,7 +169,7 @@ class Calibration:
             fit, least = self.best_threshold(self.labelled, logits, cleaning)
             report[f"finest {finest:g}, sharpness {sharpness:g}"] = {"fit": round(fit, 4), "threshold": least}
             say(f"reading from level {finest:g}, sharpness {sharpness:g}: fit {fit:.3f} at {least:g}")
-            worth = fit - FINER_GAIN * np.log2(finest)
+            worth = fit - FINER_GAIN * np.log2(min(finest, 1.0)) - ENLARGED_GAIN * (finest == ENLARGED)
             best = max(best, (worth, least, reading), key=lambda one: one[0])
         return best[2], best[1], report
 
@@ -155,31 +189,35 @@ class Calibration:
         ]
 
     def choose_climb(self, reading: Reading) -> tuple[dict, dict]:
-        """The manifest's `climb`, and what every xi gives."""
+        """The manifest's `climb`, and what every candidate gives."""
         g_ref = self.gradient_references(reading)
-        photos, report, found, plain = spread(self.labelled, CLIMB_PHOTOS), {}, [], 0.0
+        photos, report, found = spread(self.labelled, CLIMB_PHOTOS), {}, []
         cleaning = replace(FIRST_CLEANING.get(self.defect, OTHER_FIRST_CLEANING), gap_px=0)
-        for xi in XIS:
-            climbing = replace(reading, climbs=tuple(LocalClimb(xi, one) for one in g_ref))
+        for name, xi in CLIMBS:
+            climb = {"form": "local", "xi": xi, "g_ref": g_ref if name == "all levels" else [g_ref[0], None]}
+            climbing = replace(reading, climbs=climbs_of(climb))
             logits: dict[int, list[np.ndarray]] = {steps: [] for steps in STEPS}
-            for photo in tqdm(photos, desc=f"climb, step {xi}", unit="photo"):
+            for photo in tqdm(photos, desc=f"climb, {name}, step {xi}", unit="photo"):
                 maps = self.maps[photo].read_as(climbing)
                 maps.climb(STEPS[1:], np.ones((1, 1), bool), max(maps.height, maps.width))
                 for steps in STEPS:
                     logits[steps].append(maps.merged(steps))
-            _, least = self.best_threshold(photos, logits[2], cleaning)
+            best, least = self.best_threshold(photos, logits[2], cleaning, logits[0])
+            plain, _ = self.best_threshold(photos, logits[0], cleaning)
             fits = {steps: self.fit(photos, [regions(one, least, cleaning) for one in logits[steps]]) for steps in STEPS}
             recalls = {steps: recall(photos, [one > least for one in logits[steps]]) for steps in STEPS}
-            report[str(xi)] = {
+            report[f"{name}, {xi}"] = {
                 "threshold": least,
+                "plain": round(plain, 4),
                 "fit": {str(steps): round(value, 4) for steps, value in fits.items()},
                 "recall": {str(steps): round(value, 4) for steps, value in recalls.items()},
             }
-            say(f"xi {xi}: {report[str(xi)]}")
-            found.append((xi, fits))
-            plain = max(plain, fits[0])
-        cheap = [xi for xi, fits in found if all(fits[steps] >= plain - cost for steps, cost in CLIMB_COST.items())]
-        return {"form": "local", "xi": max(cheap, default=min(XIS)), "g_ref": g_ref}, report
+            say(f"climb, {name}, step {xi}: {report[f'{name}, {xi}']}")
+            cost = DEFAULT_T_COUNTS * max(0.0, plain - best - COST_OF_DEFAULT_T)
+            cost += max(0.0, plain - fits[8] - COST_OF_LARGE_T)
+            lacking = max(0.0, LEAST_RISE - (recalls[8] - recalls[0]))
+            found.append((cost + lacking, climb))
+        return min(found, key=lambda one: one[0])[1], report
 
     def climbed(self, photos: Sequence[LabelledPhoto], reading: Reading, steps: int) -> list[np.ndarray]:
         """The merged maps M_T of some photos, climbed everywhere."""
@@ -294,8 +332,9 @@ def calibrate(args: argparse.Namespace) -> None:
     climb, climbs = work.choose_climb(reading)
     photos = spread(work.labelled, DEFAULT_T_PHOTOS)
     climbed = work.climbed(photos, replace(reading, climbs=climbs_of(climb)), args.iterations)
+    plain = [work.maps[photo].read_as(reading).merged() for photo in photos]
     cleaning, cleanings = work.choose_cleaning(photos, climbed, least)
-    fit, least = work.best_threshold(photos, climbed, cleaning)
+    fit, least = work.best_threshold(photos, climbed, cleaning, plain)
     say(f"T = {args.iterations}: fit {fit:.3f} at threshold {least:g} of the merged map, {cleaning}")
     logits = {photo: maps.read_as(reading).merged() for photo, maps in tqdm(work.maps.items(), desc="regions", unit="photo")}
     platt = fit_platt(list(logits.values()), [photo.truth for photo in logits])
@@ -347,14 +386,17 @@ def calibrate(args: argparse.Namespace) -> None:
             "cleanings_tried": cleanings,
         },
     }
-    write(args, work.tensors, entry)
+    write(args, work, entry)
 
 
-def write(args: argparse.Namespace, tensors: dict, entry: dict) -> None:
-    """Write the defect's file, then its entry of the manifest; the other defects' entries are left as they are."""
+def write(args: argparse.Namespace, work: Calibration, entry: dict) -> None:
+    """Write the defect's files, then its entry of the manifest; the other defects' entries are left as they are."""
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / file_name(args.defect, ".safetensors")
-    save_file(tensors, path)
+    save_file(work.tensors, path)
+    if work.graph:
+        path.with_suffix(".onnx").write_bytes(work.graph)
+        entry["graph"] = path.with_suffix(".onnx").name
     defects = {}
     if (args.out / "manifest.json").exists():
         defects = json.loads((args.out / "manifest.json").read_text())["defects"]

@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.climb import LocalClimb
-from defectcam.engine import TorchEngine
 from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
 from defectcam.pyramid import PhotoMaps, Pyramid, Reading
+from defectcam.torch_engine import TorchEngine
 from defectcam.training.clicks import Click
 
 LOOKED_AT_PX = 30_000_000  # of all photos together, in a random order: some minutes on a processor

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from defectcam.network import ScoreNet, normalised
+from defectcam.encoders import normalised
+from defectcam.network import ScoreNet
 from defectcam.training.clicks import mask_path, photo_path, split_stems
 from defectcam.training.crops import on_disk, read_photo_rgb, turned, varied_colours
 from defectcam.training.mistakes import ALL_LEVELS, ONE_LEVEL, mistaken_pixels, plain_map
@@ -38,7 +39,8 @@ from defectcam.training.train import add_common_arguments, fit, mistakes_fact, n
 UNKNOWN = 127  # grey level of mask pixels that nobody vouches for
 ON_DEFECT_SHARE = 0.5  # of the crops are around a defect's pixel, the others anywhere
 LIKELIEST_SHARE = 0.25  # of an outline that runs wide is taken for the defect: what is 2 to 5 times too thick holds that much
-LARGEST_WINDOW = 1.5  # of a photo's longer side: beyond it a crop would show mostly its repeated edge
+SMALLEST_WINDOW_PX = 24  # of the photo: what is enlarged from less shows no defect
+RIM_PX = 4  # around the regions of another defect
 AROUND_PX = 15  # radius in which the likeliest pixels are looked for: a faint stretch of a crack has its own
 
 
@@ -99,12 +101,13 @@ class OutlineDataset(Dataset):
 
     Args:
         with_defect, without: photos with the defect and without it. Crops of these are 3 in 10 of the draws, 4 in 10
-            with `mistakes`; a photo's chance grows with its size.
+            with `mistakes`. Every photo has the same chance: were it larger for large photos, small ones would nearly
+            always show the defect, and the network would learn how a small photo looks.
         crop_px: side of the square crops.
         seed: together with the draw's number fixes every crop.
         mistakes: of each photo without the defect the pixels (flat indices) of which half of these draws are made.
         scales: least and largest factor by which what a crop shows is resized, drawn log-uniformly: a spall may be
-            40 or 4000 px wide. What a crop shows beyond the photo repeats the photo's edge and is unknown.
+            40 or 4000 px wide. A crop shows at most the largest square of the photo.
 
     Items: (image_rgb (3, crop_px, crop_px) uint8, coverage (crop_px, crop_px) float 0..1, known, the same, 0 or 1).
     """
@@ -120,9 +123,7 @@ class OutlineDataset(Dataset):
     ) -> None:
         if not with_defect:
             raise ValueError("training outlines needs photos with the defect, got none")
-        self.without_ends = np.cumsum([photo.coverage.size for photo in without])
-        self.mistakes, self.mistake_ends = mistakes, np.cumsum([len(pixels) for pixels in mistakes])
-        self.mistaken = bool(len(mistakes)) and self.mistake_ends[-1] > 0
+        self.mistakes, self.mistaken = mistakes, [index for index, pixels in enumerate(mistakes) if len(pixels)]
         self.with_defect, self.without = with_defect, without
         self.crop_px, self.seed, self.scales = crop_px, seed, scales
         self.defect_pixels = [
@@ -133,8 +134,8 @@ class OutlineDataset(Dataset):
         rng = np.random.default_rng((self.seed, draw))
         on_pixel = rng.random() < ON_DEFECT_SHARE
         if self.without and draw % 10 >= (6 if self.mistaken else 7):
-            ends = self.mistake_ends if self.mistaken and on_pixel else self.without_ends
-            index = int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
+            some = self.mistaken if self.mistaken and on_pixel else range(len(self.without))
+            index = some[int(rng.integers(len(some)))]
             photo, pixels = self.without[index], self.mistakes[index] if self.mistaken else np.empty(0)
         else:
             epoch, position = divmod(draw, len(self.with_defect))
@@ -146,33 +147,22 @@ class OutlineDataset(Dataset):
         else:
             y, x = int(rng.integers(height)), int(rng.integers(width))
         scale = float(np.exp(rng.uniform(*np.log(self.scales))))
-        size = min(round(self.crop_px / scale), round(LARGEST_WINDOW * max(height, width)))
+        size = min(max(round(self.crop_px / scale), SMALLEST_WINDOW_PX), height, width)
         x0, y0 = (
-            window_start(center + int(rng.uniform(-0.4, 0.4) * size), size, length)
+            min(max(center + int(rng.uniform(-0.4, 0.4) * size) - size // 2, 0), length - size)
             for center, length in ((x, width), (y, height))
         )
         turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
 
-        def cut(array: np.ndarray, interpolation: int, border: int) -> np.ndarray:
-            top, left = max(y0, 0), max(x0, 0)
-            part = array[top : y0 + size, left : x0 + size]
-            below, right = size - (top - y0) - part.shape[0], size - (left - x0) - part.shape[1]
-            part = cv2.copyMakeBorder(part, top - y0, below, left - x0, right, border, value=0)
-            part = cv2.resize(part, (self.crop_px, self.crop_px), interpolation=interpolation)
-            return turned(part, turns, mirrored)
+        def cut(array: np.ndarray, interpolation: int) -> np.ndarray:
+            part = array[y0 : y0 + size, x0 : x0 + size]
+            return turned(cv2.resize(part, (self.crop_px, self.crop_px), interpolation=interpolation), turns, mirrored)
 
         smooth = cv2.INTER_AREA if size > self.crop_px else cv2.INTER_LINEAR
-        image = torch.from_numpy(cut(photo.image_rgb, smooth, cv2.BORDER_REPLICATE)).permute(2, 0, 1)
-        coverage = torch.from_numpy(cut(photo.coverage, smooth, cv2.BORDER_REPLICATE)).float() / 255
-        known = torch.from_numpy(cut(photo.known.astype(np.uint8), cv2.INTER_NEAREST, cv2.BORDER_CONSTANT)).float()
+        image = torch.from_numpy(cut(photo.image_rgb, smooth)).permute(2, 0, 1)
+        coverage = torch.from_numpy(cut(photo.coverage, smooth)).float() / 255
+        known = torch.from_numpy(cut(photo.known.astype(np.uint8), cv2.INTER_NEAREST)).float()
         return noisy(varied_colours(image, int(rng.integers(2**31))), rng), coverage, known
-
-
-def window_start(center: int, size: int, length: int) -> int:
-    """Start of a window of `size` around `center`, moved inside 0..length where it fits, else around all of it."""
-    if size <= length:
-        return min(max(center - size // 2, 0), length - size)
-    return min(max(center - size // 2, length - size), 0)
 
 
 def noisy(image_rgb: Tensor, rng: np.random.Generator) -> Tensor:
@@ -234,6 +224,25 @@ def gather_photos(
     return photos
 
 
+def regions_without(args: argparse.Namespace) -> list[OutlinePhoto]:
+    """Photos that are known to be without the defect inside and just around the regions of another one, and nowhere else.
+
+    The rim of a spall looks like a crack and is none; the concrete beside it may have cracks that nobody marked.
+    """
+    photos = []
+    for set_name, other in args.none_regions:
+        for stem in tqdm(split_stems(args.data, set_name, "train"), desc=f"{set_name} {other}", unit="photo"):
+            mask = mask_path(args.data / set_name, other, stem)
+            if not mask.exists():
+                continue
+            photo = load_outline_photo(photo_path(args.data / set_name, stem), mask)
+            inside = (photo.coverage > UNKNOWN).astype(np.uint8)
+            if inside.any():
+                around = cv2.dilate(inside, np.ones((2 * RIM_PX + 1, 2 * RIM_PX + 1), np.uint8)) > 0
+                photos.append(OutlinePhoto(photo.image_rgb, on_disk(np.zeros_like(photo.coverage)), on_disk(around)))
+    return photos
+
+
 def train_photos(args: argparse.Namespace) -> list[OutlinePhoto]:
     """The photos to learn from as the arguments say; of the sets without the defect those that show none."""
     photos = gather_photos(args, args.sets, "train", args.masks)
@@ -241,7 +250,8 @@ def train_photos(args: argparse.Namespace) -> list[OutlinePhoto]:
         network = network_from(args).eval()
         wide = gather_photos(args, args.wide_sets, "train", args.masks)
         photos += [narrowed(network, photo) for photo in tqdm(wide, desc="wide outlines", unit="photo")]
-    return photos + [photo for photo in gather_photos(args, args.none_sets, "train", args.masks) if not photo.coverage.any()]
+    none = [photo for photo in gather_photos(args, args.none_sets, "train", args.masks) if not photo.coverage.any()]
+    return photos + none + regions_without(args)
 
 
 def masks_sha256(photos: Sequence[OutlinePhoto]) -> str:
@@ -269,7 +279,8 @@ def train_outline(args: argparse.Namespace, photos: Sequence[OutlinePhoto]) -> d
         val += [healthy[index] for index in rng.permutation(len(healthy))[: args.val_photos // 2]]
     facts = {"arm": args.arm, "photos": len(with_defect), "photos_without": len(without)}
     facts |= {"masks_sha256": masks_sha256(with_defect), "val_masks_sha256": masks_sha256(val)}
-    facts |= {"scales": list(args.scales)} | ({"wide_sets": args.wide_sets} if args.wide_sets else {}) | mistakes_fact(args)
+    facts |= {"scales": list(args.scales)} | ({"wide_sets": args.wide_sets} if args.wide_sets else {})
+    facts |= ({"none_regions": [":".join(pair) for pair in args.none_regions]} if args.none_regions else {}) | mistakes_fact(args)
     return fit(
         args,
         OutlineLoss(network),
@@ -296,6 +307,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="further sets whose outlines run wide: of these what the network of --init finds likeliest is learnt, the rest not",
     )
     parser.add_argument(
+        "--none-regions",
+        type=lambda text: [tuple(pair.split(":", 1)) for pair in names(text)],
+        default=[],
+        help="SET:DEFECT,...: regions of another defect, such as phinet_labelled:spalling, which are none of this one",
+    )
+    parser.add_argument(
         "--scales",
         type=lambda text: tuple(map(float, text.split(","))),
         default=(0.7, 1.4),
@@ -306,6 +323,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parsed(parser, argv)
     if len(args.scales) != 2 or not 0.01 <= args.scales[0] <= args.scales[1] <= 10:
         parser.error(f"--scales is {','.join(map(str, args.scales))}; two factors from 0.01 to 10 are needed, the least first")
+    if any(len(pair) != 2 for pair in args.none_regions):
+        parser.error("--none-regions needs SET:DEFECT, such as phinet_labelled:spalling")
     record = args.masks / "pseudo.json" if args.masks else None
     if record and record.exists() and not json.loads(record.read_text())["finished"]:
         # A photo without a mask would be taken for one without the defect.

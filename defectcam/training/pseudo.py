@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.paths import write_image
-from defectcam.predict import Predictor, paste
+from defectcam.predict import Predictor, device_and_engine, paste
 from defectcam.training.clicks import Click, simulate_clicks
 from defectcam.training.crops import read_photo_rgb
 from defectcam.training.dark_lines import dark_lines
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the simulated clicks, as in training")
     parser.add_argument("--out", type=Path, required=True, help="folder of <set>/<stem>.png to write")
     args = parser.parse_args(argv)
-    predictor = Predictor(load_weights(args.weights))
+    predictor = Predictor(load_weights(args.weights), *device_and_engine(os.environ))
     if args.defect not in predictor.defects:
         sys.exit(f"{args.weights} has no weights for {args.defect!r}; there are {predictor.defects}")
     facts = {

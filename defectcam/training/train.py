@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from defectcam.network import ENCODERS, POOLINGS, ScoreNet, normalised
+from defectcam.encoders import ENCODERS, POOLINGS, normalised
+from defectcam.network import ScoreNet
 from defectcam.training.clicks import Click, read_clicks, simulate_clicks
 from defectcam.training.crops import CropDataset
 from defectcam.training.mistakes import mistaken_clicks

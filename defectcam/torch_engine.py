@@ -1,0 +1,63 @@
+"""PyTorch's engine: the definition of what every engine computes, and the one for GPUs and for training."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from defectcam.memory import return_freed_memory
+from defectcam.network import ScoreNet
+
+
+class TorchEngine:
+    """A frozen ScoreNet on one device.
+
+    Args:
+        network: in eval mode, folded or not; moved to `device`.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: a network in training mode, whose BatchNorms would drift and mix the batch.
+    """
+
+    name = "torch"
+
+    def __init__(self, network: ScoreNet, device: str = "cpu") -> None:
+        if network.training:
+            raise ValueError("an engine needs the network in eval mode: call network.eval() first")
+        # The same photo must give the same answer, and proposals keep their names: no TF32, no search for the fastest
+        # algorithm of the day.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        self.network = network.requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.device = device
+        self.stride_px, self.halo_px = network.stride_px, network.halo_px
+        self.lock = threading.Lock()  # several threads would only compete for memory
+
+    def score(self, images: np.ndarray) -> np.ndarray:
+        """See `Engine.score`."""
+        with self.lock, torch.no_grad():
+            return self.network.score_map(self.tensor(images)).float().cpu().numpy()
+
+    def score_and_gradient(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.score_and_gradient`."""
+        with self.lock, torch.enable_grad():
+            tensor = self.tensor(images).requires_grad_(True)
+            score = self.network.score_map(tensor)
+            return_freed_memory()  # else what the forward pass has left over adds a tenth to the backward pass's peak
+            (gradient,) = torch.autograd.grad(score, tensor, grad_outputs=score.detach().sigmoid())
+            return score.detach().float().cpu().numpy(), gradient.float().cpu().numpy()
+
+    def release_memory(self) -> None:
+        """See `Engine.release_memory`."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return_freed_memory()
+
+    def tensor(self, images: np.ndarray) -> torch.Tensor:
+        """Images on the device, in the network's dtype, channels last."""
+        tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self.device, self.network.head.weight.dtype)
+        return tensor.contiguous(memory_format=torch.channels_last)
