@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     results["engines"] = {defect: engine.name for defect, engine in model.predictor.engines.items()}
 
     def keep(more: dict) -> None:
-        """Written after every part: whoever interrupts the last one, the longest, keeps the others."""
+        """Write after every part: if the last one, the longest, is interrupted, the others are kept."""
         results.update(more)
         (args.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
         draw(results, args.out / "bench.png")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import cv2
@@ -36,18 +35,6 @@ PLACES, PLACE_PX = 3, 320  # in a row and in a column of a large photo, and thei
 CELL_PX = 16  # side of the photo's cells that are climbed or not
 ENGINES = ("torch", "openvino")
 BATCH = {"cpu": 1, "cuda": 8}  # tiles at once: a CPU gains nothing from more
-
-
-@dataclass(frozen=True, eq=False)
-class Cores:
-    """The regions of T = 0 of one photo and defect, each with its confidence (0..1), and all their pixels (H, W) bool."""
-
-    found: list[Proposal]
-    mask: np.ndarray
-
-    def at_least(self, threshold: float) -> list[Proposal]:
-        """Those whose confidence is at least the threshold."""
-        return [core for core in self.found if core.confidence >= threshold]
 
 
 def make_engine(weights: Weights, defect: str, device: str, name: str | None) -> Engine:
@@ -241,7 +228,7 @@ class Predictor:
             left = max(0, (2 * column + 1) * width // (2 * PLACES) - side_px // 2)
             place = Pyramid(np.ascontiguousarray(image_rgb[top : top + side_px, left : left + side_px]))
             cores = find_cores(self.maps(place, defect).merged(), fact, cam_threshold)
-            with_cores.append(bool(cores.at_least(threshold)))
+            with_cores.append(any(core.confidence >= threshold for core in cores))
         return float(np.mean(with_cores))
 
 
@@ -252,15 +239,14 @@ def pixels_of(tiles: Mapping[float, Sequence[Tile]]) -> int:
 
 def find_cores(
     logits: np.ndarray, fact: DefectWeights, cam_threshold: float | None = None, deadline: Deadline = NO_DEADLINE
-) -> Cores:
-    """The regions of the plain map (H, W) float32 with their confidence."""
+) -> list[Proposal]:
+    """The regions of the plain map (H, W) float32, each with its confidence (0..1)."""
     theta = fact.cam_threshold if cam_threshold is None else cam_threshold
-    mask = regions(logits, fact.least_logit(theta), fact.cleaning, deadline)
     found = []
-    for component in find_components(mask):
+    for component in find_components(regions(logits, fact.least_logit(theta), fact.cleaning, deadline)):
         features = component_features(component, logits)
         found.append(Proposal(component, component_confidence(features, fact.confidence_weights)))
-    return Cores(found, mask)
+    return found
 
 
 def proposals_for(
@@ -285,7 +271,7 @@ def proposals_for(
     threshold = fact.threshold if threshold is None else threshold
     cam_threshold = fact.cam_threshold if cam_threshold is None else cam_threshold
     cores = find_cores(maps.merged(), fact, cam_threshold, maps.deadline)
-    accepted = cores.at_least(threshold)
+    accepted = [core for core in cores if core.confidence >= threshold]
     result = {}
     climbing = [steps for steps in wanted if steps > 0]
     if climbing and accepted:

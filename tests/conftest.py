@@ -171,6 +171,22 @@ def little_training(val_crops: int):
         yield
 
 
+def answers_of_threads(engine, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Score maps and gradients of batches that as many threads ask for at once."""
+    found = {}
+
+    def work(index: int) -> None:
+        with torch.no_grad():  # a caller's own setting
+            found[index] = engine.score_and_gradient(images[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[index] for index in range(len(images))]
+
+
 def late_tiles(monkeypatch, engine, clock: SimpleNamespace, seconds: float) -> list[np.ndarray]:
     """From now on the engine takes so many seconds for a tile, by a clock with `now`; returns where its tiles are noted."""
     done = []

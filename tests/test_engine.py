@@ -1,13 +1,12 @@
 """The engine gives the network's own score map and the gradient of the gain as it is written."""
 
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 from defectcam.torch_engine import TorchEngine
-from tests.conftest import random_network
+from tests.conftest import answers_of_threads, random_network
 
 
 def images_like(seed: int, count: int = 2, height: int = 24, width: int = 32) -> np.ndarray:
@@ -57,19 +56,8 @@ def test_several_threads_and_earlier_calls_change_nothing():
     engine = TorchEngine(random_network(dtype=torch.float32))
     images = [images_like(seed, height=32 + 16 * (seed % 2)) for seed in range(6)]
     alone = [engine.score_and_gradient(one) for one in images]
-    together = {}
-
-    def work(seed: int) -> None:
-        with torch.no_grad():  # a caller's own setting
-            together[seed] = engine.score_and_gradient(images[seed])
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, wanted in enumerate(alone):
-        for one, other in zip(together[seed], wanted):
+    for wanted, found in zip(alone, answers_of_threads(engine, images), strict=True):
+        for one, other in zip(found, wanted):
             np.testing.assert_array_equal(one, other)
 
 

@@ -1,4 +1,4 @@
-"""`defectcam export`: weights get a graph that is the network, stored once, and a manifest that vouches for it."""
+"""`defectcam export`: the graph computes what the network computes, stores each tensor once, and is in the manifest."""
 
 import json
 import re

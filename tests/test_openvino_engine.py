@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from defectcam import openvino_engine
 from defectcam.openvino_engine import OpenVinoEngine, processors
 from defectcam.torch_engine import TorchEngine
 from defectcam.weights import load_weights
-from tests.conftest import ROOT
+from tests.conftest import ROOT, answers_of_threads
 from tests.test_engine import images_like
 
 
@@ -76,18 +75,8 @@ def test_images_of_a_batch_do_not_know_each_other(engine, reference):
 def test_several_threads_and_earlier_calls_change_nothing(engine):
     images = [images_like(seed, 1, 48 + 16 * (seed % 2), 64) for seed in range(6)]
     alone = [engine.score_and_gradient(one) for one in images]
-    together = {}
-
-    def work(seed: int) -> None:
-        together[seed] = engine.score_and_gradient(images[seed])
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, wanted in enumerate(alone):
-        for one, other in zip(together[seed], wanted):
+    for wanted, found in zip(alone, answers_of_threads(engine, images), strict=True):
+        for one, other in zip(found, wanted):
             np.testing.assert_array_equal(one, other)
 
 
@@ -117,7 +106,7 @@ def test_sizes_that_the_network_would_pad_unevenly_are_refused(engine, height, w
     for call in (engine.score, engine.score_and_gradient):
         with pytest.raises(ValueError, match=f"images of {height} x {width} px: both must be multiples of 16"):
             call(images)
-    engine.score(images_like(0, 1, 32, 32))  # whoever comes next is answered
+    engine.score(images_like(0, 1, 32, 32))  # the next call is answered
 
 
 def test_memory_that_was_released_changes_nothing(engine):

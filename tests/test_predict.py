@@ -49,9 +49,9 @@ class Case:
         slope, intercept = self.fact.platt
         self.theta = float(probability(slope * float(np.quantile(logits, 1 - share)) + intercept))
         self.cores = find_cores(self.maps().merged(), self.fact, self.theta)
-        self.threshold = sorted(core.confidence for core in self.cores.found)[-accepted]
-        self.accepted = self.cores.at_least(self.threshold)
-        assert accepted <= len(self.accepted) < len(self.cores.found)
+        self.threshold = sorted(core.confidence for core in self.cores)[-accepted]
+        self.accepted = [core for core in self.cores if core.confidence >= self.threshold]
+        assert accepted <= len(self.accepted) < len(self.cores)
 
     def maps(self, batch=1) -> PhotoMaps:
         return PhotoMaps(self.engine, self.fact.reading, Pyramid(self.photo), batch)
@@ -149,13 +149,13 @@ def test_several_t_at_once_are_each_by_itself(monkeypatch):
 def test_the_threshold_acts_on_the_confidence_of_the_plain_map_s_regions(monkeypatch):
     case = Case(4, monkeypatch, gap_px=3)
     logits = case.maps().merged()
-    for core in case.cores.found:
+    for core in case.cores:
         features = component_features(core.component, logits)
         assert core.confidence == component_confidence(features, case.fact.confidence_weights)
     everything = case.proposals([2])[2]
-    for threshold in sorted(core.confidence for core in case.cores.found)[-4:]:
+    for threshold in sorted(core.confidence for core in case.cores)[-4:]:
         proposals = proposals_for(case.maps(), case.fact, [0, 2], threshold, case.theta)
-        assert len(proposals[0]) == sum(core.confidence >= threshold for core in case.cores.found)
+        assert len(proposals[0]) == sum(core.confidence >= threshold for core in case.cores)
         assert all(one.confidence >= threshold for one in proposals[2])
         assert len(proposals[2]) <= len(everything) or threshold < case.threshold
     assert proposals_for(case.maps(), case.fact, [0, 2], 1.0, case.theta) == {0: [], 2: []}

@@ -149,7 +149,7 @@ def test_spoilt_files_stop_the_start_and_are_named(folder, spoil, reason):
     ],
 )
 def test_tensors_that_do_not_fit_stop_the_network_and_are_named(folder, spoil, reason):
-    """Their checksums are right; without PyTorch nobody looks at them."""
+    """Their checksums are right, so the fault shows only when PyTorch loads them."""
     spoil(folder)
     weights = load_weights(folder)
     with pytest.raises(WeightsError, match=reason) as error:

@@ -413,7 +413,7 @@ def pictures_of(plan: Plan, judged: Sequence[Judged], folder: Path) -> list[tupl
 
 
 def publish(candidate: Path, folder: Path) -> None:
-    """Copy a weights folder, its manifest last and in one move: whoever sees one sees all."""
+    """Copy a weights folder, its manifest last and in one move, so a manifest is never there without its files."""
     for path in (*candidate.glob("*.safetensors"), *candidate.glob("*.onnx")):
         shutil.copyfile(path, folder / path.name)
     shutil.copyfile(candidate / "manifest.json", folder / "manifest.tmp")

@@ -42,7 +42,6 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from tqdm import tqdm
 
-from defectcam.climb import LocalClimb
 from defectcam.encoders import normalised
 from defectcam.evaluation.measures import f1_2px, saved_per_component
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
@@ -75,7 +74,7 @@ CLIMBS = [
 G_REF_QUANTILE = 0.999
 G_REF_LEVELS = 4  # coarser ones are like the last
 COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.15  # of the best fit of T = 0 that T = 2 and T = 8 may lose
-DEFAULT_T_COUNTS = 4  # times as much, what T = 2 loses beyond that: it is what people get unasked
+DEFAULT_T_COUNTS = 4  # the weight of what T = 2 loses beyond that: T = 2 is the default
 LEAST_RISE = 0.05  # of the recall of pixels from T = 0 to 8; of proposals that extend it is about twice as much
 CLIMB_PHOTOS = 8  # a climb of eight steps takes as long as thirty plain maps
 DEFAULT_T_PHOTOS = 40  # for cleaning and threshold
@@ -91,6 +90,14 @@ class Calibration:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.defect = args, args.defect
+        photos = list(labelled_photos(args.data, args.sets, args.healthy_sets, "val", self.defect, args.photos))
+        self.healthy = [photo for photo in photos if photo.truth is None]
+        self.labelled = [photo for photo in photos if photo.truth is not None]
+        if not self.healthy or not self.labelled:
+            sys.exit(
+                f"calibration needs val photos with {self.defect} and without it; there are {len(self.labelled)} and "
+                f"{len(self.healthy)}: name other --sets or --healthy-sets"
+            )
         self.record = json.loads((args.network / "record.json").read_text())
         self.tensors = load_file(args.network / "best.safetensors")
         network = ScoreNet(*(self.record[name] for name in ("encoder", "decoder", "downsamplings", "pooling")))
@@ -102,15 +109,7 @@ class Calibration:
         else:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self.engine = TorchEngine(fold_upsampling(fold_batchnorm(network)), device)
-        photos = list(labelled_photos(args.data, args.sets, args.healthy_sets, "val", self.defect, args.photos))
-        self.healthy = [photo for photo in photos if photo.truth is None]
-        self.labelled = [photo for photo in photos if photo.truth is not None]
-        if not self.healthy or not self.labelled:
-            sys.exit(
-                f"calibration needs val photos with {self.defect} and without it; there are {len(self.labelled)} and "
-                f"{len(self.healthy)}: name other --sets or --healthy-sets"
-            )
-        plain = Reading(1.0, 16, 1.0, (LocalClimb(0.0, 1.0),))
+        plain = Reading(1.0, 16, 1.0, (None,))
         self.maps = {
             photo: PhotoMaps(self.engine, plain, Pyramid(photo.image_rgb))
             for photo in tqdm(photos, desc="plain maps", unit="photo")
@@ -164,7 +163,7 @@ class Calibration:
         cleaning = FIRST_CLEANING.get(self.defect, OTHER_FIRST_CLEANING)
         best, report = (-np.inf, 0.0, None), {}
         for finest, sharpness in product(FINEST.get(self.defect, OTHER_FINEST), SHARPNESSES):
-            reading = Reading(finest, 16, sharpness, (LocalClimb(0.0, 1.0),))
+            reading = Reading(finest, 16, sharpness, (None,))
             logits = [self.maps[photo].read_as(reading).merged() for photo in tqdm(self.labelled, "reading", leave=False)]
             fit, least = self.best_threshold(self.labelled, logits, cleaning)
             report[f"finest {finest:g}, sharpness {sharpness:g}"] = {"fit": round(fit, 4), "threshold": least}

@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from defectcam.climb import LocalClimb
 from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
 from defectcam.pyramid import PhotoMaps, Pyramid, Reading
 from defectcam.torch_engine import TorchEngine
@@ -23,9 +22,8 @@ from defectcam.training.clicks import Click
 LOOKED_AT_PX = 30_000_000  # of all photos together, in a random order: some minutes on a processor
 SPACING_PX = 8  # between the windows looked at
 PER_PHOTO = 20  # clicks at most; a photo with more is no better teacher
-NO_CLIMB = (LocalClimb(0.0, 1.0),)
-ALL_LEVELS = Reading(1.0, 16, 1.0, NO_CLIMB)
-ONE_LEVEL = Reading(1.0, 1, 1.0, NO_CLIMB)
+ALL_LEVELS = Reading(1.0, 16, 1.0, (None,))
+ONE_LEVEL = Reading(1.0, 1, 1.0, (None,))
 
 
 def mistaken_pixels(network: ScoreNet, photos_rgb: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:

@@ -36,7 +36,7 @@ from defectcam.training.crops import on_disk, read_photo_rgb, turned, varied_col
 from defectcam.training.mistakes import ALL_LEVELS, ONE_LEVEL, mistaken_pixels, plain_map
 from defectcam.training.train import add_common_arguments, fit, mistakes_fact, names, network_from, parsed
 
-UNKNOWN = 127  # grey level of mask pixels that nobody vouches for
+UNKNOWN = 127  # grey level of mask pixels of which nothing is known
 ON_DEFECT_SHARE = 0.5  # of the crops are around a defect's pixel, the others anywhere
 LIKELIEST_SHARE = 0.25  # of an outline that runs wide is taken for the defect: what is 2 to 5 times too thick holds that much
 SMALLEST_WINDOW_PX = 24  # of the photo: what is enlarged from less shows no defect
@@ -77,7 +77,7 @@ def load_outline_photo(photo: Path, mask: Path | None) -> OutlinePhoto:
 
 
 def narrowed(network: ScoreNet, photo: OutlinePhoto) -> OutlinePhoto:
-    """The same photo, of whose outlines only the likeliest pixels count as the defect and nobody vouches for the rest.
+    """The same photo; inside its outlines the likeliest pixels count as the defect, the others as unknown.
 
     For masks that hold the defect, but run wide of its edge. What lies outside them stays known to be without it.
 
@@ -217,17 +217,17 @@ def gather_photos(
             own = mask_path(args.data / set_name, args.defect, stem)
             mask = masks / set_name / f"{stem}.png" if masks else own
             if not mask.exists() and (args.arm == "clicks" or set_name in args.none_sets):
-                mask = None  # nobody clicked on anything there
+                mask = None  # no click says that the defect is there
             elif not mask.exists() and masks and split == "train":
-                continue  # nobody looked at it
+                continue  # not known: no mask was made for it
             photos.append(load_outline_photo(photo, mask))
     return photos
 
 
 def regions_without(args: argparse.Namespace) -> list[OutlinePhoto]:
-    """Photos that are known to be without the defect inside and just around the regions of another one, and nowhere else.
+    """Photos with regions of another defect: these and their rims are known to be without this one, the rest is unknown.
 
-    The rim of a spall looks like a crack and is none; the concrete beside it may have cracks that nobody marked.
+    The rim of a spall looks like a crack but is not a crack. The concrete beside it may have cracks without a mark.
     """
     photos = []
     for set_name, other in args.none_regions:
