@@ -29,7 +29,7 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+
 MAX_BODY_BYTES = 256 << 20
 MAX_REST_BYTES = 64 << 10  # of a request beside its image; settings and 200 clicks need a tenth of it
 # The whole strings, and what lies between them, from the beginning of a JSON text.
-WHOLE_STRINGS = re.compile(rb'(?:[^"]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)  # without `*+`, which Python 3.11.2 matches wrongly
 DATA_URL = re.compile(rb"\s*(data:([^,]{0,200}),?)", re.IGNORECASE)
 ITERATIONS_MAX = 50
 SHAPES = ("polygon", "mask")
@@ -350,9 +350,11 @@ def _parsed(text: bytes) -> object:
     """
     if len(text) <= MAX_REST_BYTES:
         return json.loads(text.decode("utf-8-sig"))
-    start = WHOLE_STRINGS.match(text, 0, MAX_REST_BYTES).end()  # where the long string begins
-    end = text.find(b'"', start + 1)
-    if end > start and len(text) - (end - start) <= MAX_REST_BYTES:
+    start = text.find(b'"', 0, MAX_REST_BYTES)
+    while start >= 0 and (whole := JSON_STRING.match(text, start, MAX_REST_BYTES)):
+        start = text.find(b'"', whole.end(), MAX_REST_BYTES)
+    end = text.find(b'"', start + 1)  # of the long string, the one that begins but does not end in the first bytes
+    if 0 <= start < end and len(text) - (end - start) <= MAX_REST_BYTES:
         stand_in = secrets.token_hex(8)
         rest = text[: start + 1] + stand_in.encode() + text[end:]
         parsed = json.loads(rest.decode("utf-8-sig"))
