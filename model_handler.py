@@ -16,7 +16,7 @@ from defectcam import __version__
 from defectcam.cvat_task import CvatTask, TaskSetting
 from defectcam.deadline import NO_DEADLINE, Deadline, TimeLimitError
 from defectcam.interactor import ClickSettings, outline_clicked
-from defectcam.memory import keep_freed_memory
+from defectcam.memory import check_memory, keep_freed_memory
 from defectcam.polygons import mask_crop, outline_length_px, polygon_points_xy
 from defectcam.predict import Predictor, device_and_engine, proposals_for
 from defectcam.proposal_log import ProposalLog, image_hash
@@ -142,6 +142,7 @@ class ModelHandler:
         try:
             deadline.check()
             height, width = image_size(request.image_bytes, self.max_pixels)
+            check_memory(height, width)
             if not request.clicks:
                 deadline = self.predictor.check_time(height, width, request.settings.defects or self.defects, deadline)
             image_rgb = decode_image(request.image_bytes, self.max_pixels)
@@ -192,7 +193,10 @@ class ModelHandler:
             needed = math.ceil(needed_s) if error.late_s else ""
             fitting = f"{error.fitting} would fit; " if error.fitting else ""
             return f"too slow {needed}>{self.time_limit_s:g} s; {fitting}use a GPU, a smaller photo or fewer iterations"
-        return "out of memory; use a smaller photo" if out_of_memory(error) else None
+        if not out_of_memory(error):
+            return None
+        what = str(error) if str(error).startswith("out of memory: ") else "out of memory"
+        return f"{what}; use a smaller photo, or give the function more memory"
 
     def task_setting(
         self, request: Request, image_rgb: np.ndarray, arrived_s: float, deadline: Deadline
@@ -250,7 +254,7 @@ class ModelHandler:
         }
         names = ("iterations", "threshold", "cam_threshold")
         how = {defect: tuple(effective[name] for name in names) for defect, effective in in_force.items()}
-        self.predictor.check_climb(image_rgb, how, deadline)
+        self.predictor.check_all(image_rgb, how, deadline)
         deadline.begin()
         found = self._within_memory(lambda: self._found(image_rgb, how, deadline))
         pixels_digest = hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest()

@@ -1,28 +1,43 @@
 """How fast the function is on this machine: ratios measured side by side, as JSON and as a picture.
 
 Ratios are of medians over alternating repetitions (A, B, A, B, ...) in one run, so that a machine that gets slower
-meanwhile, or that others use too, hardly changes them. Photos are docs/sample.jpg, mirrored to the size wanted; the
-weights are the deployed ones, and so is the engine that runs ours. The plain port and pytorch-grad-cam run the network
-in PyTorch as it was trained, ours is the same network folded for use. All three read the photo at its own scale alone, in
-the same tiles.
+meanwhile, or that others use too, hardly changes them. Photos are made of docs/sample.jpg; the weights are the deployed
+ones, and so is the engine that runs ours. The plain port and pytorch-grad-cam run the network in PyTorch as it was
+trained, ours is the same network folded for use. All three read the photo at its own scale alone, in the same tiles.
 
     climb_speedup            plain_climb.py over ours, T = 2, where one tile in ten is climbed
     climb_speedup_all_tiles  the same where every tile is climbed
     grad_cam_speedup         pytorch-grad-cam over ours for the plain map, T = 0
     openvino_forward_speedup, openvino_step_speedup
                              PyTorch with the network as it was trained over OpenVINO, for the map of one tile as large
-                             as the function's, and for its map and gradient
+                             as the function's largest, and for its map and gradient
     floor_share              the least a climb can take, over what the plain map and the climb of every tile take,
-                             with tiles as large as the function's. The least: the operations of T + 1 forward and T
+                             in the function's largest tiles. The least: the operations of T + 1 forward and T
                              backward passes to the input of the network as it was trained, at the speed of this
                              machine's fastest large convolution
     floor_share_folded       the same for the operations that are left to the deployed network (`fold_upsampling`)
-    outside_network_share    of the function's time for 4 megapixels, the share not spent in the engine
-    log_share                what writing an answer to the proposal log takes, over the time for 1 megapixel
-    growth_25mp              time for 25 megapixels over that for 1, the defects as dense
-    peak_host_mb, peak_gpu_mb  of a process that answers 25 megapixels
-    seconds_1mp_t0, seconds_1mp, seconds_25mp_gpu  the function with all deployed defects at T = 0; at T = 2
-    seconds_click            one click
+
+Whole answers of the function are with all deployed defects. Their photos are laid out in squares of 1 megapixel: 1,
+2 x 2, 3 x 4 and 5 x 5. Those up to 4 megapixels, and clicks, are answered three times in this process, and count with
+their median. Those of 12 and 25 megapixels are answered once, each in a process of its own; on a CPU without T = 8, which
+would take many minutes.
+
+    answer_s                 megapixels -> T -> seconds, where a third of the squares are the sample photo, the others
+                             sound concrete. The photo of 1 megapixel is one square: the sample
+    answer_all_tiles_s       the same where every square is the sample photo
+    click_s                  seconds of one click
+    start_s                  seconds from the start of a new process until the function can answer: imports, weights,
+                             engines
+    first_answer_s           the same until it has answered docs/sample.jpg at T = 0
+    outside_network_share    of the answer to 4 megapixels at T = 2, every square the sample photo, the share of the time
+                             that is not spent in the engines
+    log_share                what writing an answer to the proposal log takes, over the time for 1 megapixel at T = 2
+    growth_25mp              time for 25 megapixels over that for 1, T = 2, every square the sample photo
+    peak_host_mb_25mp, peak_gpu_mb
+                             largest memory of a process that has answered 25 megapixels at T = 2, a third of the squares
+                             the sample photo: resident, and of the GPU
+    cpu_install_mb           the files of all distributions that the extra `runtime-cpu` needs, those that they need in
+                             turn included, but not Python itself and not the function's own code and weights
 
 Example:
     .venv/bin/python -m benchmarks.bench --quick
@@ -37,14 +52,20 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from importlib import metadata
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import SubFigure
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from pytorch_grad_cam import GradCAM
 from safetensors.torch import load_file
@@ -56,9 +77,9 @@ from benchmarks.plain_climb import network_input, plain_climbed_map
 from defectcam.climb import PaperClimb
 from defectcam.network import ScoreNet
 from defectcam.proposal_log import ProposalLog, image_hash
-from defectcam.pyramid import NEAR_TILE_PX, PhotoMaps, Pyramid, Reading, level_tiles
+from defectcam.pyramid import SMALL_TILE_PX, PhotoMaps, Pyramid, Reading, level_tiles
 from defectcam.request import RequestError, Settings
-from defectcam.tiling import LARGEST_TILE_PX, Tile
+from defectcam.tiling import EDGE_PX, LARGEST_TILE_PX, Tile
 from defectcam.torch_engine import TorchEngine
 from model_handler import WEIGHTS_DIR, ModelHandler
 
@@ -67,10 +88,16 @@ from matplotlib import pyplot  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
-STEPS = 2  # the paper's T
+STEPS = 2  # the paper's T, and that of all ratios
+ITERATIONS = 0, STEPS, 8  # of whole answers
+LARGE_ITERATIONS = {"cpu": (0, STEPS), "cuda": ITERATIONS}  # of large photos
+REPETITIONS = 3
 PLAIN = PaperClimb(xi=0.1, penalty_weight=1.0, salient_share=0.5)  # their values change no time
-SIDE_PX = 1000  # of the photo of 1 megapixel
-LARGE = 5  # times the side of the small photo: 25 megapixels
+SIDE_PX = 1000  # of a square: 1 megapixel
+SQUARES = {1: (1, 1), 4: (2, 2), 12: (3, 4), 25: (5, 5)}  # megapixels -> rows and columns of squares
+SMALL_MP, LARGE_MP = (1, 4), (12, 25)
+DEFECTS = {"answer_s": "in a third", "answer_all_tiles_s": "everywhere"}  # key -> the squares that are the sample
+SOUND_XY, SOUND_RADIUS_PX = (168, 168), 150  # the square around a pixel of the sample that has no defect
 TILES_XY = 5, 2
 SMALL_TILES = {"near": [(0, 0)], "near_px": 10**6}  # all of a photo, in tiles as small as those around clicks
 FLOOR_TILES_XY = 2, 1  # of the function's own size, with which the plain port would take minutes on a CPU
@@ -80,15 +107,16 @@ CONVOLUTIONS = (64, 512), (128, 256), (256, 128)
 AIMS = {
     "openvino_forward_speedup": (3.5, "at least"),
     "openvino_step_speedup": (2.8, "at least"),
-    "climb_speedup": (4, "at least"),
-    "climb_speedup_all_tiles": (2, "at least"),
+    "climb_speedup": (15, "at least"),
+    "climb_speedup_all_tiles": (6, "at least"),
     "floor_share": (0.6, "at least"),
-    "outside_network_share": (0.1, "at most"),
+    "outside_network_share": (0.12, "at most"),
     "log_share": (0.05, "at most"),
     "growth_25mp": (27, "at most"),
-    "peak_host_mb": (2500, "at most"),
-    "seconds_1mp": (20, "at most"),
-    "seconds_click": (3, "at most"),
+    "peak_host_mb_25mp": (1800, "at most"),
+    "click_s": (0.3, "at most"),
+    "first_answer_s": (5, "at most"),
+    "cpu_install_mb": (900, "at most"),
 }
 
 
@@ -109,16 +137,39 @@ def seconds_of(call: Callable, *args) -> float:
     return clock() - started
 
 
-def sample_photo(height: int, width: int, times: int = 1) -> np.ndarray:
-    """The sample photo cut or enlarged to (height, width, 3) uint8, and all of that `times` x `times`.
+def mirrored(image_rgb: np.ndarray, height: int, width: int) -> np.ndarray:
+    """An image (H, W, 3) cut to a height and width, or enlarged by mirroring: no seam looks like a defect."""
+    image_rgb = image_rgb[:height, :width]
+    rest = [(0, size - length) for size, length in zip((height, width), image_rgb.shape)]
+    return np.pad(image_rgb, (*rest, (0, 0)), mode="symmetric")
 
-    Enlarged by mirroring, so that no seam looks like a defect and larger photos have the same defects.
-    """
-    image_rgb = np.asarray(Image.open(SAMPLE).convert("RGB"))[:height, :width]
-    for sizes in ((height, width), (times * height, times * width)):
-        rest = [(0, size - length) for size, length in zip(sizes, image_rgb.shape)]
-        image_rgb = np.pad(image_rgb, (*rest, (0, 0)), mode="symmetric")
-    return image_rgb
+
+def sample_photo(height: int, width: int) -> np.ndarray:
+    """The sample photo cut or enlarged to (height, width, 3) uint8."""
+    return mirrored(np.asarray(Image.open(SAMPLE).convert("RGB")), height, width)
+
+
+def sound_concrete(height: int, width: int) -> np.ndarray:
+    """A part of the sample photo without defects, cut or enlarged to (height, width, 3) uint8."""
+    rows, columns = (slice(middle - SOUND_RADIUS_PX, middle + SOUND_RADIUS_PX) for middle in reversed(SOUND_XY))
+    return mirrored(np.asarray(Image.open(SAMPLE).convert("RGB"))[rows, columns], height, width)
+
+
+def photo_of_squares(rows: int, columns: int, everywhere: bool) -> np.ndarray:
+    """A photo of so many squares of SIDE_PX, uint8 RGB: the sample photo in each of them, or in a third."""
+    sample = sample_photo(SIDE_PX, SIDE_PX)
+    if everywhere:
+        return mirrored(sample, rows * SIDE_PX, columns * SIDE_PX)
+    sound = sound_concrete(SIDE_PX, SIDE_PX)
+    squares = sample, sound, sound
+    return np.vstack([np.hstack([squares[(row + column) % 3] for column in range(columns)]) for row in range(rows)])
+
+
+def photo_of_tiles(tiles_xy: tuple[int, int], tile_px: int, halo_px: int) -> np.ndarray:
+    """A photo that `tile_grid` cuts into so many tiles, all of that side."""
+    beyond_px = 2 * (halo_px - min(halo_px, EDGE_PX))  # the outermost tiles have less halo beyond the photo's edge
+    columns, rows = (count * (tile_px - 2 * halo_px) + beyond_px for count in tiles_xy)
+    return sample_photo(rows, columns)
 
 
 def compare_networks(model: ModelHandler, repetitions: int) -> dict:
@@ -126,10 +177,6 @@ def compare_networks(model: ModelHandler, repetitions: int) -> dict:
     defect = model.defects[0]
     engine, reading = model.predictor.engines[defect], model.weights.facts[defect].reading
     one_level = Reading(1.0, 1, reading.sharpness, (reading.climb(1.0),))
-
-    def photo_of(tiles_xy: tuple[int, int], tile_px: int) -> np.ndarray:
-        columns, rows = (count * (tile_px - 2 * engine.halo_px) for count in tiles_xy)
-        return sample_photo(rows, columns)
 
     def ours(image_rgb: np.ndarray, climbed: np.ndarray | None, **near) -> np.ndarray:
         """The merged map, climbed in the tiles of the pixels `climbed`."""
@@ -139,7 +186,8 @@ def compare_networks(model: ModelHandler, repetitions: int) -> dict:
         maps.climb([STEPS], climbed, 1)
         return maps.merged(STEPS)
 
-    photo, large = photo_of(TILES_XY, NEAR_TILE_PX), photo_of(FLOOR_TILES_XY, LARGEST_TILE_PX)
+    photo = photo_of_tiles(TILES_XY, SMALL_TILE_PX, engine.halo_px)
+    large = photo_of_tiles(FLOOR_TILES_XY, LARGEST_TILE_PX, engine.halo_px)
     tiles = level_tiles(*photo.shape[:2], one_level, engine, **SMALL_TILES)[1.0]
     large_tiles = level_tiles(*large.shape[:2], one_level, engine)[1.0]
     everywhere = np.ones(photo.shape[:2], bool)
@@ -231,34 +279,38 @@ def climb_flops(network: ScoreNet, tiles: Iterable[Tile]) -> int:
     return total
 
 
+def wording(megapixels: int, steps: int | str, key: str) -> str:
+    """An answer in words; of one square there is only one photo."""
+    where = f", defects {DEFECTS[key]}" if megapixels > 1 else ""
+    return f"{megapixels} MP, T = {steps}{where}"
+
+
 def time_answers(function: Function, folder: Path, repetitions: int) -> dict:
-    """The function on 1 and 4 megapixels and on one click."""
-    small, medium = (write_photo(times, folder) for times in (1, 2))
-    calls = {
-        "1 megapixel": partial(function.answer, small, {"iterations": STEPS}, "1 megapixel"),
-        "1 megapixel, T = 0": partial(function.answer, small, {"iterations": 0}, "1 megapixel, T = 0"),
-        "4 megapixels": partial(function.answer, medium, {"iterations": STEPS}, "4 megapixels"),
-        "click": partial(function.answer, small, {"pos_points": [[SIDE_PX / 2, SIDE_PX / 2]]}, "click"),
-    }
-    model: ModelHandler = function.context.user_data.model
-    image_rgb = sample_photo(SIDE_PX, SIDE_PX)
+    """The function on small photos and on one click."""
+    calls = {}
+    for megapixels, key in product(SMALL_MP, DEFECTS):
+        photo = write_photo(megapixels, key, folder)
+        for steps in ITERATIONS:
+            name = wording(megapixels, steps, key)
+            calls[name] = partial(function.answer, photo, {"iterations": steps}, name)
+    square = write_photo(1, "answer_s", folder)
+    calls["click"] = partial(function.answer, square, {"pos_points": [[SIDE_PX / 2, SIDE_PX / 2]]}, "click")
+    model, image_rgb = function.model, sample_photo(SIDE_PX, SIDE_PX)
     log, shapes = ProposalLog(folder / "log", function.context.logger), model.propose(image_rgb, Settings(iterations=STEPS))
-    function.warm_up()
+    # What only a process's first answer does: pages, threads, the GPU's context and kernels.
+    function.answer(SAMPLE, {"pos_points": [[100, 100]]}, "warm-up")
     answers = alternate(calls, repetitions, "answers")
     seconds = {name: median(answer["seconds"] for answer in of_call) for name, of_call in answers.items()}
     seconds_log = median(seconds_of(log_answer, log, image_rgb, model, shapes) for _ in range(repetitions))
-    outside = [1 - answer["network_seconds"] / answer["seconds"] for answer in answers["4 megapixels"]]
-    return {
-        "outside_network_share": median(outside),
-        "seconds_1mp_t0": seconds["1 megapixel, T = 0"],
-        "seconds_1mp": seconds["1 megapixel"],
-        "seconds_4mp": seconds["4 megapixels"],
-        "seconds_click": seconds["click"],
-        "log_share": seconds_log / seconds["1 megapixel"],
-        "growth_4mp": seconds["4 megapixels"] / seconds["1 megapixel"],
-        "proposals_1mp": answers["1 megapixel"][0]["proposals"],
-        "answer_bytes_1mp": answers["1 megapixel"][0]["answer_bytes"],
-        "answer_bytes_4mp": answers["4 megapixels"][0]["answer_bytes"],
+    everywhere = answers[wording(4, STEPS, "answer_all_tiles_s")]
+    nested = {
+        key: {str(size): {str(steps): seconds[wording(size, steps, key)] for steps in ITERATIONS} for size in SMALL_MP}
+        for key in DEFECTS
+    }
+    return nested | {
+        "click_s": seconds["click"],
+        "outside_network_share": median(1 - answer["network_seconds"] / answer["seconds"] for answer in everywhere),
+        "log_share": seconds_log / nested["answer_s"]["1"][str(STEPS)],
     }
 
 
@@ -269,30 +321,64 @@ def log_answer(log: ProposalLog, image_rgb: np.ndarray, model: ModelHandler, sha
     log.append(image_hash(image_rgb), width, height, model.weights.version, in_force, shapes)
 
 
-def time_large_answer(folder: Path, device: str, seconds_1mp: float) -> dict:
-    """The function on 25 megapixels, once, in a process of its own."""
-    photo = write_photo(LARGE, folder)
-    command = [sys.executable, "-m", "benchmarks.answers", str(photo), "--iterations", str(STEPS)]
-    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def answers_of_process(photos: Sequence[Path], iterations: Sequence[int], device: str) -> dict:
+    """What `benchmarks.answers` prints of these photos and T, in a new process."""
+    step_counts = ",".join(map(str, iterations))
+    command = [sys.executable, "-m", "benchmarks.answers", *map(str, photos), "--iterations", step_counts]
+    # With its device the function need not import PyTorch to look for a GPU: the CPU's image has no PyTorch.
+    environ = {**os.environ, "ADVCAM_DEVICE": device}
+    process = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
     if process.returncode:
-        sys.exit("the process that answers the largest photo failed, see above")
-    answer = json.loads(process.stdout)
-    results = {
-        "growth_25mp": answer["seconds"] / seconds_1mp,
-        "peak_host_mb": answer["peak_host_mb"],
-        "seconds_25mp": answer["seconds"],
-        "answer_bytes_25mp": answer["answer_bytes"],
+        sys.exit(f"the process that answers {photos[-1].name} failed, see above")
+    return json.loads(process.stdout)
+
+
+def time_start(device: str, repetitions: int) -> dict:
+    """Processes that answer the sample photo and end."""
+    starts = [answers_of_process([SAMPLE], [0], device) for _ in tqdm(range(repetitions), desc="starts")]
+    return {
+        "start_s": median(start["start_s"] for start in starts),
+        "first_answer_s": median(start["start_s"] + start["answers"][0]["seconds"] for start in starts),
     }
-    if device == "cuda":
-        results |= {"seconds_25mp_gpu": answer["seconds"], "peak_gpu_mb": answer["peak_gpu_mb"]}
+
+
+def time_large_answers(megapixels: int, key: str, folder: Path, device: str) -> dict:
+    """The function on one large photo, in a process of its own, which answers the sample photo before, to warm up."""
+    photo = write_photo(megapixels, key, folder)
+    answers = answers_of_process([SAMPLE, photo], LARGE_ITERATIONS[device], device)["answers"]
+    large = {answer["iterations"]: answer for answer in answers if answer["photo"] == str(photo)}
+    results = {key: {str(megapixels): {str(steps): answer["seconds"] for steps, answer in large.items()}}}
+    if (megapixels, key) == (25, "answer_s"):
+        results["peak_host_mb_25mp"] = large[STEPS]["peak_host_mb"]
+        if device == "cuda":
+            results["peak_gpu_mb"] = large[STEPS]["peak_gpu_mb"]
     return results
 
 
-def write_photo(times: int, folder: Path) -> Path:
-    """A JPEG file of the photo of 1 megapixel laid out `times` x `times`."""
-    path = folder / f"photo_{times * times}mp.jpg"
-    Image.fromarray(sample_photo(SIDE_PX, SIDE_PX, times)).save(path, quality=90)
+def write_photo(megapixels: int, key: str, folder: Path) -> Path:
+    """The JPEG file of a photo of squares."""
+    path = folder / f"{key.removesuffix('_s')}_{megapixels}mp.jpg"
+    Image.fromarray(photo_of_squares(*SQUARES[megapixels], key == "answer_all_tiles_s")).save(path, quality=90)
     return path
+
+
+def install_mb(name: str, extra: str) -> float:
+    """MB of the files of all distributions that an extra of an installed distribution needs, directly or in turn.
+
+    Raises:
+        PackageNotFoundError: one of them is not installed.
+    """
+    due, needed = [(name, extra)], set()
+    while due:
+        name, extra = due.pop()
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+                continue
+            found = {(canonicalize_name(requirement.name), own_extra) for own_extra in ("", *requirement.extras)} - needed
+            needed |= found
+            due += found
+    paths = {file.locate() for needed_name, _ in needed for file in metadata.files(needed_name) or []}
+    return sum(path.stat().st_size for path in paths if path.exists()) / 1e6
 
 
 def machine_facts(device: str) -> dict:
@@ -308,18 +394,36 @@ def machine_facts(device: str) -> dict:
 
 
 def draw(results: dict, path: Path) -> None:
-    """The picture: ratios with their aims, seconds against megapixels."""
+    """The picture: ratios and single figures with their aims, seconds against megapixels."""
+    figure = pyplot.figure(figsize=(17, 10), layout="constrained")
+    bars, lines = figure.subfigures(2, 1)
+    draw_bars(results, bars)
+    if "answer_s" in results:
+        draw_answers(results, lines)
+    machine = results["machine"]
+    figure.suptitle(
+        f"{', '.join(results['defects'])}; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"ours by {' and '.join(sorted({*results['engines'].values()}))}; ratios at T = {STEPS}; red: the aim"
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_bars(results: dict, figure: SubFigure) -> None:
+    """A bar for each single figure, by unit."""
     groups = {
         "times as fast": [
             "openvino_forward_speedup", "openvino_step_speedup", "climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup",
         ],
         "share of time": ["floor_share", "outside_network_share", "log_share"],
-        "times as long as for 1 MP": ["growth_4mp", "growth_25mp"],
-        "seconds": ["seconds_1mp_t0", "seconds_1mp", "seconds_4mp", "seconds_25mp", "seconds_click"],
+        "times as long": ["growth_25mp"],
+        "seconds": ["click_s", "start_s", "first_answer_s"],
+        "MB": ["cpu_install_mb", "peak_host_mb_25mp", "peak_gpu_mb"],
     }
-    figure, all_axes = pyplot.subplots(1, len(groups), figsize=(16, 4.5), layout="constrained")
+    groups = {unit: [key for key in keys if key in results] for unit, keys in groups.items()}
+    groups = {unit: keys for unit, keys in groups.items() if keys}
+    all_axes = figure.subplots(1, len(groups), squeeze=False, width_ratios=[len(keys) + 1 for keys in groups.values()])[0]
     for axes, (unit, keys) in zip(all_axes, groups.items()):
-        keys = [key for key in keys if key in results]
         labels = []
         for place, key in enumerate(keys):
             label = key.replace("_", "\n")
@@ -328,27 +432,50 @@ def draw(results: dict, path: Path) -> None:
                 axes.hlines(aim, place - 0.45, place + 0.45, color="tab:red", linewidth=2)
                 label += f"\n({sense} {aim:g})"
             labels.append(label)
-        bars = axes.bar(range(len(keys)), [results[key] for key in keys], color="lightsteelblue")
-        axes.bar_label(bars, fmt="{:.3g}", label_type="center")
+        drawn = axes.bar(range(len(keys)), [results[key] for key in keys], color="lightsteelblue")
+        axes.bar_label(drawn, fmt="{:.3g}", label_type="center")
         axes.set_xticks(range(len(keys)), labels)
         axes.set_title(unit)
         axes.margins(y=0.15)
         axes.tick_params(axis="x", labelsize=8)
-    machine = results["machine"]
-    memory = f", peak host memory for 25 MP {results['peak_host_mb']:.0f} MB" if "peak_host_mb" in results else ""
-    figure.suptitle(
-        f"T = {STEPS}, {', '.join(results['defects'])}; {machine['device']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}, ours by {' and '.join(sorted({*results['engines'].values()}))}{memory}; red: the aim"
-    )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+
+
+def draw_answers(results: dict, figure: SubFigure) -> None:
+    """Seconds against megapixels, a line for each T."""
+    for axes, (key, where) in zip(figure.subplots(1, 2, sharey=True), DEFECTS.items()):
+        for steps in map(str, ITERATIONS):
+            points = [(int(size), seconds[steps]) for size, seconds in results[key].items() if steps in seconds]
+            axes.plot(*zip(*points), marker="o", label=f"T = {steps}")
+            for point in points:
+                axes.annotate(f"{point[1]:.3g}", point, xytext=(0, 5), textcoords="offset points", ha="center")
+        axes.set(xscale="log", yscale="log", xlabel="megapixels", ylabel="seconds")
+        axes.set_title(f"whole answers, defects {where}")
+        axes.set_xticks([*SQUARES], [*SQUARES])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.margins(0.08, 0.15)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def printed(results: dict) -> list[str]:
+    """Rows for the terminal: the figures with their aims, answers in words."""
+    rows = []
+    for key, value in results.items():
+        if key in DEFECTS:
+            for size, of_photo in value.items():
+                rows += [f"seconds for {wording(int(size), steps, key):40} {s:12.4g}" for steps, s in of_photo.items()]
+        elif isinstance(value, (int, float)):
+            aim = " ".join(map(str, AIMS[key][::-1])) if key in AIMS else ""
+            rows.append(f"{key:52} {value:12.4g}   {aim}")
+    return list(dict.fromkeys(rows))  # the photo of one square is in both groups of answers
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="everything once, and no photo of 25 megapixels")
+    parser.add_argument("--quick", action="store_true", help="everything once, and no photo above 4 megapixels")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for bench.json, bench.png (default: %(default)s)")
     args = parser.parse_args(argv)
     folder = args.out / "bench"
@@ -357,25 +484,28 @@ def main(argv: list[str] | None = None) -> None:
         function = Function()
     except (RequestError, RuntimeError) as error:
         sys.exit(str(error))
-    model: ModelHandler = function.context.user_data.model
-    repetitions = 1 if args.quick else 3
+    model, repetitions = function.model, 1 if args.quick else REPETITIONS
     results = {"machine": machine_facts(model.device), "defects": model.defects, "iterations": STEPS, "quick": args.quick}
     results["engines"] = {defect: engine.name for defect, engine in model.predictor.engines.items()}
 
     def keep(more: dict) -> None:
-        """Write after every part: if the last one, the longest, is interrupted, the others are kept."""
-        results.update(more)
+        """Write after every part: if one of the last, the longest, is interrupted, the others are kept."""
+        for key, value in more.items():
+            results[key] = results.get(key, {}) | value if key in DEFECTS else value
         (args.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
         draw(results, args.out / "bench.png")
-        for key, value in more.items():
-            if isinstance(value, (int, float)):
-                aim = " ".join(map(str, AIMS[key][::-1])) if key in AIMS else ""
-                print(f"{key:24} {value:12.4g}   {aim}", flush=True)
+        print(*printed(more), sep="\n", flush=True)
 
     keep(compare_networks(model, repetitions))
     keep(time_answers(function, folder, repetitions))
+    keep(time_start(model.device, repetitions))
+    with suppress(metadata.PackageNotFoundError):  # beside a GPU there may be no OpenVINO
+        keep({"cpu_install_mb": install_mb("defectcam", "runtime-cpu")})
     if not args.quick:
-        keep(time_large_answer(folder, model.device, results["seconds_1mp"]))
+        for megapixels, key in product(LARGE_MP, DEFECTS):
+            keep(time_large_answers(megapixels, key, folder, model.device))
+        of_photos = results["answer_all_tiles_s"]
+        keep({"growth_25mp": of_photos["25"][str(STEPS)] / of_photos["1"][str(STEPS)]})
     print(f"{args.out / 'bench.json'}, {args.out / 'bench.png'}")
 
 

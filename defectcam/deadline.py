@@ -58,16 +58,19 @@ class Deadline:
     def begin(self) -> None:
         """The networks begin now; of interest to `Progress` alone."""
 
+    def planned(self, tile_px: float) -> None:
+        """So many more pixels of tiles will go through a network; of interest to `Progress` alone."""
+
     def done(self, tile_px: float) -> None:
         """So many pixels of tiles have gone through a network; of interest to `Progress` alone."""
 
 
 class Progress(Deadline):
-    """A deadline that refuses work that turns out to be late while it is done: a machine may be slower than before.
+    """A deadline that refuses work as soon as its pace, or more work that is found, shows that it will be late.
 
     Args:
         deadline: the same moment.
-        total_px: pixels of tiles in all forward passes.
+        total_px: pixels of tiles in all forward passes that are known of.
         amount, unit: as in `check_work`.
     """
 
@@ -81,13 +84,20 @@ class Progress(Deadline):
         """As in `Deadline`: decoding a photo before it tells nothing of the networks' pace."""
         self.started = time.monotonic()
 
+    def planned(self, tile_px: float) -> None:
+        """As in `Deadline`; raises TimeLimitError where the rest would be late."""
+        self.total_px += tile_px
+        self._check_rest()
+
     def done(self, tile_px: float) -> None:
-        """As in `Deadline`; raises TimeLimitError where all of the work would be late."""
+        """As in `Deadline`; raises TimeLimitError where the rest would be late."""
         self.done_px += tile_px
+        self._check_rest()
+
+    def _check_rest(self) -> None:
         passed_s = time.monotonic() - self.started
-        if passed_s > SETTLED_S and self.done_px < self.total_px:
-            rest_s = passed_s * (self.total_px / self.done_px - 1)
-            self.check_work(rest_s, self.amount, self.unit)
+        if passed_s > SETTLED_S and 0 < self.done_px < self.total_px:
+            self.check_work(passed_s * (self.total_px / self.done_px - 1), self.amount, self.unit)
 
 
 NO_DEADLINE = Deadline()

@@ -88,23 +88,29 @@ def outline_clicked(
     pyramid = Pyramid(image_rgb)
 
     looked_at = {name: predictor.plain_pixels(height, width, name, near) for name in settings if len(settings) > 1}
+    # Beside what is looked at anyway.
     least = min(
-        predictor.pixels_with_climb(height, width, name, own.iterations, near, NEAR_PX)
+        predictor.pixels_with_climb(height, width, name, own.iterations, near, NEAR_PX) - looked_at.get(name, 0)
         for name, own in settings.items()
     )
     defect = next(iter(settings))
     needed = looked_at | {defect: looked_at.get(defect, 0) + least}
     amount, unit = (len(positive), "clicks") if positive else ((box[2] - box[0]) * (box[3] - box[1]) / 1e6, "megapixels")
     deadline.check_work(predictor.pace.seconds(needed, deadline.left_s()), amount, unit)
-    deadline = Progress(deadline, sum(needed.values()), amount, unit)
+    deadline = Progress(deadline, sum(looked_at.values()), amount, unit)
     if looked_at:
-        sure = {}
+        surest = -math.inf
         for name in settings:
-            logits = predictor.maps(pyramid, name, deadline, near).merged()
-            sure[name] = _surest(logits, predictor, name, near, reach_px)
-        defect = max(sure, key=sure.get)
+            look = predictor.maps(pyramid, name, deadline, near)
+            sure = _surest(look.merged(), predictor, name, near, reach_px)
+            if sure > surest:
+                surest, defect, maps = sure, name, look
+        maps.widen(NEAR_PX)
+    else:
+        deadline.planned(predictor.plain_pixels(height, width, defect, near, NEAR_PX))
+        maps = predictor.maps(pyramid, defect, deadline, near, NEAR_PX)
     fact, chosen_settings = predictor.weights.facts[defect], settings[defect]
-    maps, steps = predictor.maps(pyramid, defect, deadline, near, NEAR_PX), chosen_settings.iterations
+    steps = chosen_settings.iterations
     if steps:
         maps.climb([steps], np.ones((1, 1), bool), max(height, width))
     logits = maps.merged(steps)

@@ -15,6 +15,7 @@ from defectcam.request import MAX_BODY_BYTES
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's numbers of two parameters of mallopt
 KEPT_BLOCK_BYTES, KEPT_BYTES = 32 << 20, 1 << 30  # of a block, older glibcs allow no more
+LEAST_BYTES_PER_PX = 30  # of a photo: its pixels, its pyramid and its maps, beside the tiles; up to 40 were measured
 # For libraries' code, which must stay in memory, and Nuclio's processor, which holds a request's body twice: as it came,
 # and as it goes to this process.
 MARGIN_BYTES = (200 << 20) + 2 * MAX_BODY_BYTES
@@ -32,12 +33,8 @@ def limit_memory() -> None:
         return
     import resource
 
-    used, machine = _bytes_of("/proc/self/status"), _bytes_of("/proc/meminfo")
-    left = max(machine["MemAvailable"], machine["MemTotal"] // 2)  # who is busy at this start may not be for ever
-    for path in CGROUP_LIMITS:
-        text = path.read_text().strip() if path.exists() else "max"
-        if text != "max":
-            left = min(left, int(text) - used["RssAnon"])
+    used = _bytes_of("/proc/self/status")
+    left = _left_bytes(used)
     if left < MARGIN_BYTES:
         raise MemoryError(
             f"{left / 1e6:.0f} MB of memory are left beside the weights, at least {MARGIN_BYTES / 1e6:.0f} are needed: "
@@ -46,6 +43,37 @@ def limit_memory() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)  # what libraries map of their files is not counted
     limits = [used["VmData"] + left - MARGIN_BYTES, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+
+
+def check_memory(height: int, width: int) -> None:
+    """Refuse a photo of so many px that cannot fit, before it is decoded.
+
+    It counts on all that this process has freed. So a photo that passes may still run out of memory.
+
+    Raises:
+        MemoryError: with the MB that it needs at the least, and those that are left.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    used, (soft, _) = _bytes_of("/proc/self/status"), resource.getrlimit(resource.RLIMIT_DATA)
+    left = _left_bytes(used) - MARGIN_BYTES
+    if soft != resource.RLIM_INFINITY:
+        left = min(left, soft - used["RssAnon"])
+    if (needed := height * width * LEAST_BYTES_PER_PX) > left:
+        raise MemoryError(f"out of memory: needs {needed / 1e6:.0f} MB, {left / 1e6:.0f} MB are left")
+
+
+def _left_bytes(used: dict[str, int]) -> int:
+    """What of its container and of the machine a process has left that uses so much, as in /proc/self/status."""
+    machine = _bytes_of("/proc/meminfo")
+    left = max(machine["MemAvailable"], machine["MemTotal"] // 2)  # who is busy at this start may not be for ever
+    for path in CGROUP_LIMITS:
+        text = path.read_text().strip() if path.exists() else "max"
+        if text != "max":
+            left = min(left, int(text) - used["RssAnon"])
+    return left
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -41,7 +42,7 @@ class Pace:
         if tile_px:
             self.fastest[defect] = min(elapsed_s / tile_px, self.fastest.get(defect, float("inf")))
 
-    def seconds(self, tile_px: Mapping[str, float], left_s: float) -> float:
+    def seconds(self, tile_px: Mapping[str, float], left_s: float = math.inf) -> float:
         """What forward passes over so many pixels take, by defect; measured anew before it says longer than `left_s`.
 
         0 where nothing was measured yet.

@@ -12,18 +12,19 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from defectcam.deadline import NO_DEADLINE, Deadline, Progress
+from defectcam.deadline import NO_DEADLINE, Deadline, Progress, TimeLimitError
 from defectcam.encoders import halo_px, stride_px
 from defectcam.engine import Engine
 from defectcam.pace import Pace, climb_passes
 from defectcam.postprocess import regions
 from defectcam.proposals import Component, Proposal, component_confidence, component_features, find_components
-from defectcam.pyramid import PhotoMaps, Pyramid, level_tiles
+from defectcam.pyramid import ENLARGED, PhotoMaps, Pyramid, enlarged_tiles, level_tiles, possible_region, touching
 from defectcam.request import RequestError
 from defectcam.tiling import Tile
 from defectcam.weights import TORCH_REMEDY, DefectWeights, Weights, WeightsError
@@ -176,10 +177,10 @@ class Predictor:
         return proposals_for(maps, fact, [steps], threshold, cam_threshold)[steps]
 
     def check_time(self, height: int, width: int, defects: Sequence[str], deadline: Deadline) -> Deadline:
-        """Refuse a photo of so many px whose plain maps alone would be late.
+        """Refuse a photo of so many px of which the plain maps of all levels but the enlarged one would be late.
 
         Returns:
-            The deadline to work with: it refuses as soon as the plain maps turn out to be late.
+            The deadline to work with: it refuses as soon as the work that is found turns out to be late.
 
         Raises:
             TimeLimitError: they would be late.
@@ -189,47 +190,67 @@ class Predictor:
         deadline.check_work(self.pace.seconds(needed, deadline.left_s()), amount, "megapixels")
         return Progress(deadline, sum(needed.values()), amount, "megapixels")
 
-    def check_climb(
+    def check_all(
         self, image_rgb: np.ndarray, settings: Mapping[str, tuple[int, float, float]], deadline: Deadline
     ) -> None:
-        """Refuse a photo whose climb would be late, after a look at a few places of it.
+        """Refuse a photo that would be late with its enlarged level and its climb, after a look at a few places of it.
 
-        How much of a photo is climbed shows on its plain maps, which take long themselves. Where there is time to climb
-        all of it, nothing is looked at.
+        How much of a photo is enlarged and climbed shows on its plain maps, which take long themselves. Where there is
+        time for all of it, nothing is looked at.
 
         Args:
             image_rgb: (H, W, 3) uint8.
             settings: defect -> T, minimum confidence, theta.
 
         Raises:
-            TimeLimitError: it would be late.
+            TimeLimitError: it would be late; with the T that would fit, else the megapixels.
         """
         height, width = image_rgb.shape[:2]
 
-        def needed_s(shares: Mapping[str, float]) -> float:
-            needed = {}
+        def needed(shares: Mapping[str, tuple[float, float]], most_steps: int) -> dict[str, float]:
+            pixels = {}
             for defect, (steps, *_) in settings.items():
-                plain = self.plain_pixels(height, width, defect)
-                needed[defect] = plain + shares[defect] * (self.pixels_with_climb(height, width, defect, steps) - plain)
-            return self.pace.seconds(needed, deadline.left_s())
+                plain, (enlarged_share, climbing_share) = self.plain_pixels(height, width, defect), shares[defect]
+                enlarged = pixels_of({ENLARGED: self._enlarged_tiles(height, width, defect)})
+                climb = self.pixels_with_climb(height, width, defect, min(steps, most_steps)) - plain
+                pixels[defect] = plain + enlarged_share * enlarged + climbing_share * climb
+            return pixels
 
-        if needed_s(dict.fromkeys(settings, 1.0)) <= deadline.left_s():
+        most_steps = max(steps for steps, *_ in settings.values())
+        left_s = deadline.left_s()
+        if self.pace.seconds(needed(dict.fromkeys(settings, (1.0, 1.0)), most_steps), left_s) <= left_s:
             return
-        shares = {defect: self._share_with_cores(image_rgb, defect, *how[1:]) for defect, how in settings.items() if how[0]}
-        amount = height * width / 1e6
-        deadline.check_work(needed_s(dict.fromkeys(settings, 0.0) | shares), amount, "megapixels")
+        shares = {defect: self._shares(image_rgb, defect, *how) for defect, how in settings.items()}
+        left_s = deadline.left_s()
+        needed_s = self.pace.seconds(needed(shares, most_steps), left_s)
+        if needed_s <= left_s:
+            return
+        for steps in reversed(range(most_steps)):
+            if self.pace.seconds(needed(shares, steps)) <= left_s:
+                raise TimeLimitError(needed_s - left_s, f"iterations {steps}")
+        deadline.check_work(needed_s, height * width / 1e6, "megapixels")
 
-    def _share_with_cores(self, image_rgb: np.ndarray, defect: str, threshold: float, cam_threshold: float) -> float:
-        """Of a few places evenly over the photo the share that has a region to climb around, 0..1."""
+    def _enlarged_tiles(self, height: int, width: int, defect: str) -> list[Tile]:
+        return enlarged_tiles(height, width, self.weights.facts[defect].reading, self.engines[defect])
+
+    def _shares(
+        self, image_rgb: np.ndarray, defect: str, steps: int, threshold: float, cam_threshold: float
+    ) -> tuple[float, float]:
+        """Of a few places evenly over the photo the shares, 0..1, that the enlarged level is asked for and that climb."""
         fact, (height, width) = self.weights.facts[defect], image_rgb.shape[:2]
-        side_px, with_cores = round(PLACE_PX / min(fact.finest_scale, 1.0)), []
+        if not steps and not self._enlarged_tiles(height, width, defect):
+            return 0.0, 0.0
+        side_px, enlarged, climbing = round(PLACE_PX / min(fact.finest_scale, 1.0)), [], []
+        reading = replace(fact.reading, finest=min(fact.finest_scale, 1.0))  # enlarged, the look itself would take long
         for row, column in np.ndindex(PLACES, PLACES):
             top = max(0, (2 * row + 1) * height // (2 * PLACES) - side_px // 2)
             left = max(0, (2 * column + 1) * width // (2 * PLACES) - side_px // 2)
-            place = Pyramid(np.ascontiguousarray(image_rgb[top : top + side_px, left : left + side_px]))
-            cores = find_cores(self.maps(place, defect).merged(), fact, cam_threshold)
-            with_cores.append(any(core.confidence >= threshold for core in cores))
-        return float(np.mean(with_cores))
+            place = np.ascontiguousarray(image_rgb[top : top + side_px, left : left + side_px])
+            maps = PhotoMaps(self.engines[defect], reading, Pyramid(place), self.batch)
+            climbing.append(any(core.confidence >= threshold for core in find_cores(maps, fact, cam_threshold)))
+            tiles = self._enlarged_tiles(*place.shape[:2], defect)
+            enlarged.append(len(touching(tiles, possible_region(maps.merged()))) / max(len(tiles), 1))
+        return float(np.mean(enlarged)), float(np.mean(climbing))
 
 
 def pixels_of(tiles: Mapping[float, Sequence[Tile]]) -> int:
@@ -237,14 +258,12 @@ def pixels_of(tiles: Mapping[float, Sequence[Tile]]) -> int:
     return sum(tile.pixels for of_level in tiles.values() for tile in of_level)
 
 
-def find_cores(
-    logits: np.ndarray, fact: DefectWeights, cam_threshold: float | None = None, deadline: Deadline = NO_DEADLINE
-) -> list[Proposal]:
-    """The regions of the plain map (H, W) float32, each with its confidence (0..1)."""
-    theta = fact.cam_threshold if cam_threshold is None else cam_threshold
+def find_cores(maps: PhotoMaps, fact: DefectWeights, cam_threshold: float | None = None) -> list[Proposal]:
+    """The regions of a photo's plain map, each with its confidence (0..1)."""
+    theta, logits = fact.cam_threshold if cam_threshold is None else cam_threshold, maps.merged()
     found = []
-    for component in find_components(regions(logits, fact.least_logit(theta), fact.cleaning, deadline)):
-        features = component_features(component, logits)
+    for component in find_components(regions(logits, fact.least_logit(theta), fact.cleaning, maps.deadline)):
+        features = component_features(component, logits, maps.levels)
         found.append(Proposal(component, component_confidence(features, fact.confidence_weights)))
     return found
 
@@ -270,7 +289,7 @@ def proposals_for(
     """
     threshold = fact.threshold if threshold is None else threshold
     cam_threshold = fact.cam_threshold if cam_threshold is None else cam_threshold
-    cores = find_cores(maps.merged(), fact, cam_threshold, maps.deadline)
+    cores = find_cores(maps, fact, cam_threshold)
     accepted = [core for core in cores if core.confidence >= threshold]
     result = {}
     climbing = [steps for steps in wanted if steps > 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -12,7 +12,8 @@ import numpy as np
 
 LARGEST_LOGIT = 6.0  # surer than that no network is
 PIXEL_VARIANCE = 1 / 12  # of a uniform distribution one pixel wide
-FEATURES = 5
+FEATURES = 7
+LEVELS_ASKED = 3  # the finest: photos of all sizes have them
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,29 +76,41 @@ class Proposal:
     confidence: float
 
 
-def component_features(component: Component, logits: np.ndarray) -> tuple[float, ...]:
-    """What a component's confidence is made of: the map's evidence, size and shape.
+def component_features(
+    component: Component, logits: np.ndarray, levels: Mapping[float, np.ndarray]
+) -> tuple[float, ...]:
+    """What a component's confidence is made of: the map's evidence, size and shape, and whether the levels agree.
 
-    Edges of structures and joints are as dark and thin as cracks, but straight.
+    Edges of structures and joints are as dark and thin as cracks, but straight. What only one level takes for a defect
+    is seldom one.
 
     Args:
         component: a region of the plain map, T = 0.
         logits: (H, W) float32, that map.
+        levels: scale, 1 or less -> plain map of that level of the pyramid. The LEVELS_ASKED finest count.
 
     Returns:
-        FEATURES numbers: mean and 0.9 quantile of the logits inside, each within -LARGEST_LOGIT..LARGEST_LOGIT; log2 of
-        the box's diagonal in px; log2 of the mean width in px (area over diagonal); log2 of the minor axis over the
-        major axis of the ellipse with the component's second moments: 0 of a disc, the lower, the straighter.
+        FEATURES numbers: mean and 0.9 quantile of the logits inside; log2 of the box's diagonal in px; log2 of the mean
+        width in px (area over diagonal); log2 of the minor axis over the major axis of the ellipse with the component's
+        second moments: 0 of a disc, the lower, the straighter; mean and standard deviation of what the levels say: the
+        mean logit inside of each. Logits count within -LARGEST_LOGIT..LARGEST_LOGIT.
     """
     x0, y0, x1, y1 = component.box_xyxy
     inside = np.clip(logits[y0 : y1 + 1, x0 : x1 + 1][component.mask], -LARGEST_LOGIT, LARGEST_LOGIT)
     diagonal_px = math.hypot(*component.mask.shape)
+    rows, columns = np.nonzero(component.mask)
+    said = []
+    for scale in sorted(levels, reverse=True)[:LEVELS_ASKED]:
+        there = levels[scale][((y0 + rows) * scale).astype(int), ((x0 + columns) * scale).astype(int)]
+        said.append(np.clip(there, -LARGEST_LOGIT, LARGEST_LOGIT).mean())
     return (
         float(inside.mean()),
         float(np.quantile(inside, 0.9)),
         math.log2(diagonal_px),
         math.log2(len(inside) / diagonal_px),
         _log2_aspect(component.mask),
+        float(np.mean(said)),
+        float(np.std(said)),
     )
 
 

@@ -44,6 +44,7 @@ JPEG_END = b"\xff\xd9"
 JPEG_FILLER = bytes(range(254, -1, -1)) * 4096
 MISSING_SHARE = 1 / 200  # of its pixels that a JPEG cut off at its end may lack: a few blocks of a small photo
 MAX_CLICKS = 100
+ORIENTATION_TAG = 0x0112  # of EXIF
 # What earlier versions had, and what to do instead.
 SNAP_REMOVED = "was removed: the outline is the map's; cam_threshold makes proposals wider or narrower"
 AUTO_REMOVED = 'is "auto", which was removed: give a number of steps, or leave it out for the weights\' own'
@@ -179,6 +180,16 @@ def image_size(source: bytes | Image.Image, max_pixels: int) -> tuple[int, int]:
     """(height, width) in px as an image file's header has them; arguments and errors as `decode_image`."""
     with _opened(source, max_pixels) as image:
         return image.height, image.width
+
+
+def upright_size(source: bytes | Image.Image, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in px of what `decode_image` makes of an image file; of all but some PNGs from the header alone."""
+    with _opened(source, max_pixels) as image:
+        try:
+            turned = image.format != "TIFF" and image.getexif().get(ORIENTATION_TAG) in (5, 6, 7, 8)
+        except Exception:  # as in _turn_upright
+            turned = False
+        return (image.width, image.height) if turned else (image.height, image.width)  # a TIFF's size is turned already
 
 
 def decode_image(source: bytes | Image.Image, max_pixels: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Tiles with a halo on one level of the pyramid: large photos in bounded memory (paper 4.1: 5K x 5K).
 
-A tile is a core, whose result is kept, and its surroundings. What of these lies beyond the photo repeats the photo's
-edge. Cores start at multiples of the network's stride, so the stitched map is the whole photo's but for what lies
-beyond the halo and hardly counts.
+A tile is a core, whose result is kept, and its surroundings. What of these lies beyond the level repeats the level's
+edge. Tiles and cores start at multiples of the network's stride, so the stitched map is the whole level's but for what
+lies beyond the halo and hardly counts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from defectcam.deadline import NO_DEADLINE, Deadline
 from defectcam.encoders import normalised
 from defectcam.engine import Engine
 
-LARGEST_TILE_PX = 768  # with the halo of 96 px 1.8 times the arithmetic of no halo; a climb takes about 1 GB
-TILE_STEP_PX = 128  # sides of tiles are its multiples: an engine that prepares itself for each size knows a few
+LARGEST_TILE_PX = 768  # with a halo of 64 px 1.5 times the arithmetic of no halo; a climb takes about 1 GB
+EDGE_PX = 32  # beyond the level's edge, which is repeated there; crops in training have nothing beyond theirs
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,22 @@ def cut(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def tile_grid(height: int, width: int, halo_px: int, stride_px: int, largest_px: int = LARGEST_TILE_PX) -> list[Tile]:
-    """Tiles of about equal cores that cover a level exactly; outer sides are multiples of TILE_STEP_PX."""
+    """Tiles of one size that cover a level exactly.
+
+    Every core has `halo_px` of surroundings inside the level. Beyond its edge the level is extended by EDGE_PX, or the
+    halo where that is less, once its sides are multiples of the stride: by the same pixels in every tiling.
+    """
+    edge_px = min(halo_px, EDGE_PX)
 
     def spans(length: int) -> list[tuple[int, int, int, int]]:
-        count = -(-length // (largest_px - 2 * halo_px))
-        core = -(-length // (count * stride_px)) * stride_px
-        outer = -(-(core + 2 * halo_px) // TILE_STEP_PX) * TILE_STEP_PX
-        starts = range(0, length, core)
-        return [(start, min(start + core, length), start - halo_px, start - halo_px + outer) for start in starts]
+        end = -(-length // stride_px) * stride_px + edge_px
+        inner = max(end + edge_px - 2 * halo_px, stride_px)
+        count = -(-inner // (largest_px - 2 * halo_px))
+        core = -(-inner // (count * stride_px)) * stride_px
+        outer = min(core + 2 * halo_px, end + edge_px)
+        tops = [*(index * core - edge_px for index in range(count - 1)), end - outer]
+        starts = [0, *(index * core - edge_px + halo_px for index in range(1, count)), length]
+        return [(start, stop, top, top + outer) for start, stop, top in zip(starts, starts[1:], tops)]
 
     return [
         Tile((y0, y1, x0, x1), (top, bottom, left, right))

@@ -126,7 +126,7 @@ def tiny_weights(
             "closing_radius_px": 1,
             "gap_px": 4,
             "min_area_px": 16,
-            "confidence_weights": [1.0, 0.0, 0.0, 0.0, 0.0, -2.0],
+            "confidence_weights": [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.0],
             "threshold": 0.5,
             "iterations": 2,
             "tolerance_px": 1.0,
@@ -166,7 +166,7 @@ def little_training(val_crops: int):
         patch.setattr("defectcam.encoders.LARGEST_HALO_PX", 16)
         patch.setattr("defectcam.training.train.VAL_CROPS", val_crops)
         patch.setattr("defectcam.training.calibrate.graph_of", graph_of)
-        patch.setattr("defectcam.training.calibrate.CLIMBS", [("all levels", 0.012)])
+        patch.setattr("defectcam.training.calibrate.STEP_LENGTHS", (0.012,))
         patch.setattr("defectcam.training.calibrate.CLIMB_PHOTOS", 1)
         yield
 
@@ -308,7 +308,7 @@ def dark_network(decoder_channels: tuple[int, ...] = (16, 16, 8, 8)) -> ScoreNet
 
 def dark_weights(folder: Path, defects: Sequence[str] = ("crack",), **fields: object) -> Path:
     """Write a weights folder whose networks see dark spots, with `fields` in place of every entry's; returns it."""
-    fields = {"cam_threshold": 0.5, "confidence_weights": [2.0, 0.0, 0.0, 0.0, 0.0, -2.0]} | fields
+    fields = {"cam_threshold": 0.5, "confidence_weights": [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.0]} | fields
     return tiny_weights(folder, defects, dark_network(), **fields)
 
 

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import os
+import time
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from defectcam import pyramid
 from defectcam.climb import PaperClimb
-from defectcam.tiling import Tile, cut, tile_grid, tile_maps
+from defectcam.tiling import LARGEST_TILE_PX, Tile, cut, tile_grid, tile_maps
 from defectcam.torch_engine import TorchEngine
 from benchmarks import answers, bench
 from benchmarks.plain_climb import plain_climbed_map
@@ -66,42 +68,95 @@ def test_the_floor_counts_forward_and_backward_passes():
     assert climb == pytest.approx((2 * bench.STEPS + 1) * forward, rel=0.1)
 
 
+@pytest.mark.parametrize("side_px", [384, LARGEST_TILE_PX])
+@pytest.mark.parametrize("halo_px", [16, 64])
+def test_photos_of_tiles_are_cut_into_whole_tiles(side_px, halo_px):
+    photo = bench.photo_of_tiles((3, 2), side_px, halo_px)
+    tiles = tile_grid(*photo.shape[:2], halo_px, 16, side_px)
+    assert [tile.size for tile in tiles] == 6 * [(side_px, side_px)]
+
+
 @pytest.fixture
 def deployed(tmp_path, monkeypatch):
+    """Weights without a graph: PyTorch runs them."""
     monkeypatch.setenv("ADVCAM_WEIGHTS", str(tiny_weights(tmp_path / "weights", ["crack"])))
 
 
-def test_a_quick_run_writes_all_it_measures(exported_weights, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_work(exported_weights, tmp_path, monkeypatch):
+    """Weights that OpenVINO runs, and small photos and tiles."""
+    bench.Image.open(bench.SAMPLE).crop((0, 0, 320, 320)).save(tmp_path / "sample.jpg")
+    monkeypatch.setattr(bench, "SAMPLE", tmp_path / "sample.jpg")
     monkeypatch.setenv("ADVCAM_WEIGHTS", str(exported_weights))
     monkeypatch.setattr(bench, "SIDE_PX", 96)
     for module in (bench, pyramid):
-        monkeypatch.setattr(module, "NEAR_TILE_PX", 256)
+        monkeypatch.setattr(module, "SMALL_TILE_PX", 256)
     monkeypatch.setattr(bench, "LARGEST_TILE_PX", 256)
     monkeypatch.setattr(bench, "TILES_XY", (2, 1))
     monkeypatch.setattr(bench, "CONVOLUTIONS", [(16, 32), (32, 16)])
+
+
+FIGURES = ["openvino_forward_speedup", "openvino_step_speedup", "climb_speedup", "climb_speedup_all_tiles",
+           "grad_cam_speedup", "floor_share", "floor_share_folded", "outside_network_share", "log_share", "click_s",
+           "start_s", "first_answer_s", "cpu_install_mb"]  # fmt: skip
+
+
+def test_a_quick_run_writes_all_it_measures(small_work, tmp_path, capsys):
     bench.main(["--quick", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "bench.json").read_text())
-    measured = ["openvino_forward_speedup", "openvino_step_speedup", "climb_speedup", "climb_speedup_all_tiles",
-                "grad_cam_speedup", "floor_share", "outside_network_share", "log_share", "growth_4mp", "seconds_1mp_t0",
-                "seconds_1mp", "seconds_click"]  # fmt: skip
-    for key in measured:
+    for key in FIGURES:
         assert math.isfinite(results[key]) and results[key] > 0, key
-    assert results["outside_network_share"] < 1
+    for key in ("answer_s", "answer_all_tiles_s"):
+        assert {size: [*of_photo] for size, of_photo in results[key].items()} == dict.fromkeys(["1", "4"], ["0", "2", "8"])
+        assert all(0 < seconds < math.inf for of_photo in results[key].values() for seconds in of_photo.values())
+    assert results["answer_s"]["1"] == results["answer_all_tiles_s"]["1"]
+    assert results["outside_network_share"] < 1 and results["start_s"] < results["first_answer_s"]
     assert results["engines"] == {"crack": "openvino"}
     assert results["machine"]["threads"] == torch.get_num_threads() and results["defects"]
+    assert not {"growth_25mp", "peak_host_mb_25mp"} & results.keys()
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert all(key in printed for key in measured)
+    assert all(key in printed for key in FIGURES)
+    assert printed.count("1 MP, T = 8 ") == 1 and "4 MP, T = 8, defects in a third " in printed
+    assert "4 MP, T = 0, defects everywhere " in printed
     assert "ADVCAM_TIME_LIMIT" not in os.environ
 
 
-def test_the_largest_photo_is_answered_by_a_process_of_its_own(deployed, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SIDE_PX", 32)
-    results = bench.time_large_answer(tmp_path, "cpu", seconds_1mp=0.1)
-    assert results["growth_25mp"] == pytest.approx(10 * results["seconds_25mp"])
-    assert 0 < results["seconds_25mp"] < math.inf and results["answer_bytes_25mp"] >= 2
-    assert 100 < results["peak_host_mb"] < 100_000  # PyTorch alone has more than 100
-    assert bench.Image.open(tmp_path / "photo_25mp.jpg").size == (160, 160)
+def test_a_whole_run_has_large_photos_without_their_longest_climb_too(small_work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "REPETITIONS", 1)
+    bench.main(["--out", str(tmp_path)])
+    results = json.loads((tmp_path / "bench.json").read_text())
+    measured = dict.fromkeys(["1", "4"], ["0", "2", "8"]) | dict.fromkeys(["12", "25"], ["0", "2"])
+    for key, name in (("answer_s", "answer"), ("answer_all_tiles_s", "answer_all_tiles")):
+        assert {size: [*of_photo] for size, of_photo in results[key].items()} == measured
+        assert bench.Image.open(tmp_path / "bench" / f"{name}_12mp.jpg").size == (4 * 96, 3 * 96)
+        assert bench.Image.open(tmp_path / "bench" / f"{name}_25mp.jpg").size == (5 * 96, 5 * 96)
+    of_photos = results["answer_all_tiles_s"]
+    assert results["growth_25mp"] == of_photos["25"]["2"] / of_photos["1"]["2"]
+    assert 50 < results["peak_host_mb_25mp"] < 100_000 and "peak_gpu_mb" not in results
+    printed = capsys.readouterr().out
+    assert "25 MP, T = 2, defects in a third " in printed and bench.AIMS.keys() <= {*printed.split()}
+
+
+def test_a_process_of_its_own_tells_its_start_and_its_memory(deployed, tmp_path):
+    bench.Image.fromarray(textured(64, 96)).save(tmp_path / "photo.png")
+    started = time.monotonic()
+    result = bench.answers_of_process([bench.SAMPLE, tmp_path / "photo.png"], [0, 2], "cpu")
+    elapsed_s = time.monotonic() - started
+    names = [str(bench.SAMPLE)] * 2 + [str(tmp_path / "photo.png")] * 2
+    assert [(answer["photo"], answer["iterations"]) for answer in result["answers"]] == [*zip(names, [0, 2, 0, 2])]
+    assert all(0 < answer["network_seconds"] < answer["seconds"] for answer in result["answers"])
+    assert 0 < result["start_s"] < elapsed_s - sum(answer["seconds"] for answer in result["answers"])
+    peaks = [answer["peak_host_mb"] for answer in result["answers"]]
+    assert peaks == sorted(peaks) and 100 < peaks[0] < peaks[-1] + 1 < 100_000  # PyTorch alone has more than 100
+
+
+def test_with_openvino_the_process_does_not_import_pytorch(exported_weights, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('PyTorch was imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(exported_weights))
+    (answer,) = bench.answers_of_process([bench.SAMPLE], [2], "cpu")["answers"]
+    assert 0 < answer["network_seconds"] < answer["seconds"]
 
 
 def test_a_photo_that_is_not_processed_ends_the_benchmark(deployed, tmp_path):
@@ -110,8 +165,61 @@ def test_a_photo_that_is_not_processed_ends_the_benchmark(deployed, tmp_path):
         answers.Function().answer(tmp_path / "text.jpg", {})
 
 
-def test_larger_photos_have_the_same_defects_without_seams(tmp_path):
+def test_larger_photos_have_the_same_defects_without_seams(monkeypatch):
     assert bench.sample_photo(1000, 1300).shape == (1000, 1300, 3)
-    doubled = bench.sample_photo(96, 80, 2)
-    assert doubled.shape == (192, 160, 3) and np.array_equal(doubled[:96, :80], bench.sample_photo(96, 80))
+    monkeypatch.setattr(bench, "SIDE_PX", 96)
+    doubled = bench.photo_of_squares(2, 2, everywhere=True)
+    assert doubled.shape == (192, 192, 3) and np.array_equal(doubled[:96, :96], bench.sample_photo(96, 96))
     assert np.array_equal(doubled, doubled[::-1, ::-1]) and doubled.std() > 1
+
+
+def test_a_third_of_the_squares_are_the_sample_the_others_sound(monkeypatch):
+    side_px = 400
+    monkeypatch.setattr(bench, "SIDE_PX", side_px)
+    sample, sound = bench.sample_photo(side_px, side_px), bench.sound_concrete(side_px, side_px)
+    photo = bench.photo_of_squares(3, 4, everywhere=False)
+    assert photo.shape == (3 * side_px, 4 * side_px, 3)
+    for row in range(3):
+        for column in range(4):
+            square = photo[row * side_px : (row + 1) * side_px, column * side_px : (column + 1) * side_px]
+            assert np.array_equal(square, sample if (row + column) % 3 == 0 else sound)
+    assert np.array_equal(sound[:300, :300], sample[18:318, 18:318])
+    assert np.array_equal(sound[300:], sound[200:300][::-1])
+    for rows, columns in bench.SQUARES.values():
+        of_sample = sum((row + column) % 3 == 0 for row in range(rows) for column in range(columns))
+        assert abs(of_sample - rows * columns / 3) < 1
+
+
+def test_an_install_is_the_files_of_all_that_is_needed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def distribution(name: str, size: int, *needed: str) -> int:
+        """Install a distribution with one file of so many bytes; the bytes of all its files."""
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1", *(f"Requires-Dist: {one}" for one in needed)]
+        files = {f"{name}.bin": "0" * size, f"{name}-1.dist-info/METADATA": "\n".join(lines) + "\n"}
+        record = f"{name}-1.dist-info/RECORD"
+        files[record] = "".join(f"{path},,\n" for path in (*files, record, f"{name}-removed.pyc"))
+        for path, text in files.items():
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text(text)
+        return sum(map(len, files.values()))
+
+    needed = ["small.part ; extra == 'run'", "unused ; extra == 'other'", "old ; extra == 'run' and python_version < '3'"]
+    distribution("whole", 10_000, *needed)
+    distribution("unused", 10_000)
+    expected = distribution("small_part", 1000, "small_base[extra]>=1")
+    expected += distribution("small_base", 2000, "small_more ; extra == 'extra'", "small-part")
+    expected += distribution("small_more", 4000)
+    assert bench.install_mb("whole", "run") == pytest.approx(expected / 1e6)
+    distribution("whole", 10_000, "not-installed ; extra == 'run'")
+    with pytest.raises(metadata.PackageNotFoundError, match="not-installed"):
+        bench.install_mb("whole", "run")
+
+
+def test_the_install_for_cpus_has_openvino_and_not_pytorch():
+    def mb(name: str) -> float:
+        return sum(file.locate().stat().st_size for file in metadata.files(name) if file.locate().exists()) / 1e6
+
+    cpu_install_mb = bench.install_mb("defectcam", "runtime-cpu")
+    assert mb("openvino") + mb("opencv-python") < cpu_install_mb
+    assert bench.install_mb("defectcam", "runtime") > cpu_install_mb - mb("openvino") + mb("torch")

@@ -74,7 +74,7 @@ ENTRY = {
     "file": "spalling.safetensors", "sha256": "", "encoder": "resnet34", "decoder_channels": (2, 2), "downsamplings": 1,
     "pooling": "average", "finest_scale": 1.0, "levels": 1, "sharpness": 1.0,
     "climb": {"form": "local", "xi": 0.1, "g_ref": [SLOPE / 30]}, "platt": (1.0, 0.0), "cam_threshold": 0.5,
-    "closing_radius_px": 0, "gap_px": 0, "min_area_px": 10, "confidence_weights": (0.0, 1.0, 0.0, 0.0, 0.0, -2.0),
+    "closing_radius_px": 0, "gap_px": 0, "min_area_px": 10, "confidence_weights": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.0),
     "threshold": 0.5, "iterations": 2, "tolerance_px": 1.0, "hole_share": 0.02,
     "training": {"sets": ["walls"], "healthy_sets": ["plain"]},
 }  # fmt: skip
@@ -338,7 +338,7 @@ def soft_photos(steps: int = 2) -> list[LabelledPhoto]:
     """Discs with soft edges, whose truth is what a climb of `steps` finds, moved by 3 px; and a photo without."""
     photos = []
     for index, radius in enumerate((16, 22, 28)):
-        image_rgb, _ = dark_spot(110, 130, (55, 65), radius, softness_px=5)
+        image_rgb, _ = dark_spot(190, 230, (95, 115), radius, softness_px=5)
         photos.append(LabelledPhoto("walls", str(index), image_rgb, np.roll(climbed(image_rgb, steps) > 0, 3, axis=1)))
     return [*photos, LabelledPhoto("walls", "bright", dark_spot(50, 50, (0, 0), 0, 210)[0], None)]
 

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -313,7 +314,7 @@ def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):
 
 
 def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(model, monkeypatch):
-    monkeypatch.setattr(pyramid, "tile_grid", partial(tile_grid, largest_px=256))  # eight tiles and two
+    monkeypatch.setattr(pyramid, "tile_grid", partial(tile_grid, largest_px=256))  # eight tiles, two and one
     batches, engine = [], model.predictor.engines["crack"]
 
     def short_of_memory(images):
@@ -324,9 +325,9 @@ def test_out_of_memory_halves_the_batch_and_then_gives_up_on_the_photo_alone(mod
 
     monkeypatch.setattr(engine, "score", short_of_memory)
     model.predictor.batch, limit = 8, 2
-    request = request_of(sound(128, 256))
+    request = request_of(sound(256, 512))
     assert model.answer(request) == []
-    assert batches == [8, 4, 2, 2, 2, 2, 2] and model.predictor.batch == 2
+    assert batches == [8, 4, 2, 2, 2, 2, 2, 1] and model.predictor.batch == 2
     limit = 0
     (tag,) = model.answer(request)
     assert tag["label"] == "unprocessed" and reason_of(tag).startswith("out of memory")
@@ -465,20 +466,20 @@ def test_a_photo_that_takes_too_long_is_refused_before_it_is_decoded(slow_model,
     with monkeypatch.context() as patches:
         patches.setattr(model_handler, "decode_image", lambda *_: pytest.fail("decoded"))
         (tag,), seen_px = answer_and_pixels(model, sound(3000, 3000), iterations=0)
-    assert re.match(r"too slow \d+>6000 s; about 1 megapixels would fit; use a GPU", reason_of(tag))
+    assert re.match(r"too slow \d+>6000 s; about [23] megapixels would fit; use a GPU", reason_of(tag))
     assert seen_px == 0
-    assert answer_and_pixels(model, sound(16, 16), iterations=0) == ([], 256**2), "with its halo"
+    assert answer_and_pixels(model, sound(16, 16), iterations=0) == ([], 80**2), "with what is repeated around it"
 
 
 def test_the_pace_is_measured_anew_before_a_photo_is_refused(handler_of):
     """It was first measured at a moment when other programs kept the machine busy."""
     model = handler_of()
     model.predictor.pace.fastest["crack"] = 1e3
-    assert answer_and_pixels(model, sound(16, 16), iterations=0) == ([], 2 * SAMPLE_PX**2 + 256**2)
+    assert answer_and_pixels(model, sound(16, 16), iterations=0) == ([], 2 * SAMPLE_PX**2 + 80**2)
     assert model.predictor.pace.fastest["crack"] < 1
 
 
-PLACE_SEEN_PX = 384**2  # a place of 96 px and its halo
+PLACE_SEEN_PX = 160**2  # a place of 96 px and what is repeated around it
 
 
 @pytest.fixture
@@ -489,8 +490,23 @@ def small_places(monkeypatch):
 def test_a_photo_whose_climb_would_be_late_is_refused_after_a_look_at_a_few_places(slow_model, small_places):
     photo = np.tile(dark_wall([(24, 24, 14), (72, 72, 14)], 96, 96)[0], (6, 6, 1))
     (tag,), seen_px = answer_and_pixels(slow_model(1e-3), photo, iterations=50)
-    assert re.match(r"too slow \d+>6000 s; ", reason_of(tag))
+    assert re.match(r"too slow \d+>6000 s; iterations 3 would fit; ", reason_of(tag))
     assert seen_px == predict.PLACES**2 * PLACE_SEEN_PX, "no map of the photo"
+    shapes, _ = answer_and_pixels(slow_model(1e-3), photo, iterations=3)
+    assert {shape["label"] for shape in shapes} == {"crack"}
+
+
+def test_what_the_enlarged_level_will_take_counts_before_it_is_read(slow_model, small_places, monkeypatch):
+    photo = np.tile(dark_wall([(24, 24, 14), (72, 72, 14)], 96, 96)[0], (6, 6, 1))
+    model = slow_model(5e-3)  # 4500 s for the plain map
+    assert answer_and_pixels(model, photo, iterations=0)[0][0]["label"] == "crack"
+    (fact,) = model.weights.facts.values()
+    monkeypatch.setitem(model.weights.facts, "crack", replace(fact, finest_scale=2.0))
+    monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", 0.0)
+    (tag,), seen_px = answer_and_pixels(model, photo, iterations=0)
+    assert re.match(r"too slow \d+>6000 s; about \d megapixels would fit|too slow \d+>6000 s; use", reason_of(tag))
+    assert seen_px == predict.PLACES**2 * PLACE_SEEN_PX, "and not the enlarged level"
+    assert answer_and_pixels(model, sound(576, 576), iterations=0)[0] == [], "there it is not asked for"
 
 
 def test_a_photo_on_which_nothing_will_climb_is_not_refused_for_it(slow_model, small_places):
@@ -502,7 +518,7 @@ def test_a_photo_on_which_nothing_will_climb_is_not_refused_for_it(slow_model, s
 
 def test_nothing_is_looked_at_where_there_is_time_for_everything(slow_model, spotted_rgb, monkeypatch):
     model = slow_model(1e-9)
-    monkeypatch.setattr(model.predictor, "_share_with_cores", lambda *_: pytest.fail("looked at"))
+    monkeypatch.setattr(model.predictor, "_shares", lambda *_: pytest.fail("looked at"))
     assert len(model.answer(request_of(spotted_rgb))) == 2
 
 
@@ -541,7 +557,7 @@ def test_a_photo_that_turns_out_to_be_late_is_refused_while_it_is_done(slow_mode
     model = slow_model(1e-6)
     done = late_tiles(monkeypatch, model.predictor.engines["crack"], clock, 3000)
     (tag,) = model.answer(request_of(sound(128, 256), iterations=0))
-    assert re.match(r"too slow \d+>6000 s; ", reason_of(tag)) and len(done) == 1, "of ten tiles"
+    assert re.match(r"too slow \d+>6000 s; ", reason_of(tag)) and len(done) == 1, "of two tiles"
 
 
 # ---- what is answered, and what cannot be ----
@@ -550,7 +566,7 @@ def test_a_photo_that_turns_out_to_be_late_is_refused_while_it_is_done(slow_mode
 def answered(model, monkeypatch, found: list[Proposal], **settings) -> tuple[list[float], list[str]]:
     """Confidences (0..100) of the proposals answered where these are found, and the reasons of the notices."""
     monkeypatch.setattr(model, "_found", lambda image, how, deadline: {defect: found for defect in how})
-    monkeypatch.setattr(model.predictor, "check_climb", lambda *_: None)
+    monkeypatch.setattr(model.predictor, "check_all", lambda *_: None)
     answer = model.propose(np.zeros((6400, 6400, 3), np.uint8), Settings(**settings))
     shapes = [element for element in answer if element["type"] != "tag"]
     notices = answer[len(shapes) :]
@@ -594,7 +610,7 @@ def test_what_was_left_out_reaches_the_log_and_is_no_proposal_there(handler_of, 
     model = handler_of(proposal_log=ProposalLog(tmp_path, LOG))
     found = [Proposal(square(20), 0.8), Proposal(comb(1400), 0.9)]
     monkeypatch.setattr(model, "_found", lambda *_: {"crack": found})
-    monkeypatch.setattr(model.predictor, "check_climb", lambda *_: None)
+    monkeypatch.setattr(model.predictor, "check_all", lambda *_: None)
     answer = model.answer(request_of(sound(1400, 1400)))
     assert [element["label"] for element in answer] == ["crack", "notice"]
     (record,) = read_proposal_log(tmp_path)

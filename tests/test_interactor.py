@@ -70,9 +70,8 @@ def model(weights) -> ModelHandler:
 @pytest.fixture(scope="module")
 def spots(model, photo_rgb) -> list[np.ndarray]:
     """All regions that the detector has on the photo, as masks of the photo, largest first."""
-    logits = model.predictor.maps(Pyramid(photo_rgb), "crack").merged()
     masks = []
-    for core in find_cores(logits, model.weights.facts["crack"]):
+    for core in find_cores(model.predictor.maps(Pyramid(photo_rgb), "crack"), model.weights.facts["crack"]):
         masks.append(np.zeros(photo_rgb.shape[:2], bool))
         paste(masks[-1], core.component)
     assert len(masks) >= 2
@@ -259,7 +258,7 @@ def test_a_click_reads_the_map_around_it_alone_and_as_the_whole_photo_has_it(mod
         body = as_cvat_sends(photo, [click])
         there = np.array(model.answer(parse_request(body, model.settings, ["crack"]))["mask"], bool)
     assert sum(seen) == model.predictor.plain_pixels(1024, 1024, "crack", [click], NEAR_PX)
-    cores = find_cores(model.predictor.maps(Pyramid(photo), "crack").merged(), model.weights.facts["crack"])
+    cores = find_cores(model.predictor.maps(Pyramid(photo), "crack"), model.weights.facts["crack"])
     masks = [np.zeros(photo.shape[:2], bool) for _ in cores]
     for mask, core in zip(masks, cores):
         paste(mask, core.component)

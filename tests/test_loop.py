@@ -118,7 +118,7 @@ def test_all_arms_run_and_are_told_apart(data_dir, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(train, "VAL_CROPS", 4)
     monkeypatch.setitem(train.ARCHITECTURES, "efficientnet-lite0", ((16, 16, 8, 8), 4))
     monkeypatch.setattr(calibrate, "ENCODERS_WITH_GRAPH", ())  # every arm has networks of its own to export, 10 s each
-    monkeypatch.setattr(calibrate, "CLIMBS", [("all levels", 0.01)])
+    monkeypatch.setattr(calibrate, "STEP_LENGTHS", (0.01,))
     monkeypatch.setattr(calibrate, "CLIMB_PHOTOS", 1)
     monkeypatch.setattr(loop, "LR", 1e-5)
     monkeypatch.setattr(loop, "HEAD_LR", 1e-5)

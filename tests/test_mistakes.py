@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from defectcam.encoders import normalised
 from defectcam.pyramid import halved
-from defectcam.tiling import cut
+from defectcam.tiling import EDGE_PX, cut
 from defectcam.training import mistakes, outline, train
 from defectcam.training.clicks import Click
 from defectcam.training.crops import CropDataset
@@ -25,12 +25,12 @@ LITE = {"downsamplings": 4, "encoder": "efficientnet-lite0", "pooling": "log-mea
 def score_map(network, image_rgb):
     """The scores (H, W) of a whole photo at its own scale, its edge repeated around it."""
     height, width = image_rgb.shape[:2]
-    halo = network.halo_px
-    size = [length + 2 * halo + -length % network.stride_px for length in (height, width)]
-    around = cut(image_rgb, (-halo, size[0] - halo, -halo, size[1] - halo))
+    edge = min(network.halo_px, EDGE_PX)
+    size = [length + 2 * edge + -length % network.stride_px for length in (height, width)]
+    around = cut(image_rgb, (-edge, size[0] - edge, -edge, size[1] - edge))
     with torch.no_grad():
         score = network.score_map(normalised(torch.from_numpy(around)).permute(2, 0, 1)[None])[0].numpy()
-    return score[halo : halo + height, halo : halo + width]
+    return score[edge : edge + height, edge : edge + width]
 
 
 @pytest.fixture

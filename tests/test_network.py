@@ -36,7 +36,7 @@ def test_score_map_has_the_input_size_and_other_sizes_are_refused(encoder, downs
 def test_reach_is_what_the_gradient_says(encoder, downsamplings):
     network = random_network(downsamplings=downsamplings, encoder=encoder)
     stride, reach = network.stride_px, network.reach_px
-    assert network.halo_px % stride == 0 and network.halo_px == min(-(-reach // stride) * stride, 96)
+    assert network.halo_px % stride == 0 and network.halo_px == min(-(-reach // stride) * stride, 64)
     centre = -(-reach // stride) * stride + stride
     seen = set()
     for turned in (False, True):  # a narrow strip shows the reach along it

@@ -146,5 +146,5 @@ def test_a_defect_whose_name_leads_out_of_the_data_is_refused(odd, tmp_path):
     shutil.copytree(weights, tmp_path / "weights")
     manifest["defects"] = {"../../x": manifest["defects"][ODD]}
     (tmp_path / "weights" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SystemExit, match="'../../x/.*does not lead to a file below"):
+    with pytest.raises(SystemExit, match="'../../x' does not lead to a file below"):
         run(evaluate, "--weights", tmp_path / "weights", "--data", data, "--out", tmp_path / "out")

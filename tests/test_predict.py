@@ -25,7 +25,7 @@ FACT = DefectWeights(
     finest_scale=1.0, levels=3, sharpness=1.0,
     climb={"form": "local", "xi": 0.1, "g_ref": [0.5, 1.0]},
     platt=(0.5, -0.2), cam_threshold=0.5, closing_radius_px=0, gap_px=0, min_area_px=4,
-    confidence_weights=(0.8, 0.0, 0.3, 0.0, 0.0, -2.0), threshold=0.5, iterations=2,
+    confidence_weights=(0.8, 0.0, 0.3, 0.0, 0.0, 0.1, -0.1, -2.0), threshold=0.5, iterations=2,
     tolerance_px=1.0, hole_share=0.02, training={},
 )  # fmt: skip
 
@@ -48,7 +48,7 @@ class Case:
         monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", float(np.quantile(logits, 0.98)))
         slope, intercept = self.fact.platt
         self.theta = float(probability(slope * float(np.quantile(logits, 1 - share)) + intercept))
-        self.cores = find_cores(self.maps().merged(), self.fact, self.theta)
+        self.cores = find_cores(self.maps(), self.fact, self.theta)
         self.threshold = sorted(core.confidence for core in self.cores)[-accepted]
         self.accepted = [core for core in self.cores if core.confidence >= self.threshold]
         assert accepted <= len(self.accepted) < len(self.cores)
@@ -115,7 +115,7 @@ def test_a_proposal_is_a_region_of_the_climbed_map(monkeypatch):
     [
         (6, 1, 0.01, 0, 0, 1.0, 1, [2], True),
         (8, 2, 0.06, 0, 0, 1.0, 1, [2], True),
-        (1, 1, 0.01, 2, 5, 1.0, 3, [1, 3], True),
+        (2, 1, 0.01, 2, 5, 1.0, 3, [1, 3], True),
         (5, 2, 0.06, 0, 9, 1.0, 2, [2], True),
         (6, 1, 0.01, 1, 4, 2.0, 1, [2], True),
         (850, 1, 0.01, 1, 20, 1.0, 1, [1], False),  # over a gap of more than one cell
@@ -148,9 +148,9 @@ def test_several_t_at_once_are_each_by_itself(monkeypatch):
 
 def test_the_threshold_acts_on_the_confidence_of_the_plain_map_s_regions(monkeypatch):
     case = Case(4, monkeypatch, gap_px=3)
-    logits = case.maps().merged()
+    maps = case.maps()
     for core in case.cores:
-        features = component_features(core.component, logits)
+        features = component_features(core.component, maps.merged(), maps.levels)
         assert core.confidence == component_confidence(features, case.fact.confidence_weights)
     everything = case.proposals([2])[2]
     for threshold in sorted(core.confidence for core in case.cores)[-4:]:
@@ -198,7 +198,7 @@ def test_no_proposals_are_made_after_the_deadline(monkeypatch):
         case.proposals([2], maps)
 
 
-EASY = {"min_area_px": 8, "confidence_weights": [1.0, 0.0, 0.0, 0.0, 0.0, -1.0], "threshold": 0.65}  # much is found
+EASY = {"min_area_px": 8, "confidence_weights": [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0], "threshold": 0.65}  # much is found
 
 
 @pytest.fixture(scope="module")

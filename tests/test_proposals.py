@@ -62,9 +62,10 @@ def test_numbers_count_as_masks():
     assert np.array_equal(find_components(grey)[0].mask, find_components(ring())[0].mask)
 
 
-def features_of(mask: np.ndarray, logits: np.ndarray | float = 1.0) -> tuple[float, ...]:
+def features_of(mask: np.ndarray, logits: np.ndarray | float = 1.0, levels=None) -> tuple[float, ...]:
     (component,) = find_components(mask)
-    return component_features(component, np.broadcast_to(np.float32(logits), mask.shape))
+    logits = np.broadcast_to(np.float32(logits), mask.shape)
+    return component_features(component, logits, levels or {1.0: logits})
 
 
 def test_features_are_the_map_s_evidence_inside_the_component():
@@ -80,7 +81,7 @@ def test_features_are_the_map_s_evidence_inside_the_component():
 
 
 def test_features_are_size_and_shape():
-    *_, diagonal, width, aspect = features_of(line(slice(10, 14), slice(5, 65)))
+    diagonal, width, aspect, *_ = features_of(line(slice(10, 14), slice(5, 65)))[2:]
     assert diagonal == pytest.approx(math.log2(math.hypot(4, 60))) and width == pytest.approx(math.log2(240) - diagonal)
     assert aspect == pytest.approx(math.log2(4 / 60), abs=0.01)
     turned = features_of(line(slice(5, 55), slice(10, 14)))
@@ -93,11 +94,28 @@ def test_features_are_size_and_shape():
     assert all(map(math.isfinite, features_of(line(slice(7, 8), slice(9, 10)))))
 
 
+def test_features_are_what_the_three_finest_levels_say_and_whether_they_agree():
+    mask = line(slice(10, 14), slice(5, 65))
+    height, width = mask.shape
+    levels = {scale: np.full((math.ceil(height * scale), math.ceil(width * scale)), -50, np.float32) for scale in (1.0, 0.5, 0.25, 0.125)}
+    levels[1.0][10:14, 5:65] = 5
+    levels[0.5][5:7, 2:33] = 2  # the same region at half the size
+    levels[0.25][2:4, 1:17] = -1
+    *_, mean, deviation = features_of(mask, levels=levels)
+    assert mean == pytest.approx(2) and deviation == pytest.approx(np.std([5, 2, -1]))
+    del levels[1.0], levels[0.125]  # of a network that begins at half the size
+    assert features_of(mask, levels=levels)[5:] == pytest.approx((0.5, 1.5))
+    assert features_of(mask)[5:] == (1.0, 0.0), "one level agrees with itself"
+    last = empty()
+    last[-1, -1] = True  # of an odd size the coarse levels are rounded up
+    assert all(map(math.isfinite, features_of(last, levels=levels)))
+
+
 def test_confidence_is_a_logistic_regression():
-    features, weights = (0.5, -1.0, 2.0, 3.0, -0.25), (1.0, 2.0, 0.5, -0.1, 4.0, 0.3)
-    total = 0.5 - 2.0 + 1.0 - 0.3 - 1.0 + 0.3
+    features, weights = (0.5, -1.0, 2.0, 3.0, -0.25, 1.0, 0.5), (1.0, 2.0, 0.5, -0.1, 4.0, 0.2, -2.0, 0.3)
+    total = 0.5 - 2.0 + 1.0 - 0.3 - 1.0 + 0.2 - 1.0 + 0.3
     assert component_confidence(features, weights) == pytest.approx(1 / (1 + math.exp(-total)))
-    assert component_confidence(features, (1e6,) * 5 + (0.0,)) == 1.0 and component_confidence(features, (0.0,) * 6) == 0.5
+    assert component_confidence(features, (1e6,) * 7 + (0.0,)) == 1.0 and component_confidence(features, (0.0,) * 8) == 0.5
 
 
 def test_probability_and_its_inverse():

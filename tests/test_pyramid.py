@@ -25,6 +25,7 @@ CELL_PX = 16
 def small_tiles(monkeypatch):
     """Tiles of 128 px, so that small photos have many."""
     monkeypatch.setattr(pyramid, "tile_grid", partial(tile_grid, largest_px=128))
+    monkeypatch.setattr(pyramid, "SMALL_TILE_PX", 128)
 
 
 @pytest.fixture(scope="module")
@@ -331,12 +332,31 @@ class TestClimbing:
 
 
 def test_near_clicks_only_tiles_around_them_are_read(engine, monkeypatch):
-    monkeypatch.setattr(pyramid, "NEAR_TILE_PX", 128)
+    monkeypatch.setattr(pyramid, "SMALL_TILE_PX", 128)
     photo = textured(400, 500)
     whole, maps = maps_of(engine, photo, levels=1), maps_of(engine, photo, levels=1, near=[(130, 150), (480, 10)], near_px=40)
     read = maps.merged() > -70
     assert 0.1 < read.mean() < 0.5 and read[110:190, 90:170].all() and read[:50, 440:].all() and not read[-50:].any()
     np.testing.assert_allclose(maps.merged()[read], whole.merged()[read], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("finest", [2.0, 1.0])
+def test_widened_maps_are_those_read_so_wide_at_once_and_no_tile_is_read_twice(engine, small_tiles, monkeypatch, finest):
+    photo, near = textured(400, 500), [(130, 150), (480, 10)]
+    monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", float(np.quantile(maps_of(engine, photo).merged(), 0.9)))
+    read, score = [], engine.score
+    monkeypatch.setattr(engine, "score", lambda images: (read.append(images.shape), score(images))[1])
+    at_once = maps_of(engine, photo, finest, near=near, near_px=90)
+    wanted, pixels = at_once.merged(), sum(map(np.prod, read))
+    read.clear()
+    widened = maps_of(engine, photo, finest, near=near, near_px=0)
+    narrow = widened.merged()
+    widened.widen(90)
+    np.testing.assert_allclose(widened.merged(), wanted, rtol=0, atol=1e-5)
+    assert np.abs(narrow - wanted).max() > 1 and sum(map(np.prod, read)) == pixels
+    widened.climb([1], all_cells(widened), CELL_PX)
+    at_once.climb([1], all_cells(at_once), CELL_PX)
+    np.testing.assert_allclose(widened.merged(1), at_once.merged(1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -98,7 +98,7 @@ def test_the_shipped_weights_load_and_say_when_they_were_made():
 @pytest.mark.parametrize(
     "top, left, bottom, right, least",
     [
-        (128, 128, 512, 512, {"crack": 0.95, "spalling": 0.6, "rust": 0.93}),
+        (128, 128, 512, 512, {"crack": 0.92, "spalling": 0.6, "rust": 0.93}),
         (42, 70, 500, 512, {"crack": 0.85, "spalling": 0.5, "rust": 0.75}),
         (0, 144, 512, 512, {"crack": 0.92, "spalling": 0.6, "rust": 0.9}),
     ],

@@ -119,7 +119,7 @@ def test_weights_of_an_earlier_version_are_calibrated_again_beside_sound_ones_al
 
     spoil("rust")
     before = contents(weights)
-    with pytest.raises(WeightsError, match="'rust': confidence_weights must have 6 numbers"):
+    with pytest.raises(WeightsError, match="'rust': confidence_weights must have 8 numbers"):
         calibrate_spalling(data_dir, run, weights)
     assert contents(weights) == before
 
@@ -324,12 +324,13 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir,
         (None, ["--defects", "rust"], "nothing to learn"),
         (None, ["--defects", "algae"], "--defects names algae.*spalling"),
         (None, ["--old-clicks", "broken"], "broken/spalling.csv has a click on 'rust'"),
-        (None, ["--old-clicks", "gone"], "gone/spalling.csv names the photo nowhere.png"),
+        (None, ["--old-clicks", "gone"], "gone/spalling.csv line 2: there is no photo nowhere.png"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(data_dir, running, new, tmp_path, monkeypatch, prepare, options, reason):
     monkeypatch.chdir(tmp_path)
-    for folder, click in (("broken", Click("a.png", 1, 1, "rust")), ("gone", Click("nowhere.png", 1, 1, "spalling"))):
+    photo = str(data_dir / "walls" / "images" / "spall0.png")
+    for folder, click in (("broken", Click(photo, 1, 1, "rust")), ("gone", Click("nowhere.png", 1, 1, "spalling"))):
         (tmp_path / folder).mkdir()
         write_clicks(tmp_path / folder / "spalling.csv", [click])
     if prepare:

@@ -12,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from defectcam.encoders import normalised
@@ -269,16 +270,57 @@ def test_an_unknown_command_is_named():
     assert out.returncode != 0 and "dance" in out.stderr and "serve" in out.stderr
 
 
-def test_clicks_are_read_as_people_save_them(tmp_path):
-    (tmp_path / "excel.csv").write_text("\ufeffimage,x,y,defect\na.jpg,3.7,4,crack \na.jpg,9,4,None\n", encoding="utf-8")
-    wanted = [Click("a.jpg", 3, 4, "crack"), Click("a.jpg", 9, 4, "none")]
-    assert read_clicks(tmp_path / "excel.csv") == wanted
-    lines = ['{"image": "a.jpg", "x": 3, "y": 4.2, "defect": "crack"}', '{"image": "a.jpg", "x": 9, "y": 4, "defect": "none"}']
-    (tmp_path / "clicks.jsonl").write_text("\n".join(lines) + "\n")
-    assert read_clicks(tmp_path / "clicks.jsonl") == wanted
-    (tmp_path / "clicks.jsonl").write_text(lines[0] + '\n{"image": "a.jpg", "x": -3, "y": 4, "defect": "crack"}\n')
-    with pytest.raises(ValueError, match=r"clicks.jsonl line 2.*\(-3, 4\)"):
-        read_clicks(tmp_path / "clicks.jsonl")
+WANTED = [Click("a.jpg", 312, 4, "crack"), Click("a.jpg", 9, 4, "none")]
+COMMAS = "image,x,y,defect\na.jpg,312.7,4,crack \na.jpg,9,4,None\n"
+
+
+@pytest.mark.parametrize("name, content", [
+    ("excel.csv", COMMAS.encode("utf-8-sig")),
+    ("utf16.csv", COMMAS.encode("utf-16")),
+    ("semicolons.csv", COMMAS.replace(",", ";").encode()),
+    ("decimal commas.csv", COMMAS.replace(",", ";").replace("312.7", "312,7").encode()),
+    ("tabs.csv", COMMAS.replace(",", "\t").replace("\n", "\r\n").encode()),
+    ("names.csv", b" Image , X,Y ,DEFECT,\n" + COMMAS.split("\n", 1)[1].replace("\n", ",\n\n").encode()),
+    ("clicks.jsonl", b'{"image": "a.jpg", "x": 312, "y": 4.2, "defect": "crack"}\n\n'
+                     b'{"Image": "a.jpg", "X": 9, "y": 4, "defect": "none"}\n'),
+])  # fmt: skip
+def test_clicks_are_read_as_people_save_them(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read_clicks(tmp_path / name) == WANTED
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("own.csv", b"image;x;defect\na.jpg;1;crack\n", "own.csv line 1 has the columns image, x, defect, but not y: "),
+    ("own.csv", b"", "own.csv line 1 has the columns , but not image, x, y, defect"),
+    ("own.csv", b"image,x,y,defect\na.jpg,3,5,4,2,crack\n", "own.csv line 2 has 6 fields, its header 4: .*semicolons"),
+    ("own.csv", b'image,x,y,defect\na.jpg,"3,5",4,crack\n', "own.csv line 2: .*3,5.*a click needs image, x, y .numbers."),
+    ("own.csv", b"image,x,y,defect\n\xfcber.jpg,3,5,crack\n", "own.csv line 2 is not UTF-8: save it as CSV in UTF-8"),
+    ("own.csv", "image,x".encode("utf-16-le"), "own.csv line 1 is no text in UTF-8"),
+    ("own.csv", b"image,x,y,defect\na.jpg,1,0,crack\na.jpg,0.25,0.5,none\n",
+     "own.csv line 3: x 0.25 and y 0.5.* beyond 1: these look like shares .*multiply x by the photo's width"),
+    ("own.csv", b"image,x,y,defect\na.jpg,100,0,crack\na.jpg,25.5,50,none\n",
+     "own.csv line 3: x 25.5 and y 50.* beyond 100: these look like percent .*divide by 100"),
+    ("own.jsonl", b'{"image": "a.jpg", "x": 3, "y": 4, "defect": "crack"}\n{"image": "a.jpg", "x": -3, "y": 4, "defect": "crack"}\n',
+     r"own.jsonl line 2.*\(-3, 4\)"),
+    ("own.jsonl", b'[1]\n', "own.jsonl line 1.*a JSON object with image, x, y and defect needed"),
+    ("own.jsonl", b'{"image": "a.jpg", "x": 3}\n', "own.jsonl line 1: KeyError..y"),
+])  # fmt: skip
+def test_clicks_that_cannot_be_read_right_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_clicks(tmp_path / name)
+
+
+def test_a_click_lies_in_its_upright_photo(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (80, 60)).save(tmp_path / "turned.jpg", exif=exif)
+    clicks = tmp_path / "own.csv"
+    clicks.write_text(f"image,x,y,defect\n{tmp_path / 'turned.jpg'},59,79,crack\n")
+    assert len(read_clicks(clicks, with_photos=True)) == 1
+    clicks.write_text(clicks.read_text() + f"{tmp_path / 'turned.jpg'},79,59,crack\n")
+    with pytest.raises(ValueError, match=r"own.csv line 3: the click at \(79, 59\) lies outside its photo .*turned.jpg of 60 x 80 px"):
+        read_clicks(clicks, with_photos=True)
 
 
 def own_clicks(data_dir, tmp_path, rows, val_photo):
@@ -296,19 +338,40 @@ def test_clicks_on_another_defect_are_not_this_ones(data_dir, tmp_path):
     given, _ = own_clicks(data_dir, tmp_path, ["40,20,rust", "50,20,none"], None)
     clicks, _ = train.gather_clicks(train.parse_args(given), "train")
     assert sorted(click.defect for click in clicks) == ["crack", "none", "none"]
-    with pytest.raises(SystemExit, match="own.csv has no click on 'spalling'; its defects are .*'crack', 'none', 'rust'"):
+    with pytest.raises(SystemExit, match="--clicks .*own.csv has no click on 'spalling'; its defects are .*'crack', 'none', 'rust'"):
         train.main(["--defect", "spalling", *given[2:]])
+    with pytest.raises(SystemExit, match=r"own.csv has no click on 'rusty' \(did you mean 'rust'\?\)"):
+        train.main(["--defect", "rusty", *given[2:]])
+    in_capitals, _ = train.gather_clicks(train.parse_args(["--defect", "Crack", *given[2:]]), "train")
+    assert [(c.defect.lower(), c.x) for c in in_capitals] == [(c.defect, c.x) for c in clicks]
+    assert {c.defect for c in in_capitals} == {"Crack", "none"}
+
+
+@pytest.mark.parametrize("kept, message", [("crack", "no none-click"), ("none", "has no click on 'crack'")])
+def test_val_clicks_of_one_kind_are_named(data_dir, tmp_path, kept, message):
+    given, _ = own_clicks(data_dir, tmp_path, [], None)
+    val = tmp_path / "val.csv"
+    val.write_text("".join(line for line in val.read_text().splitlines(True) if line.endswith((f"{kept}\n", "defect\n"))))
+    with pytest.raises(SystemExit, match=f"--val-clicks .*val.csv.*{message}"):
+        train.main(given)
 
 
 def test_bad_clicks_of_a_persons_own_end_with_a_message(data_dir, tmp_path):
     given, photos = own_clicks(data_dir, tmp_path, ["5000,20,crack"], None)
-    with pytest.raises(SystemExit, match=r"the click at \(5000, 20\) lies outside its photo"):
+    with pytest.raises(SystemExit, match=r"own.csv line 4: the click at \(5000, 20\) lies outside its photo .*crack1.png of 128 x 96 px"):
         train.main(given)
     given, _ = own_clicks(data_dir, tmp_path, [], photos[0])
     with pytest.raises(SystemExit, match="is among the photos to train on and those to judge by"):
         train.main(given)
     given, _ = own_clicks(data_dir, tmp_path, [], tmp_path / "gone.png")
-    with pytest.raises(SystemExit, match="there is no photo .*gone.png"):
+    with pytest.raises(SystemExit, match="val.csv line 2: there is no photo .*gone.png"):
         train.main(given)
+    with pytest.raises(SystemExit, match="cannot read the clicks .*gone.csv: No such file"):
+        train.main([part.replace("own.csv", "gone.csv") for part in given])
+    words = f"--defect crack --data {data_dir} --sets walls --crop-px 2048 --out {tmp_path / 'o'}"
+    (tmp_path / "walls").symlink_to(data_dir / "walls")
+    (tmp_path / "splits.json").write_text('{"walls": {"train": ["crack0"], "val": ["crack1"]}}')
+    with pytest.raises(SystemExit, match="train photos of walls: there is no none-click.* 2048 px .*smaller --crop-px"):
+        train.main(words.replace(str(data_dir), str(tmp_path)).split())
     with pytest.raises(SystemExit, match="has no train photos of 'beams'; its sets are"):
         train.main(["--defect", "crack", "--data", str(data_dir), "--sets", "beams", "--out", str(tmp_path / "o")])

@@ -61,7 +61,7 @@ def judged_confidences(
     predictor: Predictor, maps: PhotoMaps, photo: LabelledPhoto, defect: str
 ) -> list[tuple[float, bool]]:
     """Confidence of every region of T = 0, and whether it is right."""
-    found = find_cores(maps.merged(), predictor.weights.facts[defect])
+    found = find_cores(maps, predictor.weights.facts[defect])
     truth = np.zeros(photo.image_rgb.shape[:2], bool) if photo.truth is None else photo.truth
     right = match_instances([core.component for core in found], truth, defect).right.tolist()
     return [(core.confidence, one) for core, one in zip(found, right, strict=True)]

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
-from defectcam.training.clicks import mask_path, photo_path, split_stems
+from defectcam.training.clicks import split_stems
 from defectcam.training.crops import read_photo_rgb
+from defectcam.training.labels import LabelledSet, photo_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,22 +33,21 @@ def labelled_photos(
     by its masks.
 
     Raises:
-        ValueError: a mask and its photo differ in size.
-        FileNotFoundError: a photo of the split that is missing or no photo.
+        ValueError: a mask that cannot be read right, or a photo that cannot be read at all; see `LabelledSet`.
+        FileNotFoundError: a photo of the split is missing.
     """
     for set_name in dict.fromkeys([*sets, *healthy_sets]):
-        taken = 0
-        for stem in tqdm(split_stems(data_dir, set_name, split), desc=f"{defect}: {set_name}", unit="photo"):
+        taken, files, stems = 0, LabelledSet(data_dir, set_name, defect), split_stems(data_dir, set_name, split)
+        if set_name in sets:
+            files.check_masks(stems)
+        for stem in tqdm(stems, desc=f"{defect}: {set_name}", unit="photo"):
             if limit is not None and taken >= limit:
                 break
-            path = mask_path(data_dir / set_name, defect, stem)
-            truth = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 127 if path.exists() else None
+            path = files.photo(stem)
+            truth = files.read_mask(stem, *photo_size(path))
             if truth is not None and not truth.any():
                 truth = None
             if set_name not in sets and truth is not None:
                 continue
             taken += 1
-            photo = read_photo_rgb(str(photo_path(data_dir / set_name, stem)))
-            if truth is not None and truth.shape != photo.shape[:2]:
-                raise ValueError(f"mask {path} is {truth.shape}, its photo {photo.shape[:2]}: both must be the same")
-            yield LabelledPhoto(set_name, stem, photo, truth)
+            yield LabelledPhoto(set_name, stem, read_photo_rgb(path), truth)

@@ -39,8 +39,9 @@ from defectcam.paths import write_image
 from defectcam.predict import Predictor, device_and_engine, proposals_for
 from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.pyramid import Pyramid
-from defectcam.training.clicks import mask_path, photo_path, split_stems
+from defectcam.training.clicks import split_stems
 from defectcam.training.crops import read_photo_rgb
+from defectcam.training.labels import LabelledSet, photo_size
 from defectcam.weights import WeightsError, load_weights
 
 F1_MARGIN_PX = 3
@@ -83,12 +84,11 @@ class Doubt:
 def photos_of_sets(data: Path, sets: Sequence[str], splits: Sequence[str], defect: str) -> Iterator[OldPhoto]:
     """The photos of data sets that have a mask of the defect, an empty one included."""
     for set_name in sets:
-        for split in splits:
-            for stem in split_stems(data, set_name, split):
-                mask = cv2.imread(str(mask_path(data / set_name, defect, stem)), cv2.IMREAD_GRAYSCALE)
-                if mask is not None:
-                    path = photo_path(data / set_name, stem)
-                    yield OldPhoto(set_name, stem, path, find_components(mask > 127))
+        files = LabelledSet(data, set_name, defect)
+        stems = [stem for split in splits for stem in split_stems(data, set_name, split)]
+        for stem in filter(files.mask, stems):
+            path = files.photo(stem)
+            yield OldPhoto(set_name, stem, path, find_components(files.read_mask(stem, *photo_size(path))))
 
 
 def photos_of_export(export: CvatExport, photos: PhotoFolder, defect: str) -> Iterator[OldPhoto]:
@@ -120,7 +120,7 @@ def doubts_on_photo(predictor: Predictor, photo: OldPhoto, defect: str) -> list[
     Raises:
         ValueError: the labels were made on a photo of another size.
     """
-    image_rgb = read_photo_rgb(str(photo.path))
+    image_rgb = read_photo_rgb(photo.path)
     height, width = image_rgb.shape[:2]
     for shape in photo.shapes:
         if shape.box_xyxy[2] >= width or shape.box_xyxy[3] >= height:
@@ -131,7 +131,7 @@ def doubts_on_photo(predictor: Predictor, photo: OldPhoto, defect: str) -> list[
     logits = maps.merged()
     found, on_shapes = [], set()
     for shape in photo.shapes:
-        confidence = component_confidence(component_features(shape, logits), fact.confidence_weights)
+        confidence = component_confidence(component_features(shape, logits, maps.levels), fact.confidence_weights)
         touching = [i for i, proposal in enumerate(proposals) if common_px(proposal.component, shape)]
         on_shapes |= set(touching)
         own = [proposals[i].component for i in touching]
@@ -151,7 +151,7 @@ def doubts_on_photo(predictor: Predictor, photo: OldPhoto, defect: str) -> list[
 
 def picture_of(doubt: Doubt) -> np.ndarray:
     """The surroundings of a doubt beside the same with outlines (label green, proposals red), (h, w, 3) uint8 RGB."""
-    image = read_photo_rgb(str(doubt.photo.path))
+    image = read_photo_rgb(doubt.photo.path)
     x0, y0, x1, y1 = doubt.region.box_xyxy
     margin = max(int(PICTURE_MARGIN * max(x1 - x0, y1 - y0)), (LEAST_PICTURED_PX - max(x1 - x0, y1 - y0)) // 2, 0)
     left, top = max(0, x0 - margin), max(0, y0 - margin)

@@ -148,7 +148,7 @@ def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFra
     A photo that is missing or cannot be read, or was cropped or turned since, is named and left out.
 
     Raises:
-        PhotoError, FileNotFoundError: no photo is left.
+        PhotoError, FileNotFoundError, ImageError: no photo is left.
     """
     left_out, found = None, False
     with Session(engine) as session:
@@ -164,7 +164,7 @@ def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFra
             for frame in session.scalars(select(FrameRow).where(*of_job).order_by(FrameRow.frame)):
                 try:
                     labelled = _labelled_frame(frame, tuple(job.labels), rows[frame.frame], photos)
-                except (PhotoError, FileNotFoundError) as error:
+                except (PhotoError, FileNotFoundError, ImageError) as error:
                     left_out = error
                     tqdm.write(f"left out: {error}", file=sys.stderr)
                     continue
@@ -179,9 +179,9 @@ def size_on_disk(path: Path, name: str, cvat_width: int, cvat_height: int) -> tu
 
     Raises:
         PhotoError: its proportions are others than in CVAT.
-        FileNotFoundError: it cannot be read.
+        FileNotFoundError, ImageError: it cannot be read.
     """
-    height, width = read_photo_rgb(str(path)).shape[:2]
+    height, width = read_photo_rgb(path).shape[:2]
     stretched = (width / cvat_width) / (height / cvat_height)
     if abs(stretched - 1) > 2 / min(width, height, cvat_width, cvat_height):
         raise PhotoError(
@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--photos {args.photos} is no folder")
     try:
         counts = write_weak_labels(open_store(args.db, make=False), PhotoFolder(args.photos), args.patch_px, args.out)
-    except (StoreError, PhotoError, FileNotFoundError) as error:
+    except (StoreError, PhotoError, FileNotFoundError, ImageError) as error:
         sys.exit(str(error))
     for defect, of in sorted(counts.items()):
         print(

@@ -29,6 +29,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -54,6 +55,7 @@ from defectcam.request import RequestError
 from defectcam.training import outline, train
 from defectcam.training.calibrate import calibrate, say
 from defectcam.training.clicks import Click, photo_path, read_clicks, split_stems, write_clicks
+from defectcam.training.labels import read_own_mask
 from defectcam.training.train import names
 from defectcam.weights import DefectWeights, WeightsError, load_weights, read_manifest, sha256_of, write_manifest
 
@@ -130,22 +132,16 @@ def clicks_of(folder: Path | None, defect: str) -> list[Click]:
     """The clicks of <folder>/<defect>.csv, none where there is no such file.
 
     Raises:
-        ValueError: a click is of another defect.
+        ValueError: a click is of another defect, or as `read_clicks`.
         FileNotFoundError: a photo is not there.
     """
     path = folder / file_name(defect, ".csv") if folder else None
     if path is None or not path.exists():
         return []
-    clicks = read_clicks(path)
+    clicks = read_clicks(path, with_photos=True)
     for click in clicks:
         if click.defect not in (defect, "none"):
             raise ValueError(f"{path} has a click on {click.defect!r}; a defect's file holds its own clicks and none-clicks")
-    for image in dict.fromkeys(click.image for click in clicks):
-        if not Path(image).is_file():
-            raise FileNotFoundError(
-                f"{path} names the photo {image}, which is not there; paths count from the folder that "
-                "`defectcam weak-labels` ran in: run this there, too"
-            )
     return clicks
 
 
@@ -308,11 +304,11 @@ def assemble(args: argparse.Namespace, calibrated_dirs: dict[str, Path], parent:
 def answered(predictor: Predictor, photo: LabelledPhoto, defect: str, folder: Path) -> np.ndarray:
     """All pixels that are proposed for a photo, (H, W) bool; kept in `folder` and read from there."""
     path = folder / file_name(defect) / relative_path(f"{photo.set_name}/{photo.stem}", ".png")
-    known = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.exists() else None
-    if known is not None:
-        return known > 0
-    proposals = predictor.propose(photo.image_rgb, defect)
-    mask = painted([one.component for one in proposals], photo.image_rgb.shape[:2])
+    size = photo.image_rgb.shape[:2]
+    if path.exists():
+        with contextlib.suppress(ValueError):  # cut off while it was written
+            return read_own_mask(path, *size) > 0
+    mask = painted([one.component for one in predictor.propose(photo.image_rgb, defect)], size)
     write_image(path, mask.astype(np.uint8) * 255)
     return mask
 

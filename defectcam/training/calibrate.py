@@ -2,9 +2,10 @@
 
 1. Reading: the finest level and the sharpness of merging whose plain maps fit best, each at its best threshold; a
    finer level must be better by FINER_GAIN, since it costs four times as much, the enlarged one by ENLARGED_GAIN.
-2. Climb: `g_ref` of every level, the 99.9 % quantile of the gradient's magnitude on photos with the defect; and of
-   CLIMBS the one that comes nearest to a dial: T = 2 costs at most COST_OF_DEFAULT_T of the fit, T = 8 at most
-   COST_OF_LARGE_T, and the recall of pixels rises by LEAST_RISE.
+2. Climb, of the finest level alone: `g_ref`, the 99.9 % quantile of the gradient's magnitude on photos with the defect;
+   and the shortest of STEP_LENGTHS that comes nearest to a dial, at the threshold that is best for its T = 2: this costs
+   at most COST_OF_DEFAULT_T of the best fit of T = 0, T = 8 at most COST_OF_LARGE_T, and the recall of pixels rises by
+   LEAST_RISE. Where a coarse level climbs too, whole blocks of the photo grow.
 3. Cleaning: closing, gap and minimum area that fit best at the default T, and then the threshold that does; by how
    much T = 0 fits better at a threshold counts against it.
 4. Platt: the probability of a pixel, by logistic regression of the truth on the merged map; theta is the threshold
@@ -67,15 +68,12 @@ OTHER_CLEANINGS = [Cleaning(closing, 0, area) for closing, area in product((0, 1
 FINER_GAIN = 0.03  # of fit, which a level twice as fine must bring: it takes four times as long
 ENLARGED_GAIN = 0.01  # which the enlarged level must bring: it is read only near what the others see
 STEPS = (0, 1, 2, 4, 8)
-CLIMBS = [
-    *(("finest level", xi) for xi in (0.005, 0.01, 0.02, 0.04)),
-    *(("all levels", xi) for xi in (0.0005, 0.001)),
-]  # step xi
+STEP_LENGTHS = (0.0025, 0.005, 0.01, 0.02)  # xi
+HIGHER_THRESHOLDS = tuple(0.5 * index for index in range(9))  # above the best one of T = 0: climbing extends
 G_REF_QUANTILE = 0.999
-G_REF_LEVELS = 4  # coarser ones are like the last
-COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.15  # of the best fit of T = 0 that T = 2 and T = 8 may lose
+COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.15  # of the fit of T = 0 that T = 2 and T = 8 may lose
 DEFAULT_T_COUNTS = 4  # the weight of what T = 2 loses beyond that: T = 2 is the default
-LEAST_RISE = 0.05  # of the recall of pixels from T = 0 to 8; of proposals that extend it is about twice as much
+LEAST_RISE = 0.03  # of the recall of pixels from T = 0 to 8; of proposals that extend it is about twice as much
 CLIMB_PHOTOS = 8  # a climb of eight steps takes as long as thirty plain maps
 DEFAULT_T_PHOTOS = 40  # for cleaning and threshold
 PIXELS_PER_PHOTO = 4000  # for Platt
@@ -172,46 +170,47 @@ class Calibration:
             best = max(best, (worth, least, reading), key=lambda one: one[0])
         return best[2], best[1], report
 
-    def gradient_references(self, reading: Reading) -> list[float]:
-        """`g_ref` of the first levels."""
-        magnitudes: dict[float, list[np.ndarray]] = {}
+    def gradient_reference(self, reading: Reading) -> float:
+        """`g_ref` of the finest level."""
+        magnitudes = []
         for photo in tqdm(spread(self.labelled, CLIMB_PHOTOS), desc="gradients", unit="photo"):
             maps = self.maps[photo].read_as(reading)
-            for scale in maps.scales[:G_REF_LEVELS]:
-                level = maps.pyramid.level(scale)
-                for tile in maps.tiles[scale]:
-                    images = normalised(level.pixels(tile.outer).transpose(2, 0, 1)[None])
-                    _, gradient = self.engine.score_and_gradient(images)
-                    magnitudes.setdefault(scale, []).append(np.abs(tile.core_of(gradient)).ravel()[::7])
-        return [
-            float(f"{max(np.quantile(np.concatenate(some), G_REF_QUANTILE), 1e-9):.4g}") for some in magnitudes.values()
-        ]
+            level = maps.pyramid.level(maps.scales[0])
+            for tile in maps.tiles[level.scale]:
+                images = normalised(level.pixels(tile.outer).transpose(2, 0, 1)[None])
+                _, gradient = self.engine.score_and_gradient(images)
+                magnitudes.append(np.abs(tile.core_of(gradient)).ravel()[::7])
+        return float(f"{max(np.quantile(np.concatenate(magnitudes), G_REF_QUANTILE), 1e-9):.4g}")
 
-    def choose_climb(self, reading: Reading) -> tuple[dict, dict]:
-        """The manifest's `climb`, and what every candidate gives."""
-        g_ref = self.gradient_references(reading)
+    def choose_climb(self, reading: Reading, least: float) -> tuple[dict, dict]:
+        """The manifest's `climb`, and what every step length gives; `least` is the threshold that is best for T = 0."""
+        g_ref = self.gradient_reference(reading)
         photos, report, found = spread(self.labelled, CLIMB_PHOTOS), {}, []
         cleaning = replace(FIRST_CLEANING.get(self.defect, OTHER_FIRST_CLEANING), gap_px=0)
-        for name, xi in CLIMBS:
-            climb = {"form": "local", "xi": xi, "g_ref": g_ref if name == "all levels" else [g_ref[0], None]}
+        for xi in STEP_LENGTHS:
+            climb = {"form": "local", "xi": xi, "g_ref": [g_ref, None]}
             climbing = replace(reading, climbs=climbs_of(climb))
             logits: dict[int, list[np.ndarray]] = {steps: [] for steps in STEPS}
-            for photo in tqdm(photos, desc=f"climb, {name}, step {xi}", unit="photo"):
+            for photo in tqdm(photos, desc=f"climb, step {xi}", unit="photo"):
                 maps = self.maps[photo].read_as(climbing)
                 maps.climb(STEPS[1:], np.ones((1, 1), bool), max(maps.height, maps.width))
                 for steps in STEPS:
                     logits[steps].append(maps.merged(steps))
-            best, least = self.best_threshold(photos, logits[2], cleaning, logits[0])
-            plain, _ = self.best_threshold(photos, logits[0], cleaning)
-            fits = {steps: self.fit(photos, [regions(one, least, cleaning) for one in logits[steps]]) for steps in STEPS}
-            recalls = {steps: recall(photos, [one > least for one in logits[steps]]) for steps in STEPS}
-            report[f"{name}, {xi}"] = {
-                "threshold": least,
+
+            def fit(steps: int, threshold: float) -> float:
+                return self.fit(photos, [regions(one, threshold, cleaning) for one in logits[steps]])
+
+            plain = fit(0, least)
+            best, threshold = max((fit(2, least + higher), least + higher) for higher in HIGHER_THRESHOLDS)
+            fits = {steps: fit(steps, threshold) for steps in STEPS}
+            recalls = {steps: recall(photos, [one > threshold for one in logits[steps]]) for steps in STEPS}
+            report[str(xi)] = {
+                "threshold": threshold,
                 "plain": round(plain, 4),
                 "fit": {str(steps): round(value, 4) for steps, value in fits.items()},
                 "recall": {str(steps): round(value, 4) for steps, value in recalls.items()},
             }
-            say(f"climb, {name}, step {xi}: {report[f'{name}, {xi}']}")
+            say(f"climb, step {xi}: {report[str(xi)]}")
             cost = DEFAULT_T_COUNTS * max(0.0, plain - best - COST_OF_DEFAULT_T)
             cost += max(0.0, plain - fits[8] - COST_OF_LARGE_T)
             lacking = max(0.0, LEAST_RISE - (recalls[8] - recalls[0]))
@@ -276,15 +275,16 @@ def fit_platt(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray | None], s
 
 
 def regions_with_features(
-    logits: np.ndarray, least: float, cleaning: Cleaning, truth: np.ndarray | None
+    maps: PhotoMaps, least: float, cleaning: Cleaning, truth: np.ndarray | None
 ) -> list[tuple[tuple[float, ...], bool]]:
     """Features of every region of the plain map, and whether most of it lies within 2 px of the truth."""
+    logits = maps.merged()
     near = None if truth is None else cv2.dilate(truth.astype(np.uint8), np.ones((5, 5), np.uint8))
     found = []
     for component in find_components(regions(logits, least, cleaning)):
         x0, y0, x1, y1 = component.box_xyxy
         right = near is not None and near[y0 : y1 + 1, x0 : x1 + 1][component.mask].mean() > 0.5
-        found.append((component_features(component, logits), bool(right)))
+        found.append((component_features(component, logits, maps.levels), bool(right)))
     return found
 
 
@@ -328,16 +328,16 @@ def calibrate(args: argparse.Namespace) -> None:
         read_manifest(args.out, but_for=args.defect)  # never build on a manifest that is broken
     work = Calibration(args)
     reading, least, readings = work.choose_reading()
-    climb, climbs = work.choose_climb(reading)
+    climb, climbs = work.choose_climb(reading, least)
     photos = spread(work.labelled, DEFAULT_T_PHOTOS)
     climbed = work.climbed(photos, replace(reading, climbs=climbs_of(climb)), args.iterations)
     plain = [work.maps[photo].read_as(reading).merged() for photo in photos]
     cleaning, cleanings = work.choose_cleaning(photos, climbed, least)
     fit, least = work.best_threshold(photos, climbed, cleaning, plain)
     say(f"T = {args.iterations}: fit {fit:.3f} at threshold {least:g} of the merged map, {cleaning}")
-    logits = {photo: maps.read_as(reading).merged() for photo, maps in tqdm(work.maps.items(), desc="regions", unit="photo")}
-    platt = fit_platt(list(logits.values()), [photo.truth for photo in logits])
-    found = {photo: regions_with_features(one, least, cleaning, photo.truth) for photo, one in logits.items()}
+    maps = {photo: plain.read_as(reading) for photo, plain in tqdm(work.maps.items(), desc="regions", unit="photo")}
+    platt = fit_platt([one.merged() for one in maps.values()], [photo.truth for photo in maps])
+    found = {photo: regions_with_features(one, least, cleaning, photo.truth) for photo, one in maps.items()}
     every = [one for some in found.values() for one in some]
     if not any(right for _, right in every):
         sys.exit("the network finds nothing on any val photo, so there is nothing to calibrate: train it longer")

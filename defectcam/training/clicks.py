@@ -6,9 +6,13 @@ from ground-truth masks for experiments; it is the only way a mask reaches the c
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,8 +20,10 @@ import cv2
 import numpy as np
 
 from defectcam.paths import inside
+from defectcam.training.labels import LabelledSet, only_photo, photo_size, stem_of
 
-IMAGE_SUFFIXES = (".jpg", ".png")
+DELIMITERS = (",", ";", "\t")  # of CSV
+NEEDED = ("image", "x", "y", "defect")
 SMALLEST_CLICKED_PX = 30  # smaller defects nobody would see, let alone click
 
 
@@ -53,63 +59,156 @@ def write_clicks(path: Path, clicks: list[Click]) -> None:
         writer.writerows(asdict(click) for click in clicks)
 
 
-def read_clicks(path: Path) -> list[Click]:
+def read_clicks(path: Path, with_photos: bool = False) -> list[Click]:
     """Read clicks from CSV, or from JSONL by the file's ending: image, x, y, defect; the others may be left out.
 
+    Names of columns may have any case. CSV has commas, semicolons or tabs between, and is UTF-8 or, with its mark,
+    UTF-16. Fractions of a pixel are cut off; between semicolons or tabs they may have a decimal comma.
+
+    Args:
+        with_photos: whether a click must lie in its photo, each of which is opened for its size.
+
     Raises:
-        ValueError: naming file, line and what is wrong with it.
+        ValueError: naming file, line, what is wrong with it and the remedy; so too where all positions look like shares
+            or percent of the photo, and for a photo that cannot be read.
+        FileNotFoundError: the file or, with photos, one of them is not there.
     """
-    clicks = []
-    with open(path, newline="", encoding="utf-8-sig") as file:  # Excel puts a mark before the first column's name
-        lines = file.read().splitlines() if path.suffix == ".jsonl" else csv.DictReader(file)
-        for number, line in enumerate(lines, start=1 if path.suffix == ".jsonl" else 2):
-            try:
-                row = json.loads(line) if isinstance(line, str) else line
-                weight = float(row.get("weight") or 1.0)
-                if not 0 <= weight < math.inf:
-                    raise ValueError(f"weight {weight} is not a number from 0")
-                x, y, defect = int(float(row["x"])), int(float(row["y"])), row["defect"].strip()
-                if x < 0 or y < 0 or not defect:
-                    raise ValueError(f"({x}, {y}) {defect!r} is no place in a photo with a defect, or none")
-                clicks.append(
-                    Click(
-                        row["image"],
-                        x,
-                        y,
-                        "none" if defect.lower() == "none" else defect,
-                        row.get("absent") or "",
-                        row.get("photo_group") or "",
-                        weight,
-                        row.get("interaction") or "",
-                    )
+    rows, decimal_comma = _rows(path)
+    clicks: list[Click] = []
+    lines: list[int] = []
+    positions: list[tuple[float, float]] = []
+    for line, row in rows:
+        try:
+            weight = _number(row.get("weight") or 1.0, decimal_comma)
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weight {weight} is not a number from 0")
+            xy = _number(row["x"], decimal_comma), _number(row["y"], decimal_comma)
+            x, y, defect = *map(int, xy), row["defect"].strip()
+            if min(xy) < 0 or not defect:
+                raise ValueError(f"({x}, {y}) {defect!r} is no place in a photo with a defect, or none")
+            clicks.append(
+                Click(
+                    row["image"].strip(),
+                    x,
+                    y,
+                    "none" if defect.lower() == "none" else defect,
+                    (row.get("absent") or "").strip(),
+                    row.get("photo_group") or "",
+                    weight,
+                    row.get("interaction") or "",
                 )
-            except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-                raise ValueError(
-                    f"{path} line {number}: {error!r}; a click needs image, x, y (numbers) and defect"
-                ) from error
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path} line {line}: {error!r}; a click needs image, x, y (numbers) and defect") from error
+        lines.append(line)
+        positions.append(xy)
+    _check_unit(path, lines, positions)
+    if with_photos:
+        _check_places(path, lines, clicks)
     return clicks
 
 
+def _rows(path: Path) -> tuple[Iterable[tuple[int, dict]], bool]:
+    """Line numbers and rows of a file of clicks, with small letters in their keys; and whether commas may be decimal.
+
+    Raises:
+        ValueError: it is no text, or its header lacks a column.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read the clicks {path}: {error.strerror}") from None
+    try:
+        text = content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} line {line} is not UTF-8: save it as CSV in UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{path} line 1 is no text in UTF-8: save it as CSV in UTF-8")
+    if path.suffix.lower() == ".jsonl":
+        return _json_rows(path, text), False
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=(delimiter := _delimiter(text)))
+    header = [name.strip().lower() for name in next(reader, [])]
+    if missing := [name for name in NEEDED if name not in header]:
+        raise ValueError(
+            f"{path} line 1 has the columns {', '.join(header)}, but not {', '.join(missing)}: it must name image, x, y and "
+            "defect, with commas, semicolons or tabs between"
+        )
+    return _csv_rows(path, reader, header), delimiter != ","
+
+
+def _delimiter(text: str) -> str:
+    """What stands between the columns' names in the first line."""
+    header = text.splitlines()[0] if text else ""
+    return max(DELIMITERS, key=header.count)
+
+
+def _csv_rows(path: Path, reader: Iterator[list[str]], header: list[str]) -> Iterator[tuple[int, dict]]:
+    for fields in reader:
+        if not any(map(str.strip, fields)):
+            continue
+        if any(map(str.strip, fields[len(header) :])):
+            raise ValueError(
+                f"{path} line {reader.line_num} has {len(fields)} fields, its header {len(header)}: with decimal commas put "
+                "semicolons between the fields, or write points"
+            )
+        yield reader.line_num, dict(zip(header, fields))
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, {key.strip().lower(): value for key, value in json.loads(line).items()}
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path} line {number}: {error}; a JSON object with image, x, y and defect needed") from None
+
+
+def _number(value: object, decimal_comma: bool) -> float:
+    return float(value.replace(",", ".") if decimal_comma and isinstance(value, str) else value)
+
+
+def _check_unit(path: Path, lines: Sequence[int], positions: Sequence[tuple[float, float]]) -> None:
+    """ValueError where positions look like shares or percent: none is beyond 1 or 100, and one is no whole number."""
+    most = max((max(xy) for xy in positions), default=0)
+    fraction = next((at for at in zip(lines, positions) if any(value % 1 for value in at[1])), None)
+    if fraction is None or most > 100:
+        return
+    what, remedy = ("shares", "multiply x by the photo's width and y by its height") if most <= 1 else (
+        "percent", "multiply x by the photo's width and y by its height, and divide by 100"
+    )  # fmt: skip
+    line, (x, y) = fraction
+    raise ValueError(
+        f"{path} line {line}: x {x:g} and y {y:g}, and no position of the file is beyond {1 if most <= 1 else 100}: these look "
+        f"like {what} of the photo's size, but pixels are needed: {remedy}. If they are pixels, write whole numbers"
+    )
+
+
+def _check_places(path: Path, lines: Sequence[int], clicks: Sequence[Click]) -> None:
+    """FileNotFoundError or ValueError where a click's photo is not there, or the click lies outside of it."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for line, click in zip(lines, clicks):
+        try:
+            height, width = sizes[click.image] = sizes.get(click.image) or photo_size(click.image)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{path} line {line}: {error}; paths count from the folder that the command runs in") from None
+        if click.x >= width or click.y >= height:
+            raise ValueError(
+                f"{path} line {line}: the click at ({click.x}, {click.y}) lies outside its photo {click.image} of "
+                f"{width} x {height} px"
+            )
+
+
 def photo_path(set_dir: Path, stem: str) -> Path:
-    """Path of a photo of a data set laid out as images/<stem>.jpg|png.
+    """Path of a photo of a data set laid out as images/<stem> with any of IMAGE_SUFFIXES, in any case of letters.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: there is none.
+        ValueError: there are two, or the name leads out of the data set.
     """
-    for suffix in IMAGE_SUFFIXES:
-        path = inside(set_dir / "images", f"{stem}{suffix}")
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"no photo {stem} with {' or '.join(IMAGE_SUFFIXES)} in {set_dir / 'images'}")
-
-
-def mask_path(set_dir: Path, defect: str, stem: str) -> Path:
-    """Path of a photo's mask in a data set laid out as masks/<defect>/<stem>.png; there may be none.
-
-    Raises:
-        ValueError: the path would lead out of the data set.
-    """
-    return inside(set_dir / "masks", f"{defect}/{stem}.png")
+    path = inside(set_dir / "images", stem)
+    names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+    return only_photo(set_dir / "images", stem, [path.parent / name for name in names if stem_of(name) == path.name])
 
 
 def split_stems(data_dir: Path, set_name: str, split: str) -> list[str]:
@@ -135,6 +234,7 @@ def simulate_clicks(
     none_per_photo: int,
     seed: int,
     smallest_px: int = SMALLEST_CLICKED_PX,
+    shows_defect: bool = False,
 ) -> list[Click]:
     """The clicks a person would give: one per defect component, and none-clicks on patches free of the defect.
 
@@ -145,20 +245,25 @@ def simulate_clicks(
         patch_px: side of the patch around a none-click that must be free of the defect (cut at the photo's edges).
         none_per_photo: none-clicks tried per photo; a photo full of defect gives fewer.
         smallest_px: components of fewer pixels get no click.
+        shows_defect: whether the set was named as one with the defect, so that it must have masks of it.
 
     Returns:
         Clicks with `photo_group` = "<set>/<stem>", in the order of the split.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the mask or photo that cannot be read right; see `LabelledSet`.
     """
     rng = np.random.default_rng(seed)
-    set_dir = data_dir / set_name
     clicks = []
-    for stem in split_stems(data_dir, set_name, split):
-        path = photo_path(set_dir, stem)
-        own_mask = mask_path(set_dir, defect, stem)
-        if own_mask.exists():
-            mask = cv2.imread(str(own_mask), cv2.IMREAD_GRAYSCALE) > 127
-        else:
-            mask = np.zeros(cv2.imread(str(path)).shape[:2], bool)
+    files, stems = LabelledSet(data_dir, set_name, defect), split_stems(data_dir, set_name, split)
+    if shows_defect:
+        files.check_masks(stems)
+    for stem in stems:
+        path = files.photo(stem)
+        size = photo_size(path)
+        mask = files.read_mask(stem, *size)
+        if mask is None:
+            mask = np.zeros(size, bool)
         group = f"{set_name}/{stem}"
         count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
         for component in range(1, count):

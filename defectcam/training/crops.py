@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from defectcam.request import decode_image
 from defectcam.training.clicks import Click, patch_bounds
+from defectcam.training.labels import MAX_PIXELS, photo_bytes
 
 CROPS_PER_CLICK = 5
 COLOURS = v2.Compose(
@@ -100,8 +103,6 @@ class CropDataset(Dataset):
             click = self.negatives[int(rng.integers(len(self.negatives)))]
         weight = click.weight / mean_weight
         photo = self.photo_rgb(click.image)
-        if click.x >= photo.shape[1] or click.y >= photo.shape[0]:
-            raise ValueError(f"the click at ({click.x}, {click.y}) lies outside its photo {click.image}")
         x, y, size = click.x, click.y, self.crop_px
         if self.augment and positive:
             size = int(round(size * rng.uniform(0.75, 1.25)))
@@ -127,16 +128,15 @@ class CropDataset(Dataset):
         return image, float(positive), weight
 
 
-def read_photo_rgb(path: str) -> np.ndarray:
-    """A photo as (H, W, 3) uint8 RGB.
+def read_photo_rgb(path: Path | str) -> np.ndarray:
+    """A photo as (H, W, 3) uint8 RGB, as the deployed function sees it: upright, deep grey scaled by its maximum.
 
     Raises:
-        FileNotFoundError: where it is missing or no photo.
+        FileNotFoundError: there is none, or no access to it.
+        ImageError: it cannot be decoded; the message begins with its path.
     """
-    photo = cv2.imread(path, cv2.IMREAD_COLOR)
-    if photo is None:
-        raise FileNotFoundError(f"cannot read the photo {path}")
-    return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+    with photo_bytes(path) as file:
+        return decode_image(file, MAX_PIXELS)
 
 
 def on_disk(array: np.ndarray) -> np.ndarray:

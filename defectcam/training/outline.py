@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 from defectcam.encoders import normalised
 from defectcam.network import ScoreNet
-from defectcam.training.clicks import mask_path, photo_path, split_stems
+from defectcam.training.clicks import split_stems
 from defectcam.training.crops import on_disk, read_photo_rgb, turned, varied_colours
+from defectcam.training.labels import UNKNOWN, LabelledSet, read_own_mask
 from defectcam.training.mistakes import ALL_LEVELS, ONE_LEVEL, mistaken_pixels, plain_map
 from defectcam.training.train import add_common_arguments, fit, mistakes_fact, names, network_from, parsed
 
-UNKNOWN = 127  # grey level of mask pixels of which nothing is known
 ON_DEFECT_SHARE = 0.5  # of the crops are around a defect's pixel, the others anywhere
 LIKELIEST_SHARE = 0.25  # of an outline that runs wide is taken for the defect: what is 2 to 5 times too thick holds that much
 SMALLEST_WINDOW_PX = 24  # of the photo: what is enlarged from less shows no defect
@@ -60,18 +60,25 @@ class OutlinePhoto:
 
 
 def load_outline_photo(photo: Path, mask: Path | None) -> OutlinePhoto:
-    """Read a photo and its mask (None: it has no defect); mask values 0, 255 and UNKNOWN.
+    """Read a photo and its mask that this project wrote (None: it has no defect), of values 0, 255 and UNKNOWN.
 
     Raises:
-        FileNotFoundError: naming the file that cannot be read.
-        ValueError: where mask and photo differ in size.
+        FileNotFoundError: naming the photo that is not there.
+        ValueError: where one of them cannot be read, or both differ in size.
     """
-    image_rgb = read_photo_rgb(str(photo))
-    values = np.zeros(image_rgb.shape[:2], np.uint8) if mask is None else cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE)
-    if values is None:
-        raise FileNotFoundError(f"cannot read the mask {mask}: a photo without the defect has an all black one")
-    if values.shape != image_rgb.shape[:2]:
-        raise ValueError(f"mask {mask} is {values.shape}, its photo {image_rgb.shape[:2]}: both must be the same")
+    image_rgb = read_photo_rgb(photo)
+    size = image_rgb.shape[:2]
+    return _outlined(image_rgb, np.zeros(size, np.uint8) if mask is None else read_own_mask(mask, *size))
+
+
+def load_labelled_photo(files: LabelledSet, stem: str) -> OutlinePhoto:
+    """Read a photo of a data set and its mask; without one it has no defect. Errors as of `LabelledSet`."""
+    image_rgb = read_photo_rgb(files.photo(stem))
+    mask = files.read_mask(stem, *image_rgb.shape[:2])
+    return _outlined(image_rgb, np.zeros(image_rgb.shape[:2], np.uint8) if mask is None else mask * np.uint8(255))
+
+
+def _outlined(image_rgb: np.ndarray, values: np.ndarray) -> OutlinePhoto:
     coverage = np.where(values > UNKNOWN, 255, 0).astype(np.uint8)
     return OutlinePhoto(on_disk(image_rgb), on_disk(coverage), on_disk(values != UNKNOWN))
 
@@ -212,15 +219,21 @@ def gather_photos(
     """Photos of some sets; `masks` is a folder of <set>/<stem>.png, None for the sets' own masks."""
     photos = []
     for set_name in sets:
-        for stem in tqdm(split_stems(args.data, set_name, split), desc=f"{set_name} {split}", unit="photo"):
-            photo = photo_path(args.data / set_name, stem)
-            own = mask_path(args.data / set_name, args.defect, stem)
-            mask = masks / set_name / f"{stem}.png" if masks else own
-            if not mask.exists() and (args.arm == "clicks" or set_name in args.none_sets):
-                mask = None  # no click says that the defect is there
-            elif not mask.exists() and masks and split == "train":
-                continue  # not known: no mask was made for it
-            photos.append(load_outline_photo(photo, mask))
+        files, stems = LabelledSet(args.data, set_name, args.defect), split_stems(args.data, set_name, split)
+        may_lack = args.arm == "clicks" or set_name in args.none_sets  # no click says that the defect is there
+        if not masks and set_name not in args.none_sets:
+            files.check_masks(stems)
+        for stem in tqdm(stems, desc=f"{set_name} {split}", unit="photo"):
+            if masks:
+                mask = masks / set_name / f"{stem}.png"
+                if mask.exists() or may_lack:  # else not known: no mask was made for it
+                    photos.append(load_outline_photo(files.photo(stem), mask if mask.exists() else None))
+            elif files.mask(stem) or may_lack:
+                photos.append(load_labelled_photo(files, stem))
+            else:
+                raise FileNotFoundError(
+                    f"{files.photo(stem)} has no mask of {args.defect}: a photo without it has an all black one"
+                )
     return photos
 
 
@@ -231,11 +244,11 @@ def regions_without(args: argparse.Namespace) -> list[OutlinePhoto]:
     """
     photos = []
     for set_name, other in args.none_regions:
+        files = LabelledSet(args.data, set_name, other)
         for stem in tqdm(split_stems(args.data, set_name, "train"), desc=f"{set_name} {other}", unit="photo"):
-            mask = mask_path(args.data / set_name, other, stem)
-            if not mask.exists():
+            if not files.mask(stem):
                 continue
-            photo = load_outline_photo(photo_path(args.data / set_name, stem), mask)
+            photo = load_labelled_photo(files, stem)
             inside = (photo.coverage > UNKNOWN).astype(np.uint8)
             if inside.any():
                 around = cv2.dilate(inside, np.ones((2 * RIM_PX + 1, 2 * RIM_PX + 1), np.uint8)) > 0

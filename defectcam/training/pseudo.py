@@ -27,7 +27,7 @@ from defectcam.predict import Predictor, device_and_engine, paste
 from defectcam.training.clicks import Click, simulate_clicks
 from defectcam.training.crops import read_photo_rgb
 from defectcam.training.dark_lines import dark_lines
-from defectcam.training.outline import UNKNOWN
+from defectcam.training.labels import UNKNOWN
 from defectcam.training.train import names
 from defectcam.weights import load_weights
 
@@ -95,7 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     record.write_text(json.dumps({"facts": facts, "finished": False}))
     photos = 0
     for set_name in args.sets:
-        clicks = simulate_clicks(args.data, set_name, "train", args.defect, 1, 0, args.seed)
+        try:
+            clicks = simulate_clicks(args.data, set_name, "train", args.defect, 1, 0, args.seed, shows_defect=True)
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(str(error))
         by_photo: dict[str, list[Click]] = {}
         for click in clicks:
             by_photo.setdefault(click.image, []).append(click)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -37,6 +38,7 @@ from defectcam.encoders import ENCODERS, POOLINGS, normalised
 from defectcam.network import ScoreNet
 from defectcam.training.clicks import Click, read_clicks, simulate_clicks
 from defectcam.training.crops import CropDataset
+from defectcam.training.labels import suggestion
 from defectcam.training.mistakes import mistaken_clicks
 
 matplotlib.use("Agg")
@@ -213,17 +215,18 @@ def gather_clicks(args: argparse.Namespace, split: str) -> tuple[list[Click], li
     clicks: list[Click] = []
     healthy: list[Click] = []
     own = args.clicks if split == "train" else args.val_clicks
+    option = f"{'--clicks' if split == 'train' else '--val-clicks'} {own}" if own else ""
     if own:
-        read = read_clicks(own)
+        read = read_clicks(own, with_photos=True)
         # One binary set per defect: what is said of the others says nothing of this one.
-        mine = [c for c in read if c.defect == args.defect or c.defect == "none" and c.absent in ("", args.defect)]
+        mine = [mine for click in read if (mine := click_on(click, args.defect))]
         if not any(click.defect == args.defect for click in mine):
             others = sorted({click.defect for click in read})
-            raise ValueError(f"{own} has no click on {args.defect!r}; its defects are {others}")
+            raise ValueError(f"{option} has no click on {args.defect!r}{suggestion(args.defect, others)}; its defects are {others}")
         clicks += mine
     for set_name in args.sets:
         clicks += simulate_clicks(
-            args.data, set_name, split, args.defect, args.crop_px, args.none_per_photo, args.seed
+            args.data, set_name, split, args.defect, args.crop_px, args.none_per_photo, args.seed, shows_defect=True
         )
     for set_name in args.none_sets:
         found = simulate_clicks(args.data, set_name, split, args.defect, args.crop_px, 1, args.seed)
@@ -231,7 +234,20 @@ def gather_clicks(args: argparse.Namespace, split: str) -> tuple[list[Click], li
         showing = {click.image for click in found if click.defect != "none"}
         clicks += none
         healthy += [click for click in none if click.image not in showing]
+    nones = sum(click.defect == "none" for click in clicks)
+    if not nones or nones == len(clicks):
+        source = option or f"the {split} photos of {', '.join([*args.sets, *args.none_sets])}"
+        kind = "click on the defect" if nones else "none-click, which says where the defect is not"
+        hint = "" if option or nones else f", since nowhere are {args.crop_px} px free of it: try a smaller --crop-px"
+        raise ValueError(f"{source}: there is no {kind}, for {args.defect!r}{hint}. Training and val each need both kinds")
     return clicks, healthy
+
+
+def click_on(click: Click, defect: str) -> Click | None:
+    """What a click says of a defect, which it may call in other capital letters; None if nothing."""
+    if click.defect == "none":
+        return click if click.absent.casefold() in ("", defect.casefold()) else None
+    return dataclasses.replace(click, defect=defect) if click.defect.casefold() == defect.casefold() else None
 
 
 def f_measure(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -393,9 +409,6 @@ def train(args: argparse.Namespace) -> dict:
     """Train a classifier as the arguments say; returns and writes the record of the run."""
     clicks, healthy = gather_clicks(args, "train")
     val_clicks, val_healthy = gather_clicks(args, "val")
-    for click in {click.image: click for click in [*clicks, *val_clicks]}.values():
-        if not Path(click.image).is_file():  # better now than after an hour
-            raise FileNotFoundError(f"there is no photo {click.image}, which clicks name: give its path from here")
     both = {click.image for click in clicks} & {click.image for click in val_clicks}
     if both:
         raise ValueError(f"{min(both)} is among the photos to train on and those to judge by: leave it out of one")
