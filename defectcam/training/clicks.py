@@ -24,7 +24,7 @@ from defectcam.training.labels import LabelledSet, only_photo, photo_size, stem_
 
 DELIMITERS = (",", ";", "\t")  # of CSV
 NEEDED = ("image", "x", "y", "defect")
-SMALLEST_CLICKED_PX = 30  # smaller defects nobody would see, let alone click
+SMALLEST_CLICKED_PX = 30  # people do not see smaller defects
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class CropDataset(Dataset):
         x, y, size = click.x, click.y, self.crop_px
         if self.augment and positive:
             size = int(round(size * rng.uniform(0.75, 1.25)))
-        elif self.augment:  # a none-click vouches for its patch only: never look beyond it
+        elif self.augment:  # a none-click says something of its patch alone: never look beyond it
             size = int(round(size * rng.uniform(0.75, 1.0)))
         # A positive crop may have its click anywhere but at its rim; a negative one stays around its click.
         reach = 0.4 * size if positive else 0.0
