@@ -97,7 +97,8 @@ def outline_clicked(
     needed = looked_at | {defect: looked_at.get(defect, 0) + least}
     amount, unit = (len(positive), "clicks") if positive else ((box[2] - box[0]) * (box[3] - box[1]) / 1e6, "megapixels")
     deadline.check_work(predictor.pace.seconds(needed, deadline.left_s()), amount, unit)
-    deadline = Progress(deadline, sum(looked_at.values()), amount, unit)
+    known_px = sum(looked_at.values()) or predictor.plain_pixels(height, width, defect, near, NEAR_PX)
+    deadline = Progress(deadline, known_px, amount, unit)  # what widens and climbs is planned there
     if looked_at:
         surest = -math.inf
         for name in settings:
@@ -107,7 +108,6 @@ def outline_clicked(
                 surest, defect, maps = sure, name, look
         maps.widen(NEAR_PX)
     else:
-        deadline.planned(predictor.plain_pixels(height, width, defect, near, NEAR_PX))
         maps = predictor.maps(pyramid, defect, deadline, near, NEAR_PX)
     fact, chosen_settings = predictor.weights.facts[defect], settings[defect]
     steps = chosen_settings.iterations

@@ -24,7 +24,7 @@ from defectcam.engine import Engine
 from defectcam.pace import Pace, climb_passes
 from defectcam.postprocess import regions
 from defectcam.proposals import Component, Proposal, component_confidence, component_features, find_components
-from defectcam.pyramid import ENLARGED, PhotoMaps, Pyramid, enlarged_tiles, level_tiles, possible_region, touching
+from defectcam.pyramid import ENLARGED, PhotoMaps, Pyramid, level_tiles, possible_region, tiles_of_level, touching
 from defectcam.request import RequestError
 from defectcam.tiling import Tile
 from defectcam.weights import TORCH_REMEDY, DefectWeights, Weights, WeightsError
@@ -231,7 +231,9 @@ class Predictor:
         deadline.check_work(needed_s, height * width / 1e6, "megapixels")
 
     def _enlarged_tiles(self, height: int, width: int, defect: str) -> list[Tile]:
-        return enlarged_tiles(height, width, self.weights.facts[defect].reading, self.engines[defect])
+        """The tiles of the enlarged level of a photo of so many px, none where the defect does not read it."""
+        reads = self.weights.facts[defect].finest_scale == ENLARGED
+        return tiles_of_level(height, width, ENLARGED, self.engines[defect]) if reads else []
 
     def _shares(
         self, image_rgb: np.ndarray, defect: str, steps: int, threshold: float, cam_threshold: float

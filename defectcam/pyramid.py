@@ -132,7 +132,7 @@ class Reading:
 
 
 def tiles_of_level(
-    height: int, width: int, scale: float, engine: Engine, near: Sequence[tuple[int, int]] | None, near_px: int
+    height: int, width: int, scale: float, engine: Engine, near: Sequence[tuple[int, int]] | None = None, near_px: int = 0
 ) -> list[Tile]:
     """The tiles of one level of a photo of so many px; `near`, `near_px`: see `PhotoMaps`."""
     size = [math.ceil(length * scale) for length in (height, width)]
@@ -141,18 +141,6 @@ def tiles_of_level(
         return tile_grid(*size, halo_px, engine.stride_px)
     small = tile_grid(*size, halo_px, engine.stride_px, largest_px=SMALL_TILE_PX)
     return [tile for tile in small if near is None or any(_is_near(tile, x * scale, y * scale, near_px) for x, y in near)]
-
-
-def enlarged_tiles(
-    height: int,
-    width: int,
-    reading: Reading,
-    engine: Engine,
-    near: Sequence[tuple[int, int]] | None = None,
-    near_px: int = 0,
-) -> list[Tile]:
-    """The tiles of the enlarged level, none where it is not read; the arguments are those of `level_tiles`."""
-    return tiles_of_level(height, width, ENLARGED, engine, near, near_px) if reading.finest == ENLARGED else []
 
 
 def level_tiles(
@@ -254,7 +242,7 @@ class PhotoMaps:
         near = possible_region(self._merged_levels(0))
         if not near.any():
             return None
-        grid = enlarged_tiles(self.height, self.width, self.reading, self.engine, self.near, self.near_px)
+        grid = tiles_of_level(self.height, self.width, ENLARGED, self.engine, self.near, self.near_px)
         due = [tile for tile in touching(grid, near) if tile not in self._enlarged]
         if ENLARGED not in self._plain:
             self._plain[ENLARGED] = np.zeros((self.height, self.width), np.float32)  # kept at the photo's size
