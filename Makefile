@@ -6,7 +6,7 @@ ITERATIONS ?=
 PORT ?= 8080
 DEFECT ?= crack
 DATA ?= ../shared/data
-SETS ?= deepcrack,rissbilder_volker,uav75
+SETS ?= deepcrack,uav75
 # Your own clicks instead of DATA and SETS: CSV files with image, x, y, defect.
 CLICKS ?=
 VAL_CLICKS ?=
@@ -19,8 +19,8 @@ help:
 	@echo "make demo IMAGE=photo ITERATIONS=0,2,8  proposals for one photo, as JSON and picture, in out/demo"
 	@echo "make test                             all tests"
 	@echo "make serve PORT=8080                  the function over HTTP, without Nuclio"
-	@echo "make train DEFECT=crack DATA=folder SETS=a,b   train a network from clicks, in out/train"
-	@echo "make train DEFECT=crack CLICKS=clicks.csv VAL_CLICKS=val.csv   the same from your own clicks"
+	@echo "make train DEFECT=crack DATA=folder SETS=a,b   train a network from outlines, in out/train"
+	@echo "make train DEFECT=crack CLICKS=clicks.csv VAL_CLICKS=val.csv   from your own clicks"
 	@echo "make evaluate DATA=folder             the table of all measures on val photos, in out/evaluate.html"
 	@echo "make loop DATA=folder                 two rounds with simulated annotators: docs/loop.md, hours on a CPU"
 	@echo "make bench                            speed, against a plain port and the machine's peak, in out/bench.png"
@@ -45,7 +45,7 @@ serve: install
 	$(VENV)/python -m defectcam serve --port $(PORT)
 
 train: install
-	$(VENV)/python -m defectcam train --defect $(DEFECT) --out out/train/$(DEFECT) $(ARGS) \
+	$(VENV)/python -m defectcam train --defect "$(DEFECT)" --out "out/train/$(DEFECT)" $(ARGS) \
 		$(if $(CLICKS),--clicks $(CLICKS) --val-clicks $(VAL_CLICKS),--data $(DATA) --sets $(SETS))
 
 evaluate: install

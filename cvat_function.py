@@ -4,16 +4,19 @@
     cvat-cli task auto-annotate 7 --function-file cvat_function.py -p iterations=int:4
 
 The same handler as Nuclio's, on this machine; labels and attributes are those of function.yaml, so a task made
-"From model" fits. A task without the label of a defect or `unprocessed` needs --allow-unmatched-labels. What the tag `notice`
-says in CVAT is printed here, so no task needs that label.
+"From model" fits. A defect of the weights that the file lacks has a label of the same kind. Where a task calls the defects
+otherwise, say so by -p labels=str:Riss=crack,Abplatzung=spalling. A task without the label of a defect or `unprocessed`
+needs --allow-unmatched-labels. What the tag `notice` says in CVAT is printed here, so no task needs
+that label. A task's select may have more values than ours, such as an `iterations` of 16.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,18 +24,18 @@ import cvat_sdk.auto_annotation as cvataa
 import cvat_sdk.models as models
 import numpy as np
 import PIL.Image
-import yaml
 from cvat_sdk.attributes import attribute_vals_from_dict
+from cvat_sdk.auto_annotation import driver
 from cvat_sdk.masks import encode_mask
 
 # cvat-cli loads this file by its path, which makes nothing beside it importable, and model_handler is installed nowhere.
 sys.path.append(str(Path(__file__).resolve().parent))
 
+from defectcam.cvat_labels import NOTICE, labels_with  # noqa: E402
 from defectcam.request import Request, RequestError  # noqa: E402
+from defectcam.training.names import meaning, suggestion  # noqa: E402
 from model_handler import ModelHandler  # noqa: E402
 
-FUNCTION_YAML = Path(__file__).parent / "function.yaml"
-NOTICE = "notice"  # the tag beside proposals; the last label of function.yaml
 NO_TIME_LIMIT_S = "86400"  # nobody waits for a frame as CVAT waits for Nuclio
 
 
@@ -48,6 +51,7 @@ def create(
     max_proposals: int | None = None,
     weights: str | None = None,
     device: str | None = None,
+    labels: str | None = None,
 ) -> DefectFunction:
     """A detection function for cvat-sdk; cvat-cli calls it with the values of its option -p.
 
@@ -58,6 +62,7 @@ def create(
         shape: "polygon" or "mask"; masks need labels of type mask (or any) in the task.
         weights: folder with manifest.json.
         device: "cuda" or "cpu".
+        labels: what the task calls the defects, "Riss=crack,Abplatzung=spalling"; the others have their own names.
         threshold, cam_threshold, tolerance_px, hole_share, max_proposals: as in the README's table of settings. What is
             not given here is taken from the environment's ADVCAM_* variables, then from the manifest.
 
@@ -65,26 +70,31 @@ def create(
         RequestError: a value that is not allowed; names its ADVCAM_* variable, value and what is allowed.
         WeightsError: weights that must not be used.
     """
-    given = {key: str(value) for key, value in locals().items() if value is not None}
+    given = {key: str(value) for key, value in locals().items() if value is not None and key != "labels"}
     environ = {"ADVCAM_TIME_LIMIT": NO_TIME_LIMIT_S, **os.environ}
     environ |= {f"ADVCAM_{key.upper()}": value for key, value in given.items()}
     environ |= {"ADVCAM_CVAT_URL": "", "ADVCAM_CVAT_TOKEN": ""}  # whoever runs this sets T himself
-    return DefectFunction(ModelHandler.from_env(environ, logging.getLogger("defectcam")))
+    model = ModelHandler.from_env(environ, logging.getLogger("defectcam"))
+    return DefectFunction(model, _label_of_defect(labels or "", model))
 
 
 class DefectFunction:
-    """cvat-sdk's `DetectionFunction` around a ModelHandler."""
+    """cvat-sdk's `DetectionFunction` around a ModelHandler.
 
-    def __init__(self, model: ModelHandler) -> None:
-        self.model = model
+    Args:
+        label_of: what the task calls a defect, {"crack": "Riss"}; the others have their own names.
+    """
+
+    def __init__(self, model: ModelHandler, label_of: Mapping[str, str] | None = None) -> None:
+        self.model, label_of = model, label_of or {}
         self.labels = {label["name"]: label for label in _labels(model)}
         labels = []
         for number, label in enumerate(self.labels.values()):
             if label["name"] == NOTICE:
                 continue
-            specs = enumerate(label["attributes"])
+            specs, name = enumerate(label["attributes"]), label_of.get(label["name"], label["name"])
             attributes = [cvataa.attribute_spec(a["name"], i, a["input_type"], a["values"]) for i, a in specs]
-            labels.append(cvataa.label_spec(label["name"], number, type=label["type"], attributes=attributes))
+            labels.append(cvataa.label_spec(name, number, type=label["type"], attributes=attributes))
         self._spec = cvataa.DetectionFunctionSpec(labels=labels)
 
     @property
@@ -128,20 +138,67 @@ class DefectFunction:
         return cvataa.mask(label_id, [*runs, left, top, right, bottom], attributes=values)
 
 
+def _label_of_defect(text: str, model: ModelHandler) -> dict[str, str]:
+    """{"crack": "Riss"} of "Riss=crack".
+
+    Raises:
+        RequestError: naming what is not LABEL=DEFECT, a defect without weights, or a name that is there twice.
+    """
+    found: dict[str, str] = {}
+    for pair in filter(str.strip, text.split(",")):
+        label, _, defect = (part.strip() for part in pair.partition("="))
+        if not label or not defect:
+            raise RequestError(f"labels has {pair.strip()!r}, which is not LABEL=DEFECT, such as Riss=crack")
+        defect = meaning(defect, {}, model.defects)
+        if defect not in model.defects:
+            near = suggestion(defect, model.defects)
+            there = f"no weights for {defect!r}{near}, only for {model.defects}"
+            raise RequestError(f"labels has {pair.strip()!r}, but there are {there}")
+        if defect in found:
+            raise RequestError(f"labels names {defect!r} twice: a task has one label for a defect")
+        found[defect] = label
+    names = [found.get(label["name"], label["name"]) for label in _labels(model)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RequestError(f"labels gives two labels the name {twice!r}: every defect and tag needs a name of its own")
+    return found
+
+
 def _labels(model: ModelHandler) -> list[dict]:
-    """function.yaml's labels for what this model may answer: name, type, attributes."""
-    metadata = yaml.safe_load(FUNCTION_YAML.read_text())["metadata"]
-    known = {label["name"]: label for label in json.loads(metadata["annotations"]["spec"])}
-    labels = []
-    for defect in model.settings.defects or model.defects:
-        if defect not in known:
-            raise RequestError(f"{FUNCTION_YAML} has no label for the defect {defect} of the weights: add it there")
-        label = known[defect]
+    """The labels for what this model may answer: name, type, attributes."""
+    wanted = model.settings.defects or model.defects
+    labels = [label for label in labels_with(wanted) if label["type"] == "tag" or label["name"] in wanted]
+    for label in labels:
+        if label["type"] == "tag":
+            continue
         if model.settings.shape == "mask":  # the driver takes nothing else than the label's type
             label["type"] = "mask"
         values = next(attribute["values"] for attribute in label["attributes"] if attribute["name"] == "iterations")
-        steps = str(model.effective(defect, model.settings)["iterations"])
+        steps = str(model.effective(label["name"], model.settings)["iterations"])
         if steps not in values:  # then the task's select must have it too: better refused than another T shown
             values.append(steps)
-        labels.append(label)
-    return [*labels, *(label for label in known.values() if label["type"] == "tag")]
+    return labels
+
+
+def _accept_more_values() -> None:
+    """Let cvat-sdk's driver take a task whose select has all values of the function's and more.
+
+    The driver wants them equal and gives a function no say in it, so its check is wrapped. A version of it that checks in
+    another way goes on doing so.
+    """
+    mapper = getattr(driver, "_AnnotationMapper", None)
+    check = getattr(mapper, "_build_attribute_id_mapping", None)
+    if check is None:
+        return
+
+    @functools.wraps(check)
+    def checked(self, fun_attr, ds_attr, *more):
+        kinds = {str(attribute.input_type) for attribute in (fun_attr, ds_attr)}
+        if kinds == {"select"} and set(fun_attr.values) < set(ds_attr.values):
+            fun_attr = cvataa.attribute_spec(fun_attr.name, fun_attr.id, "select", list(ds_attr.values))
+        return check(self, fun_attr, ds_attr, *more)
+
+    mapper._build_attribute_id_mapping = checked
+
+
+_accept_more_values()

@@ -25,7 +25,8 @@ usage: ./deploy.sh cpu|gpu [options]   build the image, deploy the function and 
        ./deploy.sh remove              delete the functions, their images and the record of releases
 
 Every run of cpu or gpu deploys what its command line says, and deletes functions of the last run that it does not
-name. If a deployed function does not answer as its weights must, everything goes back to the release before.
+name. If a deployed function does not answer as its weights must, everything goes back to the release before. A defect of
+the weights that function.yaml has no label for gets one in the files that are deployed; add it to your tasks in CVAT, too.
 
 options of cpu and gpu:
   --iterations LIST     one more entry in CVAT's model list for each number of climbing steps, e.g. 0,2,8
@@ -320,6 +321,182 @@ describe_release() { # the functions that cpu and gpu were asked for
         done <"$presets"
     fi
     [[ ! -f $ROOT/interactor.yaml ]] || add_function "$ROOT/interactor.yaml" '' ''
+    add_labels "$ROOT/weights/manifest.json"
+}
+
+# JSON for awk, which is there where no Python is. read_json(TEXT) sets, by the path of keys and places from 1 on, joined by
+# SUBSEP: first[PATH] and last[PATH], where a value's text begins and ends, and paths[1..count]. text_of(JSON) is the text
+# that a JSON string between its quotes stands for, in UTF-8; json_of(TEXT) the other way.
+# shellcheck disable=SC2016
+JSON='
+function read_json(s, at, length_s, c, depth, path, end, key, place, list, inside, wants_key) {
+    split("", first); split("", last); count = 0
+    length_s = length(s)
+    for (at = 1; at <= length_s; at++) {
+        c = substr(s, at, 1)
+        if (c == ",") place[depth]++
+        if (index(" \t\r\n,:", c)) continue
+        if (c == "}" || c == "]") {
+            last[inside[depth]] = at
+            wants_key[--depth] = 1
+            continue
+        }
+        end = at
+        if (c == "\"") {
+            for (end++; end <= length_s && substr(s, end, 1) != "\""; end++) if (substr(s, end, 1) == "\\") end++
+            if (depth && !list[depth] && wants_key[depth]) {
+                key[depth] = text_of(substr(s, at + 1, end - at - 1))
+                wants_key[depth] = 0
+                at = end
+                continue
+            }
+        } else if (!index("{[", c)) {
+            while (end < length_s && substr(s, end + 1, 1) !~ /[] \t\r\n,}]/) end++
+        }
+        path = depth > 1 ? inside[depth] SUBSEP : ""
+        if (depth) path = path (list[depth] ? place[depth] : key[depth])
+        paths[++count] = path
+        first[path] = at
+        last[path] = end
+        if (index("{[", c)) {
+            inside[++depth] = path
+            list[depth] = c == "["
+            place[depth] = 1
+        }
+        wants_key[depth] = 1
+        at = end
+    }
+}
+function text_of(json, at, c, code, out) {
+    for (at = 1; at <= length(json); at++) {
+        c = substr(json, at, 1)
+        if (c == "\\") {
+            c = substr(json, ++at, 1)
+            if (c == "u") {
+                code = hexadecimal(substr(json, at + 1, 4))
+                at += 4
+                if (code >= 55296 && code < 56320 && substr(json, at + 1, 2) == "\\u") { # the first half of a pair
+                    code = 65536 + (code - 55296) * 1024 + hexadecimal(substr(json, at + 3, 4)) - 56320
+                    at += 6
+                }
+                c = utf8(code)
+            } else if (index("bfnrt", c)) c = "\n"
+        }
+        out = out c
+    }
+    return out
+}
+function hexadecimal(digits, i, value) {
+    for (i = 1; i <= length(digits); i++) value = 16 * value + index("0123456789abcdef", tolower(substr(digits, i, 1))) - 1
+    return value
+}
+function utf8(code) {
+    if (code < 32) return "\n" # every control character: no name may have one
+    if (code < 128) return sprintf("%c", code)
+    if (code < 2048) return sprintf("%c%c", 192 + int(code / 64), 128 + code % 64)
+    if (code < 65536) return sprintf("%c%c%c", 224 + int(code / 4096), 128 + int(code / 64) % 64, 128 + code % 64)
+    return sprintf("%c", 240 + int(code / 262144)) sprintf("%c%c%c", 128 + int(code / 4096) % 64, 128 + int(code / 64) % 64, \
+        128 + code % 64)
+}
+function json_of(text) {
+    gsub(/\\/, "\\\\&", text)
+    gsub(/"/, "\\\\&", text)
+    return text
+}
+function string_at(s, path) { return text_of(substr(s, first[path] + 1, last[path] - first[path] - 1)) }
+function file_text(path, s, separator) {
+    separator = RS
+    RS = "\001"
+    getline s <path
+    close(path)
+    RS = separator
+    return s
+}'
+
+# What comes before and after a function file's labels is printed as it is, and the labels are given to change_labels.
+# shellcheck disable=SC2016
+ITS_LABELS='
+/^    spec: *\|/ { inside_spec = 1; print; next }
+inside_spec && /^(      |[ \t]*$)/ { spec = spec $0 "\n"; next }
+inside_spec { printf "%s", change_labels(spec); inside_spec = 0; spec = "" }
+{ print }
+END { if (inside_spec) printf "%s", change_labels(spec) }'
+
+# defects_of MANIFEST: the names of its defects, one a line, each of which CVAT must be able to take for a label.
+# defectcam/cvat_labels.py has the same rules; a test holds the two together.
+defects_of() {
+    MANIFEST=$1 LC_ALL=C awk "$JSON"'
+        function refuse(name, why) {
+            printf "deploy.sh: %s: the defect\047s name \047%s\047 %s: give it another name (defectcam calibrate " \
+                "--defect NAME)\n", ENVIRON["MANIFEST"], name, why >"/dev/stderr"
+            failed = 1
+        }
+        BEGIN {
+            read_json(file_text(ENVIRON["MANIFEST"]))
+            for (i = 1; i <= count; i++) {
+                if (split(paths[i], keys, SUBSEP) != 2 || keys[1] != "defects") continue
+                name = keys[2]
+                characters = name
+                gsub(/[\200-\277]/, "", characters) # of a character of several bytes the first one counts
+                if (name == "") refuse(name, "is empty")
+                else if (name == "unprocessed" || name == "notice")
+                    refuse(name, "is the tag \047" name "\047 of the function")
+                else if (name ~ /^ | $/) refuse(name, "begins or ends with a blank")
+                else if (length(characters) > 64) refuse(name, "has " length(characters) " characters, but CVAT takes 64")
+                else if (name ~ /[\001-\037\177]|\302[\200-\237]|\342\200[\250\251]/)
+                    refuse(name, "has a control character or a line break")
+                else print name
+            }
+            exit failed
+        }' </dev/null
+}
+
+# add_labels MANIFEST: the release's function files get a label for each defect of a manifest that they lack: as their
+# first label, but for name and colour, before the tags.
+add_labels() {
+    local defects name file tell=yes
+    [[ -f $1 ]] || return 0 # nothing can be built then
+    defects=$(defects_of "$1") || exit 1
+    for name in $(functions_of "$release"); do
+        file=$folder/functions/$name.yaml
+        DEFECTS=$defects TELL=$tell LC_ALL=C awk "$JSON$ITS_LABELS"'
+            BEGIN {
+                names = split(ENVIRON["DEFECTS"], defects, "\n")
+                colours = split("#00dc78 #ff00ff #00e5ff #b4ff00 #aa5aff #ff7800", colour, " ")
+            }
+            function change_labels(spec, i) {
+                for (i = 1; i <= names; i++) spec = with_label(spec, defects[i])
+                return spec
+            }
+            function with_label(spec, defect, labels, like, tag, i, made, own) {
+                read_json(spec)
+                for (labels = 0; (labels + 1) in first; labels++) {
+                    if (string_at(spec, labels + 1 SUBSEP "name") == defect) return spec
+                    if (!like && string_at(spec, labels + 1 SUBSEP "type") == "polygon") like = labels + 1
+                    if (!tag && string_at(spec, labels + 1 SUBSEP "type") == "tag") tag = labels + 1
+                }
+                if (!like) {
+                    printf "deploy.sh: %s has no label of type polygon; the label of \047%s\047 is made like that: add one, " \
+                        "such as crack\n", FILENAME, defect >"/dev/stderr"
+                    exit 1
+                }
+                for (i = 1; i <= colours && index(spec, "\"" colour[i] "\""); i++) continue
+                own = colour[i <= colours ? i : labels % colours + 1]
+                made = substr(spec, first[like], last[like] - first[like] + 1)
+                sub(/"color": *"[^"]*", */, "", made)
+                read_json(made)
+                made = substr(made, 1, first["name"]) json_of(defect) "\", \"color\": \"" own substr(made, last["name"])
+                read_json(spec)
+                if (ENVIRON["TELL"]) {
+                    printf "note: the weights have a defect \047%s\047; add the label \047%s\047 to your task in CVAT " \
+                        "(docs/cvat.md, \"Labels\"), which drops its proposals otherwise\n", defect, defect >"/dev/stderr"
+                }
+                if (tag) return substr(spec, 1, first[tag] - 1) made ",\n        " substr(spec, first[tag])
+                return substr(spec, 1, last[labels]) ",\n        " made substr(spec, last[labels] + 1)
+            }' "$file" >"$file.new" || exit 1
+        mv "$file.new" "$file"
+        tell=''
+    done
 }
 
 # suppose_release REASON: end a real run, since there is no release; a dry run goes on as if cpu had been run.
@@ -509,17 +686,43 @@ work_out_answers() {
 
 # The T that these weights answer with comes first in its label's select: "From model" makes the first one the default.
 put_iterations_first() {
-    local name said defect steps
-    name=$(functions_of "$release" | head -n 1)
-    said=$(head -n 1 "$folder/answers/$name")
-    while IFS= read -r defect; do
-        steps=$(sed -n "s/.*\"$defect\": *{[^}]*\"iterations\": *\([0-9]*\).*/\1/p" <<<"$said")
-        [[ -n $steps ]] || continue # no weights for it, or a dry run
-        sed -i "/{\"name\": \"$defect\"/,/\"name\": \"iterations\"/ {
-            s/\(\"name\": \"iterations\".*\"values\": \[\)/\1\"$steps\", /
-            s/\(\"values\": \[\"$steps\".*\), \"$steps\"/\1/
-        }" "$folder"/functions/*.yaml
-    done < <(sed -n 's/^.*{"name": "\([^"]*\)", "type": "polygon".*$/\1/p' "$folder/functions/$name.yaml")
+    local name said
+    said=$folder/answers/$(functions_of "$release" | head -n 1)
+    [[ -z $dry_run ]] || return 0 # nothing was answered
+    for name in $(functions_of "$release"); do
+        SAID=$said LC_ALL=C awk "$JSON$ITS_LABELS"'
+            BEGIN {
+                answer = file_text(ENVIRON["SAID"])
+                sub(/\n.*/, "", answer)
+                read_json(answer)
+                for (i = 1; i <= count; i++) {
+                    if (split(paths[i], keys, SUBSEP) == 3 && keys[1] == "defaults" && keys[3] == "iterations")
+                        steps[keys[2]] = substr(answer, first[paths[i]], last[paths[i]] - first[paths[i]] + 1)
+                }
+            }
+            function change_labels(spec, label, defect) {
+                read_json(spec)
+                for (label = 1; label in first; label++) {
+                    defect = string_at(spec, label SUBSEP "name")
+                    if (defect in steps) spec = with_first(spec, label, steps[defect])
+                    read_json(spec)
+                }
+                return spec
+            }
+            function with_first(spec, label, steps, path, i, values) {
+                for (i = 1; (path = label SUBSEP "attributes" SUBSEP i) in first; i++) {
+                    if (string_at(spec, path SUBSEP "name") == "iterations") break
+                }
+                path = path SUBSEP "values"
+                if (!(path in first) || string_at(spec, path SUBSEP 1) == steps) return spec
+                values = "\"" steps "\""
+                for (i = 1; (path SUBSEP i) in first; i++) {
+                    if (string_at(spec, path SUBSEP i) != steps) values = values ", \"" string_at(spec, path SUBSEP i) "\""
+                }
+                return substr(spec, 1, first[path]) values substr(spec, last[path])
+            }' "$folder/functions/$name.yaml" >"$folder/functions/$name.yaml.new"
+        mv "$folder/functions/$name.yaml.new" "$folder/functions/$name.yaml"
+    done
 }
 
 # ---------------------------------------------------------------------------------------------- deploying
@@ -719,6 +922,7 @@ deploy_weights() {
     local from=$STATE/releases/$current
     cp -r "$from/functions" "$from/settings" "$from/names" "$folder"
     [[ ! -f $from/options ]] || cp "$from/options" "$folder"
+    add_labels "$argument/manifest.json"
     write_requests
     build_weights
     deploy_release

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from defectcam import __version__
+from defectcam.cvat_labels import NOTICE, UNPROCESSED, check_label_name
 from defectcam.cvat_task import CvatTask, TaskSetting
 from defectcam.deadline import NO_DEADLINE, Deadline, TimeLimitError
 from defectcam.interactor import ClickSettings, outline_clicked
@@ -32,7 +33,7 @@ from defectcam.request import (
     image_size,
     settings_from_env,
 )
-from defectcam.weights import load_weights, read_manifest
+from defectcam.weights import WeightsError, load_weights, read_manifest
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 MAX_MEGAPIXELS = 64  # 8000 x 8000
@@ -75,6 +76,11 @@ class ModelHandler:
         keep_freed_memory()
         self.predictor = Predictor(load_weights(weights_dir), device, engine)
         self.weights = self.predictor.weights
+        for defect in self.weights.facts:
+            try:
+                check_label_name(defect)
+            except ValueError as error:
+                raise WeightsError(f"{Path(weights_dir) / 'manifest.json'}: {error}") from error
         self.device = device
         self.settings = settings
         self.max_pixels = max_pixels
@@ -109,11 +115,15 @@ class ModelHandler:
         return self.predictor.defects
 
     def describe(self) -> dict:
-        """What runs here: version, weights, defects, device, defaults and limits in force, CVAT as far as it is asked."""
+        """What runs here: version, weights, their terms, defects, device, defaults, limits, CVAT as far as it is asked."""
         return {
             "function": "advcam-defects",
             "version": __version__,
             "weights": self.weights.version,
+            "terms": {
+                "overall": self.weights.terms,
+                "defects": {defect: fact.terms for defect, fact in self.weights.facts.items()},
+            },
             "defects": self.defects,
             "device": self.device,
             "engines": {defect: engine.name for defect, engine in self.predictor.engines.items()},
@@ -176,7 +186,7 @@ class ModelHandler:
         self.logger.info(f"{what} on {width} x {height} in {time.monotonic() - started:.1f} s")
         if self.cvat_task and not request.clicks:
             self.cvat_task.answered(task)
-            answer += _tag("notice", task.notice) if task.notice else []
+            answer += _tag(NOTICE, task.notice) if task.notice else []
         return answer
 
     def reason(self, error: Exception, waited_s: float = 0.0) -> str | None:
@@ -210,7 +220,7 @@ class ModelHandler:
 
     def unprocessed(self, reason: str) -> list[dict]:
         """The tag that tells an annotator which frame was not processed and why."""
-        return _tag("unprocessed", reason)
+        return _tag(UNPROCESSED, reason)
 
     def outline(self, image_rgb: np.ndarray, request: Request, deadline: Deadline = NO_DEADLINE) -> dict:
         """The interactor's answer to a request with clicks, see `outline_clicked`.
@@ -257,7 +267,7 @@ class ModelHandler:
         self.predictor.check_all(image_rgb, how, deadline)
         deadline.begin()
         found = self._within_memory(lambda: self._found(image_rgb, how, deadline))
-        pixels_digest = hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest()
+        photo = photo_key(image_rgb)
         chosen: list[tuple[Proposal, str, str]] = []
         left_out = []
         for defect, effective in in_force.items():
@@ -267,7 +277,7 @@ class ModelHandler:
             most = effective["max_proposals"]
             if len(smooth) > most:
                 left_out.append(f"{len(smooth) - most} more {defect}; raise threshold or max_proposals")
-            digest = json.dumps([pixels_digest, image_rgb.shape, self.weights.facts[defect].sha256, effective])
+            digest = self.name_digest(photo, defect, effective)
             for rank, proposal in enumerate(smooth[:most]):
                 chosen.append((proposal, defect, proposal_id(digest, defect, rank)))
         fitting = [one for one, fits in zip(chosen, masks_that_fit(chosen, in_force)) if fits]
@@ -275,7 +285,16 @@ class ModelHandler:
             left_out.append(f"{len(chosen) - len(fitting)} masks too large: use shape polygon")
         size = image_rgb.shape[:2]
         shapes = [cvat_shape(*one, in_force[one[1]], size, deadline) for one in fitting]
-        return shapes + (_tag("notice", ". ".join(left_out)) if left_out else [])
+        return shapes + (_tag(NOTICE, ". ".join(left_out)) if left_out else [])
+
+    def name_digest(self, photo: tuple[str, tuple[int, ...]], defect: str, effective: dict) -> str:
+        """What the names of a defect's proposals on a photo are made of, see `proposal_id`.
+
+        Args:
+            photo: its `photo_key`.
+            effective: settings in force for the defect.
+        """
+        return json.dumps([*photo, self.weights.facts[defect].sha256, effective])
 
     def _found(
         self, image_rgb: np.ndarray, how: Mapping[str, tuple[int, float, float]], deadline: Deadline
@@ -317,6 +336,11 @@ class ModelHandler:
         }
         given = dataclasses.asdict(settings)
         return manifest | {key: given[key] for key in manifest if given[key] is not None}
+
+
+def photo_key(image_rgb: np.ndarray) -> tuple[str, tuple[int, ...]]:
+    """Names a photo (H, W, 3) uint8 RGB by its pixels, for `ModelHandler.name_digest`."""
+    return hashlib.blake2s(np.ascontiguousarray(image_rgb), digest_size=16).hexdigest(), image_rgb.shape
 
 
 def cvat_shape(

@@ -8,15 +8,18 @@ COMMANDS = {
     "demo": ("defectcam.demo", "proposals for one photo as JSON and picture"),
     "serve": ("defectcam.serve", "the function over HTTP, without Nuclio"),
     "propose": ("defectcam.bulk.propose", "proposals for a folder of photos, as files for CVAT"),
-    "train": ("defectcam.training.train", "train a defect's classifier from clicks"),
-    "train-outline": ("defectcam.training.outline", "train a defect's outline network from masks or proposals"),
-    "pseudo-masks": ("defectcam.training.pseudo", "masks for training outlines, from clicks alone"),
+    "info": ("defectcam.info", "what a weights folder is, and what its training data allow"),
+    "train": ("defectcam.training.train", "train a defect's network from clicks, outlines, or both"),
+    "pseudo-labels": ("defectcam.training.pseudo_labels", "masks for a second training, from a network's own proposals"),
+    "hard-negatives": ("defectcam.training.hard_negatives", "negative clicks where a network errs, for a further training"),
     "calibrate": ("defectcam.training.calibrate", "choose a defect's thresholds on val, write the manifest"),
     "export": ("defectcam.training.export", "graphs for OpenVINO, the engine of processors, for weights without"),
     "evaluate": ("defectcam.evaluation.evaluate", "the table of all measures on val photos, with overlays"),
+    "cvat": ("defectcam.cvat.commands", "labels, T and new proposals of a task in CVAT that keep what people did"),
     "harvest": ("defectcam.feedback.harvest", "what annotators did with the proposals, from CVAT to a database"),
     "weak-labels": ("defectcam.feedback.labels", "clicks and masks for training from that database"),
     "retrain": ("defectcam.feedback.retrain", "new weights from old and new clicks, promoted if they are no worse"),
+    "adapt": ("defectcam.feedback.adapt", "weights for one campaign from a few finished photos, in minutes"),
     "next-images": ("defectcam.feedback.next_images", "unlabelled photos ordered by what a label would teach"),
     "loop": ("defectcam.feedback.loop", "whether the loop teaches anything: two rounds with simulated annotators"),
     "audit": ("defectcam.feedback.audit", "labels of old campaigns that the model disagrees with, ranked"),
@@ -31,7 +34,7 @@ def main() -> None:
         sys.path.append(str(Path(__file__).resolve().parents[1]))
         importlib.import_module(COMMANDS[command][0]).main(sys.argv[2:])
         return
-    lines = [f"  {name:13} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:14} {what}" for name, (_, what) in COMMANDS.items()]
     usage = "\n".join(["usage: defectcam COMMAND ... (defectcam COMMAND --help says more)", *lines])
     example = "example:\n  defectcam demo docs/sample.jpg --iterations 4"
     if command in ("-h", "--help"):

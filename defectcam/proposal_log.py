@@ -6,10 +6,10 @@ writes every answer to a folder, one JSON object a line:
     {"time": "2026-11-23T08:15:30.123456+00:00", "image": "<hash of the decoded pixels>", "width": px, "height": px,
      "weights": "<version>", "settings": {defect: {"iterations": ...}}, "shapes": [...]}
 
-The shapes are those of the answer; a mask is run lengths and box, the way CVAT stores it. Every process writes files
-of its own and never touches them again once they are full, so there is nothing to lock, on network volumes either,
-and a process that is killed leaves at worst half a line at the end of its last file. Files may be moved away or
-deleted at any time.
+The shapes are those of the answer; a mask is run lengths and box, the way CVAT stores it. `defectcam cvat annotate` adds
+"second_run", see `ProposalLog.append`. Every process writes files of its own and never touches them again once they are
+full, so there is nothing to lock, on network volumes either, and a process that is killed leaves at worst half a line
+at the end of its last file. Files may be moved away or deleted at any time.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class ProposalLog:
         weights: str,
         settings: Mapping[str, Mapping],
         shapes: Sequence[Mapping],
+        second_run: Mapping | None = None,
     ) -> None:
         """Log one answer. A full or vanished disk costs a line in the function's log, never the answer.
 
@@ -69,6 +70,8 @@ class ProposalLog:
             weights: their version.
             settings: those in force, defect -> {name: value}.
             shapes: the answer, as CVAT gets it; not changed.
+            second_run: of `defectcam cvat annotate`: {"job": CVAT's id, "replaced": names of the proposals in whose place
+                the shapes are, which nobody rejected, "rejected": names of those that were rejected before}.
         """
         record = {
             "time": datetime.now(timezone.utc).isoformat(),
@@ -78,7 +81,7 @@ class ProposalLog:
             "weights": weights,
             "settings": settings,
             "shapes": [_stored(shape) for shape in shapes],
-        }
+        } | ({"second_run": second_run} if second_run else {})
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             try:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import cv2
@@ -167,6 +167,19 @@ def touching(tiles: Sequence[Tile], region: np.ndarray) -> list[Tile]:
     return [tile for tile in tiles if region[_photo_slices(tile, ENLARGED)].any()]
 
 
+@dataclass(frozen=True, eq=False)
+class PlainMaps:
+    """What one network has read of a photo without climbing.
+
+    Attributes:
+        levels: scale -> plain map, (h, w) float32; of the enlarged level at the photo's size.
+        enlarged: tiles of the enlarged level that were read.
+    """
+
+    levels: MutableMapping[float, np.ndarray] = field(default_factory=dict)
+    enlarged: set[Tile] = field(default_factory=set)
+
+
 class PhotoMaps:
     """The maps of one photo and one defect, level by level: plain ones at once, climbed ones where asked for.
 
@@ -178,6 +191,7 @@ class PhotoMaps:
         deadline: of all work here.
         near: pixels (x, y) of the photo: at every level only tiles within `near_px` of one are read, and what was not
             read at any level counts as no defect. None for all of it.
+        plain: what the engine has read of the photo before, for all of it; what is read here is added.
 
     Raises:
         TimeLimitError: the deadline passed; so do all methods.
@@ -192,12 +206,12 @@ class PhotoMaps:
         deadline: Deadline = NO_DEADLINE,
         near: Sequence[tuple[int, int]] | None = None,
         near_px: int = 0,
+        plain: PlainMaps | None = None,
     ) -> None:
         self.engine, self.reading, self.pyramid = engine, reading, pyramid
         self.batch, self.deadline, self.near, self.near_px = batch, deadline, near, near_px
         self.height, self.width = pyramid.image_rgb.shape[:2]
-        self._plain: dict[float, np.ndarray] = {}  # scale -> plain map of the level
-        self._enlarged: set[Tile] = set()  # tiles of the enlarged level that were read
+        self._plain = plain or PlainMaps()
         self._begin()
 
     def _begin(self) -> None:
@@ -208,12 +222,12 @@ class PhotoMaps:
         self._maps: dict[int, dict[float, np.ndarray]] = {0: {}}  # T -> scale -> map of the level
         self._climbed: dict[float, set[Tile]] = {scale: set() for scale in self.scales}
         for scale, tiles in self.tiles.items():
-            if scale in self._plain:
-                self._maps[0][scale] = self._plain[scale]
+            if scale in self._plain.levels:
+                self._maps[0][scale] = self._plain.levels[scale]
                 continue
             self._maps[0][scale] = np.full(self.pyramid.level(scale).size, UNREAD_LOGIT, np.float32)
             self._read(scale, tiles, (0,))
-            self._plain[scale] = self._maps[0][scale]
+            self._plain.levels[scale] = self._maps[0][scale]
 
     def widen(self, near_px: int) -> None:
         """Read what lies within so many px of the points, too."""
@@ -243,13 +257,13 @@ class PhotoMaps:
         if not near.any():
             return None
         grid = tiles_of_level(self.height, self.width, ENLARGED, self.engine, self.near, self.near_px)
-        due = [tile for tile in touching(grid, near) if tile not in self._enlarged]
-        if ENLARGED not in self._plain:
-            self._plain[ENLARGED] = np.zeros((self.height, self.width), np.float32)  # kept at the photo's size
-        self._maps[0][ENLARGED] = self._plain[ENLARGED]
+        due = [tile for tile in touching(grid, near) if tile not in self._plain.enlarged]
+        if ENLARGED not in self._plain.levels:
+            self._plain.levels[ENLARGED] = np.zeros((self.height, self.width), np.float32)  # kept at the photo's size
+        self._maps[0][ENLARGED] = self._plain.levels[ENLARGED]
         self.deadline.planned(sum(tile.pixels for tile in due))
         self._read(ENLARGED, due, (0,))
-        self._enlarged.update(due)
+        self._plain.enlarged.update(due)
         return near
 
     @property

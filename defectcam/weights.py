@@ -4,6 +4,8 @@
     weights/<defect>.safetensors    the network's tensors, for PyTorch
     weights/<defect>.onnx           the same network and its gradient as a graph, for OpenVINO; not of every encoder
 
+Nothing else in the folder is looked at, such as the picture <defect>-reliability.png that calibration writes.
+
 Loading verifies before it trusts: checksums, names and shapes of all tensors, finite values. Nothing is unpickled.
 """
 
@@ -12,12 +14,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from defectcam.climb import Climb, LocalClimb, PaperClimb
 from defectcam.encoders import check_architecture
+from defectcam.licences import check_licences, licences_of, strictest
+from defectcam.paths import file_name
 from defectcam.postprocess import Cleaning
 from defectcam.proposals import FEATURES, logit
 from defectcam.pyramid import FINEST_SCALES, Reading
@@ -50,7 +55,7 @@ class DefectWeights:
         threshold: minimum confidence of a proposal, 0..1.
         iterations: T where the request, the task and the deployment do not set it.
         tolerance_px, hole_share: polygon simplification, see `polygons`.
-        training: the record of how the weights were made.
+        training: the record of how the weights were made; its `licences` are those of the data sets.
         graph, graph_sha256: the ONNX file beside the manifest and its checksum; empty where there is none.
     """
 
@@ -88,6 +93,17 @@ class DefectWeights:
         """From the thresholded map to regions."""
         return Cleaning(self.closing_radius_px, self.gap_px, self.min_area_px)
 
+    @property
+    def licences(self) -> dict[str, dict]:
+        """Licence, terms and source of every data set that these weights know, see `defectcam.licences`."""
+        recorded = self.training.get("licences", {})
+        return licences_of(self.training, recorded) | recorded
+
+    @property
+    def terms(self) -> str:
+        """What the data sets allow: the strictest of their terms."""
+        return strictest(licence["terms"] for licence in self.licences.values())
+
     def least_logit(self, cam_threshold: float) -> float:
         """The value of the merged map at which a pixel's probability is `cam_threshold`."""
         slope, intercept = self.platt
@@ -120,6 +136,11 @@ class Weights:
     version: str
     facts: dict[str, DefectWeights]
     folder: Path
+
+    @property
+    def terms(self) -> str:
+        """What the data sets of all defects allow: the strictest of their terms."""
+        return strictest(fact.terms for fact in self.facts.values())
 
     def network(self, defect: str) -> ScoreNet:
         """The network of a defect, frozen, folded and in eval mode, on the CPU; needs PyTorch.
@@ -175,7 +196,7 @@ def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[s
     """
     path = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
         version, defects = manifest["version"], manifest["defects"]
         if not isinstance(version, str) or not isinstance(defects, dict) or not defects:
             raise ValueError("'version' must be a text and 'defects' an object with at least one defect")
@@ -209,20 +230,69 @@ def write_manifest(folder: Path, defects: dict[str, dict], parent: dict | None =
         parent: what names the version that this one was retrained from.
 
     Returns:
-        The version: the day it was made and the first letters of the checksum of all files.
+        The version: the day it was made and the first letters of the checksum of all files and values. Licences do not
+        count: what is found out about them makes no other weights.
     """
     for entry in defects.values():
         entry["sha256"] = sha256_of(folder / entry["file"])
         if entry.get("graph"):
             entry["graph_sha256"] = sha256_of(folder / entry["graph"])
-    content = hashlib.sha256(json.dumps(defects, sort_keys=True).encode()).hexdigest()
+    counted = {defect: _without_licences(entry) for defect, entry in defects.items()}
+    content = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
     version = f"{datetime.date.today().isoformat()}-{content[:6]}"
     origin = {"parent": parent} if parent else {}
     text = json.dumps({"version": version, **origin, "defects": defects}, indent=1)
-    temporary = folder / "manifest.json.tmp"
-    temporary.write_text(text + "\n")
-    temporary.replace(folder / "manifest.json")
+    write_whole(folder / "manifest.json", f"{text}\n".encode())
     return version
+
+
+def write_defect(folder: Path, defect: str, entry: dict, tensors: bytes, graph: bytes | None) -> str:
+    """Put a defect into a weights folder, new or not; the other defects' entries are left as they are.
+
+    The folder can be loaded at any moment, also when this is killed: the files are written under names that no manifest
+    had, the manifest names them, then they get their lasting names, and the manifest names these.
+
+    Args:
+        entry: the fields of `DefectWeights` without files and checksums.
+        tensors, graph: content of the files; None where the encoder has no graph.
+
+    Returns:
+        The version, see `write_manifest`.
+
+    Raises:
+        OSError: a file cannot be written, or a file of another defect is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "manifest.json"
+    defects = json.loads(path.read_text())["defects"] if path.exists() else {}
+    defects |= {defect: {"file": "", **entry}}
+    contents = {"file": (".safetensors", tensors)} | ({"graph": (".onnx", graph)} if graph else {})
+    for is_last in (False, True):
+        for field, (suffix, content) in contents.items():
+            letters = "" if is_last else "." + hashlib.sha256(content).hexdigest()[:8]
+            defects[defect][field] = file_name(defect, letters + suffix)
+            write_whole(folder / defects[defect][field], content)
+        version = write_manifest(folder, defects)
+    named = {entry.get(field) for entry in defects.values() for field in ("file", "graph")}
+    own = re.compile(re.escape(file_name(defect)) + r"(\.[0-9a-f]{8})?\.(safetensors|onnx)(\.tmp)?")
+    for path in folder.iterdir():
+        if own.fullmatch(path.name) and path.name not in named:  # of the weights before, or of a killed run
+            path.unlink()
+    return version
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is never there in part: under another name first, then moved."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _without_licences(entry: dict) -> dict:
+    training = entry.get("training", {})
+    if "licences" not in training:
+        return entry
+    return entry | {"training": {key: value for key, value in training.items() if key != "licences"}}
 
 
 def sha256_of(path: Path) -> str:
@@ -251,6 +321,7 @@ def _check_facts(fact: DefectWeights) -> None:
     for name in ("training", "climb"):
         if not isinstance(getattr(fact, name), dict):
             raise ValueError(f"{name} must be an object, not {_as_json(getattr(fact, name))}")
+    check_licences(fact.training.get("licences", {}))
     if fact.finest_scale not in FINEST_SCALES or isinstance(fact.finest_scale, bool):
         allowed = ", ".join(map(str, FINEST_SCALES))
         raise ValueError(f"finest_scale must be one of {allowed}, not {_as_json(fact.finest_scale)}")

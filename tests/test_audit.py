@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 
 from defectcam.feedback import audit
 from defectcam.feedback.cvat import CvatExport
-from defectcam.feedback.labels import PhotoError, PhotoFolder
+from defectcam.feedback.labels import PhotoFolder
 from tests.conftest import dark_wall, dark_weights
+from tests.test_cvat_export import ExportedTask, export_text, square_in
 
 WIDTH, HEIGHT = 160, 128
 SOUND_XY = (120, 100)
@@ -119,7 +121,7 @@ def test_photos_of_overlapping_jobs_are_audited_once(campaign, tmp_path):
     assert [photo.stem for photo in audit.photos_of_export(export, PhotoFolder(campaign), "crack")] == ["empty", "wrong"]
 
 
-def test_labels_of_an_export_are_brought_to_the_size_of_the_photo_on_disk(tmp_path):
+def test_labels_of_an_export_are_brought_to_the_size_of_the_photo_on_disk(tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "one.png"), np.zeros((300, 400, 3), np.uint8))
     (tmp_path / "annotations.xml").write_text(
         "<annotations><meta><task><id>1</id><labels><label><name>crack</name><type>polygon</type></label></labels>"
@@ -130,8 +132,64 @@ def test_labels_of_an_export_are_brought_to_the_size_of_the_photo_on_disk(tmp_pa
     (photo,) = audit.photos_of_export(CvatExport(tmp_path / "annotations.xml", None), PhotoFolder(tmp_path), "crack")
     assert np.abs(np.subtract(photo.shapes[0].box_xyxy, (20, 40, 100, 120))).max() <= 2
     cv2.imwrite(str(tmp_path / "one.png"), np.zeros((300, 300, 3), np.uint8))
-    with pytest.raises(PhotoError, match="300 x 300 px, but CVAT's one.png 200 x 150"):
-        list(audit.photos_of_export(CvatExport(tmp_path / "annotations.xml", None), PhotoFolder(tmp_path), "crack"))
+    assert not list(audit.photos_of_export(CvatExport(tmp_path / "annotations.xml", None), PhotoFolder(tmp_path), "crack"))
+    assert "one.png is 300 x 300 px, but CVAT's one.png 200 x 150" in capsys.readouterr().err
+
+
+CVAT_LABELS = ["Riss", "Cracks", "Rost"]
+
+
+@pytest.fixture
+def export_of_four(campaign, tmp_path):
+    """Photos of a campaign that calls its cracks Riss; of the second no file is there, the third is broken."""
+    task = ExportedTask(7, ["wrong.png", "gone.png", "broken.png", "empty.png"], [(31, 4, 0, 3)], size=(WIDTH, HEIGHT))
+    task.shapes["wrong.png"] = square_in("Riss", 50, 50)
+    task.shapes["wrong.png"] += '<skeleton label="Riss" source="manual"><points label="1" points="9,9"/></skeleton>'
+    (tmp_path / "annotations.xml").write_text(export_text([task], "task", CVAT_LABELS, '<track id="3" label="Riss"/>'))
+    photos = tmp_path / "photos"
+    shutil.copytree(campaign / "pier" / "images", photos)
+    (photos / "broken.png").write_bytes(b"no photo")
+    return tmp_path / "annotations.xml", photos
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_audited(export_of_four, weights, tmp_path, capsys):
+    export, photos = export_of_four
+    options = ["--weights", weights, "--label", "riss=Crack", "--out", tmp_path / "out"]
+    audit.main([str(argument) for argument in ["--export", export, "--photos", photos, *options]])
+    told = capsys.readouterr()
+    assert "on 2 photos ranked" in told.out
+    for what in ("no photo gone.png below", "broken.png", "a skeleton on wrong.png, 'Riss'", "track 3 ('Riss') is left out"):
+        assert told.err.count(what) == 1
+    assert "the label 'Cracks'" in told.err and "by --label Cracks=crack" in told.err
+    rows = list(csv.DictReader(open(tmp_path / "out" / "audit.csv")))
+    assert {(row["stem"], row["kind"]) for row in rows if row["stem"] == "empty"} == {("empty", "missing")}
+    assert any(row["stem"] == "wrong" and row["kind"] != "missing" for row in rows), "the labelled spot was judged"
+
+
+@pytest.mark.parametrize("options, message", [
+    ((), "has no label 'crack' (did you mean 'Cracks'?); its labels are ['Cracks', 'Riss', 'Rost']: .*--label Cracks=crack"),
+    (("--label", "Ris=crack"), "--label Ris=crack: .* has no label 'Ris' (did you mean 'Riss'?); its labels are"),
+    (("--label", "Riss=crak"), "--label Riss=crak: there is no defect 'crak' (did you mean 'crack'?)"),
+])  # fmt: skip
+def test_labels_that_are_called_otherwise_are_named(export_of_four, weights, tmp_path, options, message):
+    export, photos = export_of_four
+    arguments = ["--export", export, "--photos", photos, "--weights", weights, "--out", tmp_path / "out", *options]
+    with pytest.raises(SystemExit, match=re.escape(message).replace(r"\.\*", ".*")):
+        audit.main([str(argument) for argument in arguments])
+
+
+def test_missing_photos_of_a_set_are_named_and_all_missing_is_an_error(campaign, weights, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(campaign, data)
+    (data / "pier" / "images" / "wrong.png").unlink()
+    arguments = ["--data", data, "--sets", "pier", "--weights", weights, "--out", tmp_path / "out"]
+    (data / "pier" / "masks" / "crack" / "wrong.png").unlink()
+    audit.main([str(argument) for argument in arguments])
+    told = capsys.readouterr()
+    assert "on 1 photos ranked" in told.out and "left out: no photo wrong with" in told.err
+    (data / "pier" / "images" / "empty.png").write_bytes(b"no photo")
+    with pytest.raises(SystemExit, match="nothing to audit: every photo is left out, the lines above say why"):
+        audit.main([str(argument) for argument in arguments])
 
 
 def test_errors(campaign, weights, tmp_path, capsys):

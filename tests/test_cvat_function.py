@@ -152,6 +152,78 @@ def test_a_count_that_the_select_has_not_is_refused_unless_the_task_has_it(photo
     assert shapes and all(attributes(shape)[501] == "3" for shape in shapes)
 
 
+@pytest.mark.parametrize("more", [["16"], ["16", "auto"], ["3", "12"]])
+def test_a_tasks_select_may_have_more_values_than_the_functions(photo_rgb, more):
+    function, labels = cvat_function.create(iterations=4, threshold=0.01), task_labels()
+    labels[0]["attributes"][1]["values"][1:1] = more
+    _, shapes = detected(function, Image.fromarray(photo_rgb[:160, :160]), labels=labels)
+    assert shapes and all(attributes(shape)[501] == "4" for shape in shapes)
+    known = next(label for label in SPEC if label["name"] == "crack")["attributes"][1]["values"]
+    assert list(function.spec.labels[0].attributes[1].values) == known, "another task's values are its own"
+
+
+def test_what_else_differs_from_the_functions_attributes_is_refused_as_before(photo_rgb):
+    function, image = cvat_function.create(iterations=4), Image.fromarray(photo_rgb[:160, :160])
+    for place, change in ((1, {"values": ["0", "4", "16"]}), (1, {"input_type": "radio"}), (0, {"values": ["0", "1", "1"]})):
+        labels = task_labels()
+        labels[0]["attributes"][place] |= change
+        with pytest.raises(cvataa.BadFunctionError, match="confidence" if place == 0 else "iterations"):
+            detected(function, image, labels=labels)
+
+
+@pytest.mark.parametrize("defect", ["Exposed rebar", "Überzug \"x\" 🧱"])
+def test_a_defect_that_function_yaml_has_no_label_for(photo_rgb, tmp_path, monkeypatch, defect):
+    """Its label is that of the others; with ours the driver accepts a task made from the deployed function's labels."""
+    weights = dark_weights(tmp_path / "w", ["crack"])
+    manifest = json.loads((weights / "manifest.json").read_text())
+    manifest["defects"][defect] = manifest["defects"]["crack"]
+    (weights / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.delenv("ADVCAM_DEFECTS")
+    function = cvat_function.create(weights=str(weights), iterations=1, threshold=0.01)
+    crack, own, tag = function.spec.labels
+    assert (own.name, own.type, tag.name) == (defect, "polygon", "unprocessed")
+    assert own.attributes == crack.attributes
+    labels = task_labels()
+    labels.append(copy.deepcopy(labels[0]) | {"id": 77, "name": defect})
+    _, shapes = detected(function, Image.fromarray(photo_rgb), labels=labels)
+    assert {shape.label_id for shape in shapes} == {40, 77}
+    with pytest.raises(cvataa.BadFunctionError, match="is not in dataset"):
+        detected(function, Image.fromarray(photo_rgb))
+
+
+def test_a_task_may_call_the_defects_otherwise(photo_rgb, monkeypatch):
+    monkeypatch.delenv("ADVCAM_DEFECTS")
+    function = cvat_function.create(iterations=0, threshold=0.01, labels=" Riss = Crack, Abplatzung=spalling,")
+    assert [label.name for label in function.spec.labels] == ["Riss", "Abplatzung", "rust", "unprocessed"]
+    labels = task_labels()
+    for label, name in zip(labels, ("Riss", "Abplatzung")):
+        label["name"] = name
+    _, shapes = detected(function, Image.fromarray(photo_rgb), labels=labels)
+    own = detected(cvat_function.create(iterations=0, threshold=0.01), Image.fromarray(photo_rgb))[1]
+    assert shapes == own and {shape.label_id for shape in shapes} == {40, 41, 42}
+    with pytest.raises(cvataa.BadFunctionError, match="'Riss' is not in dataset"):
+        detected(function, Image.fromarray(photo_rgb))
+
+
+@pytest.mark.parametrize("labels, message", [
+    ("Riss", "labels has 'Riss', which is not LABEL=DEFECT, such as Riss=crack"),
+    ("=crack", "labels has '=crack', which is not LABEL=DEFECT"),
+    ("Riss=cracks", "no weights for 'cracks' .did you mean 'crack'.., only for"),
+    ("Riss=crack,Fuge=crack", "labels names 'crack' twice"),
+    ("spalling=crack", "gives two labels the name 'spalling'"),
+    ("notice=crack", "gives two labels the name 'notice'"),
+])  # fmt: skip
+def test_names_of_labels_that_cannot_be_meant_are_refused(monkeypatch, labels, message):
+    monkeypatch.delenv("ADVCAM_DEFECTS")
+    with pytest.raises(RequestError, match=message):
+        cvat_function.create(labels=labels)
+
+
+def test_a_defect_whose_name_cvat_cannot_take_is_refused(tmp_path):
+    with pytest.raises(WeightsError, match="manifest.json: the defect's name 'notice' is the tag .*: give it another name"):
+        cvat_function.create(weights=str(dark_weights(tmp_path, ["notice"])), defects="notice")
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
 def test_images_of_any_mode_are_answered(photo_rgb, mode):
     grey = Image.fromarray(photo_rgb[:64, :64]).convert("L")

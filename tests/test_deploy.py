@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import yaml
 
+from defectcam.cvat_labels import check_label_name, labels_with
 from tests.conftest import ROOT, tiny_weights
 
 NUCTL_OPTIONS = ROOT.parent / "shared" / "data" / "cli" / "nuctl-1.14.1.json"
@@ -42,13 +43,13 @@ import json, os
 
 
 def answer(body, environ):
-    weights = environ["WEIGHTS"]  # "better T=4" were found best with 4 steps
+    weights, _, defect = environ["WEIGHTS"].partition(" of ")  # "better T=4 of moss" were found best for moss with 4 steps
     iterations = environ.get("ADVCAM_ITERATIONS", weights.partition("T=")[2] or "2")
     if weights == "broken":
         raise RuntimeError("crack.safetensors: its checksum is wrong")
     if not body:
-        defaults = {"crack": {"iterations": int(iterations)}}
-        said = {"version": "1", "weights": weights, "defects": ["crack"], "device": "cpu", "defaults": defaults}
+        defaults = {defect or "crack": {"iterations": int(iterations)}}
+        said = {"version": "1", "weights": environ["WEIGHTS"], "defects": ["crack"], "device": "cpu", "defaults": defaults}
         return said | {"cvat": {"last_problem": None} if "ADVCAM_CVAT_TOKEN" in environ else None}
     request = json.loads(body)
     if "pos_points" in request:
@@ -694,6 +695,117 @@ def test_the_t_of_new_weights_is_the_default_of_their_labels(world, steps, value
     labels = json.loads(output[output.index("\n[") :])
     assert labels[0]["attributes"][1]["default_value"] == steps
     assert labels[0]["attributes"][1]["values"] == values.split()
+
+
+ODD = (
+    "Exposed rebar", '"Quoted" \\ it\'s', "Überzug 日本 🧱", "$(touch x) `y` | & {z} %s \\n", "x" * 64, "ü" * 64, "crack.", "ack",
+)  # fmt: skip
+
+
+def write_defects(folder: Path, defects, version="newer", ensure_ascii=True, indent=None) -> Path:
+    """A weights folder of these defects, as far as deploy.sh looks at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {"file": "crack.safetensors", "training": {"defects": {"no defect": []}, "history": [1, -2.5e3, None, {}]}}
+    manifest = {"version": version, "parent": {"unprocessed": 1}, "defects": {defect: entry for defect in defects}}
+    text = json.dumps(manifest, ensure_ascii=ensure_ascii, indent=indent)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    (folder / "crack.safetensors").write_bytes(b"tensors")
+    return folder
+
+
+def labels_of(config: dict) -> list[dict]:
+    return json.loads(config["metadata"]["annotations"]["spec"])
+
+
+@pytest.mark.parametrize("how", [{}, {"ensure_ascii": False}, {"indent": 1}])
+def test_defects_that_the_function_file_lacks_get_a_label(world, how):
+    """The same labels as cvat_function.py and `defectcam propose` make, whatever the names; nothing else is changed."""
+    shutil.copy(ROOT / "interactor.yaml", world.repository)
+    new = write_defects(world.folder / "new", ["crack", *ODD, "rust"], **how)
+    world.succeed("cpu", "--iterations", "8")
+    before = {name: function["config"] for name, function in world.functions.items()}
+    done = world.run("weights", new)
+    assert done.returncode == 0, done.stderr
+    for name, function in world.functions.items():
+        config = function["config"]
+        if name != "advcam-click":
+            assert labels_of(config) == labels_with(["crack", *ODD, "rust"])
+            before[name]["metadata"]["annotations"]["spec"] = config["metadata"]["annotations"]["spec"]
+        assert config == before[name]
+    names = [label["name"] for label in labels_with(ODD)]
+    assert names == ["crack", "spalling", "rust", *ODD, "unprocessed", "notice"]
+    colours = [label["color"] for label in labels_with(ODD)[3:9]]
+    assert len(set(colours)) == len(colours)
+    for defect in ODD:
+        assert done.stderr.count(f"add the label '{defect}' to your task in CVAT") == 1
+    assert "label 'crack'" not in done.stderr
+    pasted = json.loads(done.stdout[done.stdout.index("\n[") :])
+    assert [label["name"] for label in pasted] == names
+    assert "add the label" not in world.run("weights", new).stderr, "the function has it by now"
+    world.succeed("rollback")
+    world.succeed("rollback")
+    assert labels_of(world.functions["advcam-defects"]["config"]) == labels_with(ODD)
+
+
+@pytest.mark.parametrize("command", ["cpu", "gpu"])
+def test_the_weights_of_the_repository_may_have_defects_of_ones_own(world, command):
+    """A dry run writes and says the same. The repository's own files stay as they are."""
+    write_defects(world.repository / "weights", ["crack", "Exposed rebar"])
+    own = (world.repository / "function.yaml").read_text()
+    done = world.run(command, "--iterations", "2", "--dry-run")
+    assert done.returncode == 0 and "add the label 'Exposed rebar'" in done.stderr
+    files = list(world.repository.glob("out/deploy/*/releases/dry-run/functions/*.yaml"))
+    assert len(files) == 2
+    for path in files:
+        assert labels_of(yaml.safe_load(path.read_text())) == labels_with(["Exposed rebar"])
+    world.succeed(command)
+    assert labels_of(world.functions["advcam-defects"]["config"]) == labels_with(["Exposed rebar"])
+    assert (world.repository / "function.yaml").read_text() == own
+
+
+def test_a_label_that_someone_wrote_into_the_function_file_is_kept(world):
+    file = world.repository / "function.yaml"
+    label = '{"type": "polygon", "name": "\\u00dcberzug", "color": "#00dc78", "attributes": []},\n        '
+    file.write_text(file.read_text().replace('{"name": "unprocessed"', label + '{"name": "unprocessed"'))
+    write_defects(world.repository / "weights", ["Überzug", "moss"])
+    labels = labels_of(written_by_dry_run(world, "cpu")["advcam-defects"])
+    assert [label["name"] for label in labels[3:5]] == ["Überzug", "moss"]
+    assert labels[3]["attributes"] == [] and labels[4]["color"] == "#ff00ff", "a colour of its own"
+
+
+def test_the_t_of_a_defect_of_ones_own_is_the_default_of_its_label(world):
+    defect = "Überzug [a].* \\ \"b\""
+    world.succeed("cpu")
+    world.succeed("weights", write_defects(world.folder / "new", [defect], f"better T=16 of {defect}"))
+    labels = labels_of(world.functions["advcam-defects"]["config"])[:4]
+    selects = {label["name"]: label["attributes"][1]["values"] for label in labels}
+    assert selects.pop(defect) == ["16", "2", "0", "1", "4", "8"]
+    assert all(values == ["2", "0", "1", "4", "8"] for values in selects.values())
+
+
+@pytest.mark.parametrize(
+    "defect, why",
+    [
+        ("", "is empty"),
+        ("unprocessed", "is the tag 'unprocessed'"),
+        ("notice", "is the tag 'notice'"),
+        ("ü" * 65, "has 65 characters, but CVAT takes 64"),
+        (" rebar", "begins or ends with a blank"),
+        ("rebar ", "begins or ends with a blank"),
+        ("two\nlines", "has a control character or a line break"),
+        ("a\u0085b", "has a control character or a line break"),
+        ("a\u2028b", "has a control character or a line break"),
+    ],
+)
+def test_a_defect_whose_name_cvat_cannot_take_is_refused(world, defect, why):
+    with pytest.raises(ValueError, match=why):
+        check_label_name(defect)
+    world.succeed("cpu")
+    for how in ({}, {"ensure_ascii": False}):
+        new = write_defects(world.folder / "new", ["crack", defect], **how)
+        error = world.refused("weights", new)
+        assert why in error and f"'{defect}'" in error and str(new) in error and "give it another name" in error
+        assert not [call for call in world.calls if call[:2] == ["docker", "build"]]
 
 
 def test_functions_no_longer_named_are_deleted_and_come_back_with_a_rollback(world):

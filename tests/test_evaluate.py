@@ -1,6 +1,8 @@
 """`defectcam evaluate` on synthetic photos, with a network whose every score is known: the darker a pixel, the likelier."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -276,6 +278,28 @@ def test_the_table_has_a_row_per_set_method_and_number_of_steps(data_dir, tmp_pa
                                                                                    "walls_b", "walls_c"))]  # fmt: skip
     assert all(name in page for name in pictures[1:])
     assert page.index("plain e: 0.00 saved") < page.index("walls c: 1.00 saved")  # worst first
+
+
+@pytest.mark.parametrize("more", [[], ["--mosaics"]], ids=["table", "mosaics"])
+def test_few_photos_are_in_memory_at_a_time(data_dir, tmp_path, capsys, monkeypatch, more):
+    write_weights(tmp_path / "w")
+    monkeypatch.setattr(mosaics, "SIDE_PX", 100)
+    seen, alive = [], []
+
+    def watched(*args, **options):
+        for photo in labelled_photos(*args, **options):
+            pixels = photo.image_rgb
+            seen.append(weakref.ref(pixels if pixels.base is None else pixels.base))
+            del pixels
+            yield photo
+            del photo
+            gc.collect()
+            alive.append(sum(one() is not None for one in seen))
+
+    monkeypatch.setattr(evaluate, "labelled_photos", watched)
+    healthy = ["--healthy-sets", "plain,walls"] if more else []
+    run(capsys, "--weights", tmp_path / "w", "--data", data_dir, "--sets", "walls", *healthy, "--out", tmp_path, *more)
+    assert len(seen) == len(alive) > 2 and max(alive) <= 2
 
 
 def test_plain_cam_and_the_papers_setting_are_their_formulas(tmp_path):

@@ -150,6 +150,7 @@ def test_get_tells_what_runs_here(client, weights, path):
         "hole_share": 0.02, "max_proposals": 200,
     }  # fmt: skip
     assert answer["limits"]["max_megapixels"] == 64
+    assert answer["terms"] == {"overall": "unknown", "defects": {"crack": "unknown"}}
 
 
 def test_a_head_request_is_answered_as_get_without_the_body(client):

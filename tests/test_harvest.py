@@ -25,14 +25,16 @@ from sqlalchemy import Engine, event
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
+from defectcam.cvat.client import CvatClient
 from defectcam.deadline import NO_DEADLINE
 from defectcam.feedback import cvat as cvat_module
 from defectcam.feedback import harvest, report
 from defectcam.feedback.cvat import CvatServer
-from defectcam.feedback.regions import edited_share, region_of, run_lengths
+from defectcam.feedback.regions import edited_share
 from defectcam.feedback.store import Table
 from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
 from defectcam.proposals import Component, Proposal
+from defectcam.regions import region_of, run_lengths
 from model_handler import cvat_shape
 from tests.conftest import DATA, ROOT
 
@@ -1261,7 +1263,7 @@ def test_recorded_events_name_annotator_and_proposals(workplace):
         shapes = event["payload"].get("shapes", [])
         event["payload"]["shapes"] = [shape for shape in shapes if isinstance(shape, dict)]
     workplace.cvat.events = events_csv([{k: v for k, v in e.items() if k in COLUMNS} for e in recorded])
-    server = CvatServer(workplace.url, TOKEN, [3])
+    server = CvatServer(CvatClient(workplace.url, TOKEN), [3])
     (job,) = server.jobs()
     # In the recorded task the attribute that names proposals has the id 21.
     server._labels[3] = {13: {"name": "crack", "attributes": [{"id": 21, "name": "proposal"}]}}
@@ -1298,7 +1300,7 @@ def test_events_of_servers_that_have_retired_the_older_way(workplace):
         return (200, text) if path == "/api/events/download" else old(method, path, query)
 
     with serving(newer) as url:
-        server = CvatServer(url, TOKEN, [3])
+        server = CvatServer(CvatClient(url, TOKEN), [3])
         (job,) = server.jobs()
         assert server.events(job).working_time_s == 5
 

@@ -13,9 +13,10 @@ from defectcam.feedback.audit import photos_of_sets
 from defectcam.proposals import Component
 from defectcam.request import ImageError, decode_image
 from defectcam.training.clicks import photo_path, simulate_clicks
-from defectcam.training.crops import read_photo_rgb
+from defectcam.training.labels import read_photo_rgb
 from defectcam.training.labels import UNKNOWN, LabelledSet, photo_size, read_own_mask
-from defectcam.training.outline import load_labelled_photo, load_outline_photo
+from defectcam.training.config import TrainConfig
+from defectcam.training.sources import gather
 
 HEIGHT, WIDTH = 60, 80
 CRACK, RUST = (250, 50, 83), (51, 221, 255)  # colours that CVAT gives to labels
@@ -99,7 +100,8 @@ GOOD = {
 def test_masks_are_read_right_however_they_were_saved(tmp_path, how):
     data = make_set(tmp_path, **GOOD[how])
     assert np.array_equal(read_val(data), truth_of("v1"))
-    assert np.array_equal(load_labelled_photo(LabelledSet(data, "mine", "crack"), "t1").coverage > 0, truth_of("t1"))
+    (source,) = gather(TrainConfig("crack", data, ("mine",)), "train")
+    assert np.array_equal(source.read().outline, truth_of("t1") * np.uint8(255))
     clicks = simulate_clicks(data, "mine", "train", "crack", 9, 3, 0, shows_defect=True)
     assert [click.defect for click in clicks] == ["crack", "none", "none", "none"] and truth_of("t1")[clicks[0].y, clicks[0].x]
     photos = {photo.stem: photo.shapes for photo in photos_of_sets(data, ["mine"], ["train", "val"], "crack")}
@@ -232,8 +234,8 @@ def test_a_photo_may_lack_a_mask_but_not_all_of_a_split_may(tmp_path):
 
 def test_only_masks_that_the_project_wrote_may_say_unknown(tmp_path):
     data = make_set(tmp_path, lambda truth: np.where(truth, 255, UNKNOWN).astype(np.uint8))
-    photo = load_outline_photo(data / "mine" / "images" / "v1.png", data / "mine" / "masks" / "crack" / "v1.png")
-    assert np.array_equal(photo.known, truth_of("v1")) and np.array_equal(photo.coverage > 0, truth_of("v1"))
+    found = read_own_mask(data / "mine" / "masks" / "crack" / "v1.png", HEIGHT, WIDTH)
+    assert np.array_equal(found == 255, truth_of("v1")) and np.array_equal(found == UNKNOWN, ~truth_of("v1"))
     save(tmp_path / "ones.png", truth_of("v1").astype(np.uint8))
     with pytest.raises(ValueError, match=r"ones.png has the values 0, 1, but .*write 0, 127 and 255"):
         read_own_mask(tmp_path / "ones.png", HEIGHT, WIDTH)

@@ -15,7 +15,7 @@ from defectcam.feedback.harvest import proposals_of_record
 from defectcam.feedback.loop import Annotator, as_many, half_data
 from defectcam.feedback.match import match
 from defectcam.proposals import Proposal, find_components
-from defectcam.training import calibrate, train
+from defectcam.training import calibrate, config, train
 from defectcam.training.clicks import Click, split_stems
 from model_handler import cvat_shape
 from tests.conftest import dark_network, dark_wall
@@ -116,13 +116,12 @@ def test_round_one_and_the_annotators_never_see_the_same_photo(data_dir, tmp_pat
 def test_all_arms_run_and_are_told_apart(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(encoders, "LARGEST_HALO_PX", 16)  # of photos that fit into one tile
     monkeypatch.setattr(train, "VAL_CROPS", 4)
-    monkeypatch.setitem(train.ARCHITECTURES, "efficientnet-lite0", ((16, 16, 8, 8), 4))
+    monkeypatch.setitem(config.DECODERS, "efficientnet-lite0", (16, 16, 8, 8))
     monkeypatch.setattr(calibrate, "ENCODERS_WITH_GRAPH", ())  # every arm has networks of its own to export, 10 s each
     monkeypatch.setattr(calibrate, "STEP_LENGTHS", (0.01,))
     monkeypatch.setattr(calibrate, "CLIMB_PHOTOS", 1)
     monkeypatch.setattr(loop, "LR", 1e-5)
     monkeypatch.setattr(loop, "HEAD_LR", 1e-5)
-    monkeypatch.setattr(loop, "OUTLINE_CROP_PX", 32)
     monkeypatch.setattr(loop, "ITERATIONS", 0)
     init = tmp_path / "init.safetensors"
     save_file(dark_network().state_dict(), init)
@@ -135,8 +134,8 @@ def test_all_arms_run_and_are_told_apart(data_dir, tmp_path, monkeypatch, capsys
     outcomes = found["annotators"]
     assert sum(outcomes.get(kind, 0) for kind in ("accepted", "modified", "miss")) == 1  # spots on the photos shown
     assert found["clicks"]["loop"]["positive"] == 1 == found["clicks"]["plain_clicks"]["positive"]
-    records = {arm: tmp_path / "out" / arm / "network" / "record.json" for arm in loop.ARMS[:-1]}
-    assert len({json.loads(record.read_text())["clicks_sha256"] for record in records.values()}) == 3
+    records = {arm: tmp_path / "out" / arm / "network" / "record.json" for arm in loop.ARMS}
+    assert len({json.loads(record.read_text())["labels_sha256"] for record in records.values()}) == 4
     page = (tmp_path / "out" / "loop.md").read_text()
     assert all(page.count(f"| {arm} |") == 2 for arm in loop.ARMS) and (tmp_path / "out" / "loop.png").exists()
     capsys.readouterr()

@@ -134,6 +134,20 @@ def test_the_simulated_annotator_equals_a_slow_one():
             assert measures.saved_per_component(proposed, truth, defect) == pytest.approx(slow_saved(proposed, truth, defect))
 
 
+def test_the_simulated_annotator_equals_a_slow_one_where_regions_are_large_or_many():
+    rng = np.random.default_rng(1)
+    for sigma_px, share in ((9.0, 0.1), (25.0, 0.3)):
+        truth = blobs(rng, 200, 640, sigma_px, share)
+        proposed = truth & blobs(rng, 200, 640, 3.0, 0.7) | blobs(rng, 200, 640, 20.0, 0.05)
+        assert measures.saved_per_component(proposed, truth, "rust") == pytest.approx(slow_saved(proposed, truth, "rust"))
+
+
+def test_of_nothing_proposed_nothing_is_saved():
+    truth = np.zeros((40, 60), bool)
+    truth[5:15, 5:15] = truth[20:30, 30:50] = truth[35, 2:5] = True
+    assert measures.saved_per_component(np.zeros_like(truth), truth, "crack") == [0.0, 0.0]
+
+
 def slow_instances(parts: list[np.ndarray], truth: np.ndarray, defect: str):
     """Found IoU, pieces, right and vertex ratio from whole masks, pair by pair."""
     count, labels = cv2.connectedComponents(truth.astype(np.uint8))
@@ -222,6 +236,14 @@ def test_centrelines_equal_a_slow_count():
     assert measures.centreline_counts(nothing, line) == (0, 0, 30)
     assert measures.centreline_counts(np.roll(line, 4, axis=0), line) == (30, 0, 0)
     assert measures.centreline_counts(np.roll(line, 5, axis=0), line) == (0, 30, 30)
+
+
+def test_skeletons_are_those_of_the_whole_mask():
+    rng = np.random.default_rng(2)
+    for sigma_px, share in ((2.0, 0.3), (12.0, 0.2), (25.0, 0.5), (40.0, 0.8)):
+        mask = blobs(rng, 300, 400, sigma_px, share) | blobs(rng, 300, 400, 1.5, 0.05)
+        assert np.array_equal(measures.skeleton(mask), skeletonize(mask))
+    assert measures.skeleton(np.ones((90, 70), bool)).any()
 
 
 def test_reliability_is_a_table_of_tenths():

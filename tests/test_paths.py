@@ -1,18 +1,20 @@
 """File names made of names from outside: on a real file system, and through the commands that write files."""
 
 import json
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
 import pytest
 
 from defectcam import demo
-from defectcam.feedback import labels
+from defectcam.feedback import audit, labels, next_images
 from defectcam.paths import file_name, inside, relative_path, write_image
-from defectcam.training import pseudo
+from defectcam.training import pseudo_labels
 from defectcam.training.clicks import photo_path, read_clicks, split_stems
+from defectcam.training.names import stem_of
 from defectcam.weights import WeightsError, load_weights
-from tests.conftest import dark_weights
+from tests.conftest import dark_wall, dark_weights
 from tests.test_harvest import A, LABELS, proposal, square, workplace  # noqa: F401
 from tests.test_next_images import weights_dir  # noqa: F401
 from tests.test_weak_labels import write_photos
@@ -132,7 +134,7 @@ def test_photos_of_one_name_in_two_folders_of_a_set_get_a_mask_each(tmp_path, we
         write_image(data / "walls" / "masks" / "crack" / f"{stem}.png", mask)
     (data / "splits.json").write_text(json.dumps({"walls": {"train": ["one/a", "two/a"], "val": []}}))
     options = ["--weights", weights_dir, "--defect", "crack", "--data", data, "--sets", "walls"]
-    pseudo.main([str(part) for part in [*options, "--out", tmp_path / "masks"]])
+    pseudo_labels.main([str(part) for part in [*options, "--out", tmp_path / "masks"]])
     found = {path.relative_to(tmp_path / "masks").as_posix() for path in (tmp_path / "masks").rglob("*.png")}
     assert found == {"walls/one/a.png", "walls/two/a.png"}
 
@@ -154,3 +156,64 @@ def test_a_photo_with_the_longest_name_is_shown(tmp_path, weights_dir, monkeypat
     write_image(photo, np.full((64, 64, 3), 128, np.uint8))
     demo.main([str(photo), "--iterations", "0", "--out", str(tmp_path / "out")])
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".png"}
+
+
+LONG = ["x" * 245 + ".png", "x" * 244 + "y.png", "裂" * 81 + "ü.jpg"]
+
+
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory):
+    """A set whose photos have the longest names, in a folder whose name is as long, with masks of cracks."""
+    data, place = tmp_path_factory.mktemp("data"), "s" * 249
+    photo, truth = dark_wall([(30, 30, 16)], 64, 64)
+    for name in LONG:
+        write_image(data / place / "images" / name, photo[..., ::-1])
+        write_image(data / place / "masks" / "crack" / f"{stem_of(name)}.png", truth.astype(np.uint8) * 255)
+    (data / "splits.json").write_text(json.dumps({place: {"train": list(map(stem_of, LONG)), "val": []}}))
+    return data, place
+
+
+def test_next_images_takes_the_longest_names(tmp_path, long_names, weights_dir):  # noqa: F811
+    data, place = long_names
+    (tmp_path / "list.txt").write_bytes("\r\n".join(str(data / place / "images" / name) for name in LONG).encode("utf-16"))
+    next_images.main([str(part) for part in (tmp_path / "list.txt", "--weights", weights_dir, "--out", tmp_path / "next")])
+    assert all(f"/{name}," in (tmp_path / "next" / "next_images.csv").read_text() for name in LONG)
+
+
+def test_audit_and_pseudo_labels_take_the_longest_names(tmp_path, long_names, weights_dir):  # noqa: F811
+    data, place = long_names
+    of_set = ["--weights", weights_dir, "--data", data, "--sets", place]
+    audit.main([str(part) for part in (*of_set, "--out", tmp_path / "audit")])
+    assert all(f",{stem_of(name)}," in (tmp_path / "audit" / "audit.csv").read_text() for name in LONG)
+    options = ("--defect", "crack", "--iterations", 0, "--out", tmp_path / "pseudo")
+    pseudo_labels.main([str(part) for part in (*of_set, *options)])
+    assert {path.stem for path in (tmp_path / "pseudo").rglob("*.png")} == set(map(stem_of, LONG))
+
+
+def test_propose_takes_the_longest_names(tmp_path, long_names, weights_dir, monkeypatch):  # noqa: F811
+    pytest.importorskip("cvat_sdk")
+    from defectcam.bulk import propose
+
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(weights_dir))
+    monkeypatch.setenv("ADVCAM_DEVICE", "cpu")
+    images = long_names[0] / long_names[1] / "images"
+    with pytest.raises(SystemExit) as left:
+        propose.main([str(images), "--iterations", "0", "--out", str(tmp_path / "out")])
+    assert left.value.code == 0 and not list((tmp_path / "out").rglob("*.part"))
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == len(LONG)
+    found = ElementTree.parse(tmp_path / "out" / "cvat.xml").iter("image")
+    assert sorted(image.get("name") for image in found) == sorted(LONG)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_weak_labels_of_photos_with_the_longest_names(workplace, name):  # noqa: F811
+    place, cvat = workplace, workplace.cvat
+    cvat.photos[0] = (f"bridge/{name}", cvat.photos[0][1])
+    place.answer(0, [proposal(A, square(10, 10))])
+    cvat.state = "completed"
+    place.harvest("--csv", str(place.folder / "csv"))
+    photos = write_photos(place, place.folder / ("d" * 249))
+    labels.main([str(part) for part in ("--db", place.db, "--photos", photos, "--out", place.folder / "out")])
+    assert (place.folder / "out" / "masks" / "crack" / "bridge" / f"{stem_of(name)}.png").exists()
+    (click,) = read_clicks(place.folder / "out" / "clicks" / "crack.csv", with_photos=True)
+    assert click.image.endswith(f"/{name}")

@@ -32,8 +32,8 @@ from defectcam.bulk.exports import region_of_answer, write_coco, write_cvat_xml 
 from defectcam.credentials import SECRETS  # noqa: E402
 from defectcam.deadline import NO_DEADLINE  # noqa: E402
 from defectcam.feedback.cvat import CvatExport  # noqa: E402
-from defectcam.feedback.regions import region_of  # noqa: E402
 from defectcam.proposals import Proposal, find_components  # noqa: E402
+from defectcam.regions import region_of  # noqa: E402
 from defectcam.request import parse_request  # noqa: E402
 from tests.conftest import ROOT, dark_wall, dark_weights  # noqa: E402
 
@@ -283,6 +283,23 @@ def test_what_was_left_out_is_told_beside_the_proposals(folder, tmp_path, capsys
     before = (out / f"{CRACKED}.json").stat().st_mtime_ns
     run(folder, "--out", out, "--iterations", 0)
     assert (out / f"{CRACKED}.json").stat().st_mtime_ns == before, "such a photo is done"
+
+
+def test_a_defect_of_ones_own_has_its_label_in_every_file(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(dark_weights(tmp_path / "weights", ["Überzug & <1>"])))
+    monkeypatch.delenv("ADVCAM_DEFECTS")
+    out = tmp_path / "out"
+    assert run(folder, "--out", out) in (0, 1)
+    assert "label" not in capsys.readouterr().err
+    labels = json.loads((out / "labels.json").read_text())
+    assert [label["name"] for label in labels] == ["Überzug & <1>", "unprocessed", "notice"]
+    assert labels[0]["color"].startswith("#") and len(labels[0]["attributes"]) == 3
+    xml = ElementTree.parse(out / "cvat.xml")
+    assert [name.text for name in xml.iterfind("meta/task/labels/label/name")][0] == "Überzug & <1>"
+    coco = json.loads((out / "coco.json").read_text())
+    assert [category["name"] for category in coco["categories"]] == ["Überzug & <1>"]
+    shown = {polygon.get("label") for polygon in xml.iterfind("image/polygon")}
+    assert shown == {"Überzug & <1>"} and coco["annotations"]
 
 
 def test_names_that_no_xml_can_hold_are_refused(folder, tmp_path, capsys):

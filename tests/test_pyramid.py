@@ -185,7 +185,7 @@ class TestEnlargedLevel:
         merged, possible, without = maps.merged(), maps.possible, plain.merged()
         near = cv2.dilate((without > pyramid.POSSIBLE_LOGIT).astype(np.uint8), np.ones((33, 33), np.uint8)).astype(bool)
         assert np.array_equal(possible, near) and 0.05 < possible.mean() < 0.5
-        assert 0 < len(maps._enlarged) < len(tile_grid(340, 482, engine.halo_px, 2, 128))
+        assert 0 < len(maps._plain.enlarged) < len(tile_grid(340, 482, engine.halo_px, 2, 128))
         assert np.array_equal(merged[~possible], without[~possible])
         whole = cv2.resize(photo, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
         enlarged = mean_of_four(whole_map(engine, whole, engine.halo_px))
@@ -197,10 +197,10 @@ class TestEnlargedLevel:
     def test_it_is_not_read_where_nothing_is_possible(self, photo, engine, monkeypatch):
         monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", 100.0)
         maps = maps_of(engine, photo, 2.0)
-        assert maps.possible is None and not maps._enlarged
+        assert maps.possible is None and not maps._plain.enlarged
         assert np.array_equal(maps.merged(), maps_of(engine, photo).merged())
         maps.climb([2], all_cells(maps), CELL_PX)
-        assert not maps._enlarged and maps.is_climbed(CELL_PX).all()
+        assert not maps._plain.enlarged and maps.is_climbed(CELL_PX).all()
 
     def test_it_does_not_climb(self, photo, engine):
         maps, plain = maps_of(engine, photo, 2.0), maps_of(engine, photo)

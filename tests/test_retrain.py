@@ -20,7 +20,7 @@ from defectcam.feedback.retrain import Judged, changes_of, figures_of, merged_cl
 from defectcam.paths import file_name
 from defectcam.training import calibrate, train
 from defectcam.training.clicks import Click, read_clicks, write_clicks
-from defectcam.training.crops import CropDataset
+from defectcam.training.dataset import CropDataset
 from defectcam.weights import WeightsError, load_weights, read_manifest, write_manifest
 from tests.conftest import ROOT, dark_network, dark_wall, little_training
 
@@ -69,7 +69,7 @@ def running(data_dir, tmp_path_factory):
     (folder / "run").mkdir()
     save_file(dark_network().state_dict(), folder / "run" / "best.safetensors")
     record = RECORD | {"crop_px": 32, "batch": 4}  # it does not tell its sets
-    record |= {"arm": "outlines", "scales": [0.9, 1.1], "wide_sets": ["walls"]}
+    record |= {"arm": "outlines", "scales": [0.9, 1.1], "none_regions": ["plain:spalling"]}
     (folder / "run" / "record.json").write_text(json.dumps(record))
     weights = folder / "weights"
     calibrate_spalling(data_dir, folder / "run", weights)
@@ -152,8 +152,8 @@ def test_promoted_weights_load_and_name_their_parent(promoted, running):
     assert (record["steps"], record["crop_px"], record["batch"]) == (3, 32, 4) and fact.training["sets"] == ["walls"]
     assert record["init_sha256"] == before.sha256 != fact.sha256
     assert {name: record[name] for name in RECORD} == RECORD and fact.iterations == before.iterations == 1
-    began_with = {name: record[name] for name in ("arm", "scales", "wide_sets")}  # for the next retraining, on outlines
-    assert began_with == {"arm": "outlines", "scales": [0.9, 1.1], "wide_sets": ["walls"]}
+    began_with = {name: record[name] for name in ("labels", "scales", "none_regions")}  # for the next retraining
+    assert began_with == {"labels": "outlines", "scales": [0.9, 1.1], "none_regions": ["plain:spalling"]}
     assert json.loads((promoted / "retrain.json").read_text())["promoted"] is True
     assert not (promoted / "rejected").exists()
 
@@ -187,7 +187,7 @@ def test_clicks_on_val_photos_are_left_out(promoted):
     facts = json.loads((promoted / "retrain.json").read_text())["facts"]["defects"]["spalling"]
     assert (facts["new_clicks"], facts["on_val"]) == (4, 1)
     record = json.loads((promoted / "work" / "spalling" / "network" / "record.json").read_text())
-    assert record["positive_clicks"] == 3 + 3  # people's, and the simulated ones of the train photos
+    assert record["positive_clicks"] == 3 and record["photos"] >= 3  # people's; of the sets the outlines are learnt
 
 
 def test_the_report_shows_figures_and_pictures(promoted):
@@ -240,8 +240,7 @@ def test_every_defect_keeps_a_file_of_its_own(running, tmp_path):
     tensors = {name: value + 1 for name, value in load_file(new / "spalling.safetensors").items()}
     save_file(tensors, new / "spalling.safetensors")
     (tmp_path / "out" / "work").mkdir(parents=True)
-    args = argparse.Namespace(out=tmp_path / "out", weights=weights)
-    folder = retrain.assemble(args, {"spalling": new}, {"version": "one"})
+    folder = retrain.assemble(weights, {"spalling": new}, {"version": "one"}, tmp_path / "out" / "work" / "candidate")
     facts = read_manifest(folder)[1]
     assert (folder / facts["spalling"].file).read_bytes() == (new / "spalling.safetensors").read_bytes()
     assert (folder / facts["rust"].file).read_bytes() == (weights / "spalling.safetensors").read_bytes()
@@ -271,9 +270,9 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
     assert not {*out.glob("*.safetensors"), *out.glob("*.onnx")} and not (out / "manifest.json").exists()
     assert "Not promoted." in (out / "rejected" / "report.html").read_text()
     record = json.loads((out / "work" / "spalling" / "network" / "record.json").read_text())
-    assert record["arm"] == "outlines"
-    assert (record["photos"], record["photos_without"]) == (3 + 3 + 3, 1 + 3)  # people's and the sets'
-    assert (record["scales"], record["wide_sets"], record["crop_px"]) == ([0.9, 1.1], ["walls"], 32)
+    assert record["labels"] == "outlines" and record["positive_clicks"] == 0
+    assert (record["photos"], record["photos_without"]) == (3 + 3 + 1 + 3, 1 + 3)  # people's and the sets'
+    assert (record["scales"], record["crop_px"]) == ([0.9, 1.1], 32)
     weights = load_weights(out / "rejected")
     assert weights.facts["spalling"].training["network"] == record
 

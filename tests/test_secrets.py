@@ -205,7 +205,9 @@ def test_another_server_gets_no_token(command, places, capfd, monkeypatch, tmp_p
         redirected = (302, {"Location": f"{elsewhere}/api"}, {})
         with server(lambda *_: redirected) as (url, _):
             told = run(capfd, command, *places[command], "--url", url, *(("--db", tmp_path / "f.db") if command == "harvest" else ()))
-    assert asked and not any("Authorization" in headers for headers in asked)
+    assert not any("Authorization" in headers for headers in asked)
+    assert bool(asked) == (command == "harvest"), "a question is asked again there, a change is not"
+    assert asked or f"it sends to {elsewhere}; give that address as --url" in told
     assert MARK not in told
 
 

@@ -1,9 +1,8 @@
-"""Clicks, crops and a training run on a small set made here; a killed run goes on as if nothing had happened."""
+"""Clicks, options and training runs on a small set made here; a killed run goes on as if nothing had happened."""
 
-import dataclasses
-import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from defectcam.encoders import normalised
 from defectcam.training import train
 from defectcam.training.clicks import Click, patch_bounds, read_clicks, simulate_clicks, write_clicks
-from defectcam.training.crops import CROPS_PER_CLICK, CropDataset, on_disk
-from tests.conftest import ROOT, random_network
+from defectcam.training.config import TrainConfig, parse_config, recorded
+from defectcam.training.sources import gather
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -77,91 +76,10 @@ def test_clicks_survive_writing_and_reading(data_dir, tmp_path):
     assert read_clicks(tmp_path / "own.csv") == [Click("a.jpg", 3, 4, "crack")]
 
 
-def test_crops_hold_their_click_and_negatives_hold_no_defect(data_dir):
-    crops = CropDataset(clicks_of(data_dir), 32, seed=0, augment=False)
-    labels = [crops[draw][1] for draw in range(40)]
-    assert labels == [1.0, 0.0] * 20
-    for draw in range(40):
-        image, label, _ = crops[draw]
-        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
-        assert (image.min() < 60) == bool(label)  # the line is dark, nothing else is
-
-
-def test_every_positive_click_gives_five_crops_an_epoch(data_dir):
-    crops = CropDataset(clicks_of(data_dir), 32, seed=0, augment=False)
-    assert crops.draws_per_epoch == 2 * CROPS_PER_CLICK * 4
-    assert not torch.equal(crops[0][0], crops[crops.draws_per_epoch][0])  # the next epoch has other positions
-
-
-def test_augmented_crops_differ_but_are_the_same_for_the_same_seed(data_dir):
-    first, again, other = (CropDataset(clicks_of(data_dir), 32, seed, True) for seed in (0, 0, 1))
-    for draw in range(10):
-        assert torch.equal(first[draw][0], again[draw][0])
-    assert any(not torch.equal(first[draw][0], other[draw][0]) for draw in range(10))
-
-
-def test_a_photo_smaller_than_the_crop_is_scaled_up_to_it(data_dir):
-    crops = CropDataset(clicks_of(data_dir), 160, seed=0, augment=False)
-    assert crops[0][0].shape == (3, 160, 160)
-
-
-def test_clicks_of_one_kind_alone_are_refused(data_dir):
-    with pytest.raises(ValueError, match="none-clicks; got 4 and 0"):
-        CropDataset([click for click in clicks_of(data_dir) if click.defect == "crack"], 32, 0, False)
-
-
-def test_crops_weigh_what_their_clicks_weigh_against_the_mean_of_their_kind(data_dir):
-    clicks = clicks_of(data_dir)
-    positives = [click for click in clicks if click.defect == "crack"]
-    weights = {click: 1 + 0.5 * i for i, click in enumerate(positives)} | {c: 2.0 for c in clicks if c.defect == "none"}
-    weighted = CropDataset([dataclasses.replace(c, weight=weights[c]) for c in clicks], 32, 0, True)
-    plain = CropDataset(clicks, 32, 0, True)
-    seen = []
-    for draw in range(plain.draws_per_epoch):
-        (image, label, weight), (same, _, one) = weighted[draw], plain[draw]
-        assert torch.equal(image, same) and one == 1 and (label or weight == 1)
-        seen.append(weight)
-    mean = np.mean([weights[click] for click in positives])
-    assert sorted(set(seen[::2])) == pytest.approx([weights[click] / mean for click in positives])
-    assert np.mean(seen[::2]) == pytest.approx(1)  # so the two kinds stay balanced
-    with pytest.raises(ValueError, match="all clicks of a kind weigh 0.*'none': 0"):
-        CropDataset([dataclasses.replace(c, weight=float(c.defect == "crack")) for c in clicks], 32, 0, True)
-
-
-def test_equal_weights_give_the_plain_loss_and_no_weight_no_gradient():
-    network = random_network(dtype=torch.float32).requires_grad_(True)
-    images = torch.randint(0, 255, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([1.0, 0, 1, 0])
-
-    def loss_and_gradients(loss):
-        network.zero_grad()
-        loss.backward()
-        return loss.item(), [parameter.grad.clone() for parameter in network.parameters()]
-
-    def plain(count):
-        logits = network(normalised(images[:count]))
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[:count])
-
-    def weighted(*weights):
-        return train.ClassifierLoss(network)(images, labels, torch.tensor(weights))
-
-    loss, gradients = loss_and_gradients(plain(4))
-    same, same_gradients = loss_and_gradients(weighted(1.0, 1.0, 1.0, 1.0))
-    assert same == loss and all(torch.equal(*pair) for pair in zip(same_gradients, gradients))
-    _, without = loss_and_gradients(weighted(1.0, 1.0, 1.0, 0.0))
-    for found, wanted in zip(without, loss_and_gradients(plain(3) * 3 / 4)[1]):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)  # batches of 3 and of 4 round otherwise
-    assert loss_and_gradients(weighted(2.0, 1.0, 1.0, 1.0))[0] != loss
-
-
-def test_weights_below_zero_are_refused_and_old_runs_keep_their_hash(tmp_path):
+def test_weights_below_zero_are_refused(tmp_path):
     (tmp_path / "own.csv").write_text("image,x,y,defect,weight\na.jpg,3,4,crack,-1\n")
     with pytest.raises(ValueError, match="own.csv line 2.*weight -1.0"):
         read_clicks(tmp_path / "own.csv")
-    clicks = [Click("a.jpg", 3, 4, "crack", "", "a"), Click("b.jpg", 5, 6, "none", "crack", "b")]
-    labels = [("a", 3, 4, "crack"), ("b", 5, 6, "none")]
-    assert train.clicks_sha256(clicks) == hashlib.sha256(repr(labels).encode()).hexdigest()
-    assert train.clicks_sha256([dataclasses.replace(clicks[0], weight=2.0), clicks[1]]) != train.clicks_sha256(clicks)
 
 
 def test_f_measure():
@@ -169,71 +87,84 @@ def test_f_measure():
     assert train.f_measure(np.array([-1.0]), np.array([1.0])) == 0
 
 
-def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data_dir, tmp_path, monkeypatch):
+def config_of(data_dir, **changes):
+    """A small training from clicks."""
+    given = {"labels": "clicks", "sets": ("walls",), "crop_px": 32, "batch": 4, "lr": 1e-3, "head_lr": 1e-2, "steps": 6,
+             "val_every": 3, "encoder": "resnet34", "decoder": (8, 8, 8), "encoder_weights": None}  # fmt: skip
+    return TrainConfig("crack", data_dir, **given | changes)
+
+
+class KilledAfter(train.tqdm):
+    """A progress bar whose process is killed at a step."""
+
+    def __init__(self, *args, **kwargs):
+        if args and isinstance(args[0], int):
+            self.limit = args[0]
+        else:
+            super().__init__(*args, **kwargs)
+
+    def __call__(self, loader, **kwargs):
+        bar = KilledAfter(loader, **kwargs)
+        bar.limit = self.limit
+        return bar
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number == self.limit:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.fixture(autouse=True)
+def few_val_crops(monkeypatch):
     monkeypatch.setattr(train, "VAL_CROPS", 8)
 
-    def arguments_of(data_dir, out):
-        arguments = f"--defect crack --data {data_dir} --sets walls --crop-px 32 --batch 4 --steps 6 --lr 1e-3"
-        return f"{arguments} --decoder 8,8,8 --val-every 3 --head-lr 1e-2 --out {out}"
 
-    def run(out, steps_before_the_kill=None):
-        args = train.parse_args(arguments_of(data_dir, out).split())
-        if steps_before_the_kill is None:
-            return train.train(args)
-        monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
-        monkeypatch.setattr(train, "tqdm", KilledAfter(steps_before_the_kill))
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data_dir, tmp_path, monkeypatch):
+    whole = train.train(config_of(data_dir), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_SECONDS", -1)
+        patch.setattr(train, "tqdm", KilledAfter(4))
         with pytest.raises(KeyboardInterrupt):
-            train.train(args)
-        monkeypatch.undo()
-        monkeypatch.setattr(train, "VAL_CROPS", 8)
-
-    class KilledAfter(train.tqdm):
-        def __init__(self, *args, **kwargs):
-            if args and isinstance(args[0], int):
-                self.limit = args[0]
-            else:
-                super().__init__(*args, **kwargs)
-
-        def __call__(self, loader, **kwargs):
-            bar = KilledAfter(loader, **kwargs)
-            bar.limit = self.limit
-            return bar
-
-        def __iter__(self):
-            for number, batch in enumerate(super().__iter__()):
-                if number == self.limit:
-                    raise KeyboardInterrupt
-                yield batch
-
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "killed", steps_before_the_kill=4)
+            train.train(config_of(data_dir), tmp_path / "killed")
     assert not (tmp_path / "killed" / "record.json").exists()
-    resumed = run(tmp_path / "killed")
+    resumed = train.train(config_of(data_dir), tmp_path / "killed")
     assert [entry["step"] for entry in resumed["history"]] == [3, 6]
     for name, value in load_file(tmp_path / "whole" / "last.safetensors").items():
-        other = load_file(tmp_path / "killed" / "last.safetensors")[name]
-        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4)
-    assert whole["clicks_sha256"] == resumed["clicks_sha256"]
-    with pytest.raises(SystemExit, match="other clicks_sha256, seed"):  # never goes on with another run's checkpoint
-        train.train(train.parse_args(f"{arguments_of(data_dir, tmp_path / 'whole')} --seed 1".split()))
+        assert torch.equal(load_file(tmp_path / "killed" / "last.safetensors")[name], value), name
+    assert whole["labels_sha256"] == resumed["labels_sha256"]
+    with pytest.raises(ValueError, match="holds a run with other labels_sha256, seed, val_sha256"):  # never another run's checkpoint
+        train.train(config_of(data_dir, seed=1), tmp_path / "whole")
     assert json.loads((tmp_path / "whole" / "record.json").read_text())["seed"] == 0
 
 
+def test_equal_seeds_give_equal_weights_and_other_seeds_others(data_dir, tmp_path):
+    for out, seed in (("one", 0), ("two", 0), ("other", 1)):
+        train.train(config_of(data_dir, steps=2, val_every=2, seed=seed), tmp_path / out)
+    one, two, other = ((tmp_path / out / "best.safetensors").read_bytes() for out in ("one", "two", "other"))
+    assert one == two != other
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_refuses_fewer(data_dir, tmp_path):
+    train.train(config_of(data_dir, steps=3), tmp_path)
+    more = train.train(config_of(data_dir, steps=6), tmp_path)
+    assert [row["step"] for row in more["history"]] == [3, 6] and more["steps"] == 6
+    with pytest.raises(ValueError, match="holds a run of 6 steps already, --steps is 5"):
+        train.train(config_of(data_dir, steps=5), tmp_path)
+
+
 def test_a_run_killed_while_it_judges_loses_no_step_and_judges_again(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "VAL_CROPS", 8)
-    arguments = f"--defect crack --data {data_dir} --sets walls --crop-px 32 --batch 4 --steps 4 --lr 1e-3"
-    args = train.parse_args(f"{arguments} --decoder 8,8,8 --val-every 2 --out {tmp_path}".split())
-    judges = train.val_figures
+    config, judges = config_of(data_dir, steps=4, val_every=2), train.val_crop_figures
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "val_figures", killed)
+    monkeypatch.setattr(train, "val_crop_figures", killed)
     with pytest.raises(KeyboardInterrupt):
-        train.train(args)
+        train.train(config, tmp_path)
     seen = []
-    monkeypatch.setattr(train, "val_figures", lambda *given: (seen.append(1), judges(*given))[1])
-    done = train.train(args)
+    monkeypatch.setattr(train, "val_crop_figures", lambda *given: (seen.append(1), judges(*given))[1])
+    done = train.train(config, tmp_path)
     assert [row["step"] for row in done["history"]] == [2, 4] and len(seen) == 2
     assert done["history"][0]["loss"] is None and (tmp_path / "best.safetensors").exists()
 
@@ -241,24 +172,75 @@ def test_a_run_killed_while_it_judges_loses_no_step_and_judges_again(data_dir, t
 def test_without_imagenets_weights_the_encoder_starts_from_scratch_and_the_record_says_so(
     data_dir, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "VAL_CROPS", 8)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    arguments = f"--defect crack --data {data_dir} --sets walls --crop-px 32 --batch 4 --steps 1 --decoder 8,8,8"
-    done = train.train(train.parse_args(f"{arguments} --encoder-weights imagenet --out {tmp_path / 'out'}".split()))
+    done = train.train(config_of(data_dir, steps=1, encoder_weights="imagenet"), tmp_path / "out")
     assert done["encoder_weights"] is None and "training from scratch" in capsys.readouterr().err
 
 
-def test_photos_on_disk_are_the_photos_and_may_be_written_on():
-    photo = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
-    for array in (photo, photo[:, ::-1], photo[..., 0] > 99):
-        kept = on_disk(array)
-        assert kept.dtype == array.dtype and np.array_equal(kept, array)
-        kept[0, 0] = 0
-        assert not kept[0, 0].any()
+def test_the_record_holds_every_option_and_another_run_takes_them_from_it(data_dir, tmp_path):
+    done = train.train(config_of(data_dir, steps=1, scales=(0.7, 1.4), none_per_photo=3), tmp_path)
+    assert done["decoder"] == (8, 8, 8) or done["decoder"] == [8, 8, 8]
+    words = f"--defect crack --like {tmp_path / 'record.json'} --data {data_dir} --seed 5 --out {tmp_path / 'again'}".split()
+    config, run = parse_config(train.__doc__, words)
+    assert config == config_of(data_dir, steps=1, scales=(0.7, 1.4), none_per_photo=3, seed=5)
+    assert run.out == tmp_path / "again"
+    config, _ = parse_config(train.__doc__, [*words, "--paper"])
+    assert (config.encoder, config.pixels, config.crop_px, config.batch) == ("resnet34", False, 320, 32)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "serve", "train", "calibrate"])
+def test_the_shipped_weights_say_how_they_were_trained():
+    for defect in json.loads((ROOT / "weights" / "manifest.json").read_text())["defects"]:
+        fields = recorded(f"{ROOT / 'weights' / 'manifest.json'}:{defect}")
+        config = TrainConfig(defect, ROOT, **fields)
+        assert config.labels == "outlines" and config.sets and config.steps > 500
+    with pytest.raises(ValueError, match="--like .*manifest.json:algae: KeyError.*weights/manifest.json:crack"):
+        recorded(f"{ROOT / 'weights' / 'manifest.json'}:algae")
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--batch 0", "--batch is 0; 1 or more"),
+    ("--steps -3", "--steps is -3; 1 or more"),
+    ("--lr 0", "--lr is 0.0; a number above 0"),
+    ("--crop-px 50", "--crop-px is 50, but must be a multiple of 16"),
+    ("--scales 2,1", "--scales is 2.0,1.0; two factors"),
+    ("--negative-share 1", "--negative-share is 1.0; allowed is 0 to below 1"),
+    ("--none-regions walls", "--none-regions needs SET:DEFECT"),
+    ("--decoder 8,8", "decoder_channels needs 4 numbers"),
+    ("--like nothing.json", "--like nothing.json: .*weights/manifest.json:crack"),
+])  # fmt: skip
+def test_options_that_cannot_be_trained_are_refused(data_dir, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        parse_config(train.__doc__, f"--defect crack --data {data_dir} --sets walls --out {tmp_path} {options}".split())
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_labels_that_are_missing_are_named(tmp_path, capsys):
+    for options, message in (
+        ([], "labels are missing"),
+        (["--clicks", "own.csv"], "--clicks needs --val-clicks"),
+        (["--sets", "walls"], "need --data"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_config(train.__doc__, ["--defect", "crack", "--out", str(tmp_path), *options])
+        assert message in capsys.readouterr().err
+
+
+def test_weights_to_start_from_that_are_none_are_named(data_dir, tmp_path):
+    train.train(config_of(data_dir, steps=1), tmp_path / "run")
+    torch.save({}, tmp_path / "x.pth")
+    for init, message in (
+        (tmp_path / "run" / "last.safetensors", "checkpoint of a run that is under way: give best.safetensors"),
+        (tmp_path / "x.pth", "x.pth is no safetensors file"),
+        (tmp_path / "gone.safetensors", "there is no file .*gone.safetensors"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train.train(config_of(data_dir, init=init), tmp_path / "out")
+    with pytest.raises(ValueError, match="holds no network with --encoder efficientnet-lite0"):
+        train.train(config_of(data_dir, init=tmp_path / "run" / "best.safetensors", encoder="efficientnet-lite0", decoder=()), tmp_path / "out")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["", "demo", "serve", "train", "pseudo-labels", "hard-negatives", "calibrate"])
 def test_every_command_helps_with_an_example(command):
     arguments = [sys.executable, "-m", "defectcam", *([command] if command else []), "--help"]
     out = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=os.environ)
@@ -294,7 +276,7 @@ def test_clicks_are_read_as_people_save_them(tmp_path, name, content):
     ("own.csv", b"", "own.csv line 1 has the columns , but not image, x, y, defect"),
     ("own.csv", b"image,x,y,defect\na.jpg,3,5,4,2,crack\n", "own.csv line 2 has 6 fields, its header 4: .*semicolons"),
     ("own.csv", b'image,x,y,defect\na.jpg,"3,5",4,crack\n', "own.csv line 2: .*3,5.*a click needs image, x, y .numbers."),
-    ("own.csv", b"image,x,y,defect\n\xfcber.jpg,3,5,crack\n", "own.csv line 2 is not UTF-8: save it as CSV in UTF-8"),
+    ("own.csv", b"image,x,y,defect\n\xfcber.jpg,3,5,crack\n", "own.csv line 2 is no text in UTF-8: save the file in UTF-8"),
     ("own.csv", "image,x".encode("utf-16-le"), "own.csv line 1 is no text in UTF-8"),
     ("own.csv", b"image,x,y,defect\na.jpg,1,0,crack\na.jpg,0.25,0.5,none\n",
      "own.csv line 3: x 0.25 and y 0.5.* beyond 1: these look like shares .*multiply x by the photo's width"),
@@ -330,24 +312,29 @@ def own_clicks(data_dir, tmp_path, rows, val_photo):
     (tmp_path / "own.csv").write_text("\n".join(["image,x,y,defect", *lines, *(f"{photos[1]},{row}" for row in rows)]) + "\n")
     val = val_photo or photos[2]
     (tmp_path / "val.csv").write_text(f"image,x,y,defect\n{val},30,20,crack\n{val},90,20,none\n")
-    given = f"--defect crack --clicks {tmp_path / 'own.csv'} --val-clicks {tmp_path / 'val.csv'} --decoder 8,8,8 --crop-px 32"
-    return f"{given} --batch 4 --steps 20 --out {tmp_path / 'out'}".split(), photos
+    given = f"--defect crack --clicks {tmp_path / 'own.csv'} --val-clicks {tmp_path / 'val.csv'} --encoder resnet34 --decoder 8,8,8"
+    return f"{given} --encoder-weights none --crop-px 32 --batch 4 --steps 20 --out {tmp_path / 'out'}".split(), photos
+
+
+def clicks_to_learn(words):
+    config, _ = parse_config(train.__doc__, words)
+    return [click for source in gather(config, "train") for click in source.clicks]
 
 
 def test_clicks_on_another_defect_are_not_this_ones(data_dir, tmp_path):
     given, _ = own_clicks(data_dir, tmp_path, ["40,20,rust", "50,20,none"], None)
-    clicks, _ = train.gather_clicks(train.parse_args(given), "train")
+    clicks = clicks_to_learn(given)
     assert sorted(click.defect for click in clicks) == ["crack", "none", "none"]
-    with pytest.raises(SystemExit, match="--clicks .*own.csv has no click on 'spalling'; its defects are .*'crack', 'none', 'rust'"):
+    with pytest.raises(SystemExit, match="--clicks .*own.csv has no click on 'spalling'; its defects are .*'crack', 'rust'"):
         train.main(["--defect", "spalling", *given[2:]])
     with pytest.raises(SystemExit, match=r"own.csv has no click on 'rusty' \(did you mean 'rust'\?\)"):
         train.main(["--defect", "rusty", *given[2:]])
-    in_capitals, _ = train.gather_clicks(train.parse_args(["--defect", "Crack", *given[2:]]), "train")
+    in_capitals = clicks_to_learn(["--defect", "Crack", *given[2:]])
     assert [(c.defect.lower(), c.x) for c in in_capitals] == [(c.defect, c.x) for c in clicks]
     assert {c.defect for c in in_capitals} == {"Crack", "none"}
 
 
-@pytest.mark.parametrize("kept, message", [("crack", "no none-click"), ("none", "has no click on 'crack'")])
+@pytest.mark.parametrize("kept, message", [("crack", "no negative click"), ("none", "no click on the defect")])
 def test_val_clicks_of_one_kind_are_named(data_dir, tmp_path, kept, message):
     given, _ = own_clicks(data_dir, tmp_path, [], None)
     val = tmp_path / "val.csv"
@@ -368,10 +355,10 @@ def test_bad_clicks_of_a_persons_own_end_with_a_message(data_dir, tmp_path):
         train.main(given)
     with pytest.raises(SystemExit, match="cannot read the clicks .*gone.csv: No such file"):
         train.main([part.replace("own.csv", "gone.csv") for part in given])
-    words = f"--defect crack --data {data_dir} --sets walls --crop-px 2048 --out {tmp_path / 'o'}"
+    words = f"--defect crack --data {data_dir} --sets walls --labels clicks --crop-px 2048 --out {tmp_path / 'o'}"
     (tmp_path / "walls").symlink_to(data_dir / "walls")
     (tmp_path / "splits.json").write_text('{"walls": {"train": ["crack0"], "val": ["crack1"]}}')
-    with pytest.raises(SystemExit, match="train photos of walls: there is no none-click.* 2048 px .*smaller --crop-px"):
+    with pytest.raises(SystemExit, match="train photos of walls: there is no negative click.* 1024 px .*smaller --crop-px"):
         train.main(words.replace(str(data_dir), str(tmp_path)).split())
     with pytest.raises(SystemExit, match="has no train photos of 'beams'; its sets are"):
         train.main(["--defect", "crack", "--data", str(data_dir), "--sets", "beams", "--out", str(tmp_path / "o")])

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,10 +9,12 @@ import pytest
 
 from defectcam.feedback import labels, report
 from defectcam.feedback.labels import free_pixel_xy, set_and_stem
-from defectcam.feedback.regions import region_of
 from defectcam.feedback.store import open_store
 from defectcam.proposal_log import image_hash
+from defectcam.regions import region_of
 from defectcam.training.clicks import Click, read_clicks, write_clicks
+from defectcam.training.config import TrainConfig
+from defectcam.training.sources import gather
 from tests.test_harvest import A, B, C, D, LABELS, Workplace, proposal, square, workplace  # noqa: F401
 
 PATCH_PX = 24
@@ -26,9 +27,9 @@ def polygon_mask(*polygons, size=(200, 150)):
     return mask > 0
 
 
-def weak_labels(place: Workplace, photos: Path, patch_px=PATCH_PX):
+def weak_labels(place: Workplace, photos: Path, patch_px=PATCH_PX, options=()):
     out = place.folder / "out"
-    arguments = ["--db", place.db, "--photos", photos, "--patch-px", patch_px, "--out", out]
+    arguments = ["--db", place.db, "--photos", photos, "--patch-px", patch_px, "--out", out, *options]
     labels.main([str(argument) for argument in arguments])
     clicks = {path.stem: read_clicks(path) for path in (out / "clicks").glob("*.csv")}
     return out, clicks
@@ -160,15 +161,14 @@ def test_deleted_photos_and_jobs_not_completed_supervise_nothing(workplace):  # 
     assert {path.stem for path in (out / "masks").rglob("*.png")} == {"one"}
 
 
-def test_outline_training_reads_the_masks(done):
-    outline = pytest.importorskip("defectcam.training.outline")
+def test_training_reads_the_masks(done):
     data = write_photos(done, done.folder / "data")
     (data / "splits.json").write_text(json.dumps({"bridge": {"train": ["one", "two", "three"], "val": []}}))
     out, _ = weak_labels(done, data)
-    args = SimpleNamespace(data=data, defect="crack", none_sets=[], arm="outlines")
-    photos = outline.gather_photos(args, ["bridge"], "train", out / "masks" / "crack")
-    assert [bool((photo.coverage > 127).any()) for photo in photos] == [True, False, False]
-    assert all(photo.known.all() for photo in photos)
+    config = TrainConfig("crack", data, ("bridge",), masks=out / "masks" / "crack")
+    photos = [source.read() for source in gather(config, "train")]
+    assert [photo.shows_defect for photo in photos] == [True, False, False]
+    assert all(set(np.unique(photo.outline)) <= {0, 255} for photo in photos)
 
 
 def test_photos_of_another_size_on_disk(done):
@@ -319,3 +319,51 @@ def test_photos_in_the_working_folder_have_a_set_as_well(done, monkeypatch):
     out, clicks = weak_labels(done, Path("."))
     assert {click.photo_group for own in clicks.values() for click in own} == {"bridge/one", "bridge/two"}
     assert (out / "masks" / "crack" / "bridge" / "one.png").exists()
+
+
+# ---- labels that CVAT calls otherwise ----
+
+
+@pytest.fixture
+def called_riss(workplace, monkeypatch):  # noqa: F811
+    """A proposal that was accepted as crack, one relabelled to Riss, one drawn as riss beside it, one drawn as Cracks."""
+    for number, label in enumerate(("Riss", "Cracks"), start=30):
+        monkeypatch.setitem(LABELS, label, number)
+    place, cvat = workplace, workplace.cvat
+    place.answer(0, [proposal(A, square(10, 10)), proposal(B, square(60, 10))])
+    place.answer(1, [proposal(C, square(60, 10))])
+    cvat.relabel(cvat.of(B), "Riss")
+    cvat.add(0, "Riss", square(100, 60))
+    cvat.add(1, "Cracks", square(100, 60))
+    cvat.state = "completed"
+    return place
+
+
+def test_labels_may_mean_a_defect_when_they_are_harvested(called_riss, capsys):
+    rows = called_riss.by_proposal("--label", "riss=crack")
+    assert (rows[A]["outcome"], rows[B]["outcome"], rows[B]["final_defect"]) == ("accepted", "accepted", "crack")
+    assert "the label 'Cracks' does not count as crack; if it is, say so by --label Cracks=crack" in capsys.readouterr().err
+    _, clicks = weak_labels(called_riss, write_photos(called_riss, called_riss.folder / "data"))
+    assert [click.defect for click in clicks["crack"]] == 4 * ["crack"] and "Riss" not in clicks
+
+
+def test_labels_may_mean_a_defect_when_they_become_weak_labels(called_riss):
+    called_riss.harvest()
+    before = called_riss.rows(), called_riss.rows("frames", "frame"), called_riss.rows("jobs", "job")
+    photos = write_photos(called_riss, called_riss.folder / "data")
+    out, clicks = weak_labels(called_riss, photos, options=("--label", "RISS=crack"))
+    assert sorted(click.x // 40 for click in clicks["crack"]) == [0, 1, 1, 2] and set(clicks) == {"crack", "Cracks"}
+    assert {click.defect for click in clicks["crack"]} == {"crack"}, "what was relabelled to Riss was none"
+    assert sorted(path.name for path in (out / "masks").iterdir()) == sorted({"Cracks", *LABELS} - {"Riss"})
+    mask = cv2.imread(str(out / "masks" / "crack" / "bridge" / "one.png"), cv2.IMREAD_GRAYSCALE)
+    assert mask[20, 20] == mask[20, 70] == mask[70, 110] == 255
+    assert before == (called_riss.rows(), called_riss.rows("frames", "frame"), called_riss.rows("jobs", "job"))
+
+
+def test_a_label_that_is_not_in_the_database_is_named(called_riss, capsys):
+    called_riss.harvest()
+    photos = write_photos(called_riss, called_riss.folder / "data")
+    with pytest.raises(SystemExit, match=r"the database has no label 'Rissx' \(did you mean 'Riss'\?\)"):
+        weak_labels(called_riss, photos, options=("--label", "Rissx=moss"))
+    called_riss.harvest("--label", "Riss=crack")
+    weak_labels(called_riss, photos, options=("--label", "Riss=crack"))  # the harvest has done it already

@@ -5,6 +5,9 @@ import hashlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 
 import numpy as np
@@ -16,7 +19,15 @@ from defectcam.climb import LocalClimb, PaperClimb
 from defectcam.network import ScoreNet
 from defectcam.postprocess import Cleaning
 from defectcam.pyramid import Reading
-from defectcam.weights import DefectWeights, WeightsError, load_weights, read_manifest, sha256_of, write_manifest
+from defectcam.weights import (
+    DefectWeights,
+    WeightsError,
+    load_weights,
+    read_manifest,
+    sha256_of,
+    write_defect,
+    write_manifest,
+)
 from tests.conftest import ROOT, random_network, tiny_weights
 
 
@@ -325,6 +336,9 @@ def test_a_version_is_its_day_and_the_first_letters_of_its_checksum(folder):
     day, letters = version[:10], version[11:]
     assert day == datetime.date.today().isoformat() and re.fullmatch("[0-9a-f]{6}", letters)
     assert load_weights(folder).version == version == write_manifest(folder, entries_of(folder)), "the same content"
+    entries["crack"]["training"]["licences"] = {"mine": {"licence": "CC0", "terms": "free", "source": "us"}}
+    assert write_manifest(folder, entries) == version, "licences make no other weights"
+    assert load_weights(folder).facts["crack"].terms == "free"
     entries["crack"]["iterations"] = 5
     other = write_manifest(folder, entries)
     assert other[:11] == version[:11] and other != version, "another calibration"
@@ -340,11 +354,11 @@ def test_a_version_is_its_day_and_the_first_letters_of_its_checksum(folder):
 def test_a_manifest_is_there_whole_or_not_at_all(folder, monkeypatch):
     before = (folder / "manifest.json").read_text()
 
-    def interrupted(path, text):
-        path.open("w").write(text[:100])
+    def interrupted(path, content):
+        path.open("wb").write(content[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pathlib.Path.write_text", interrupted)
+    monkeypatch.setattr("pathlib.Path.write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_manifest(folder, entries_of(folder) | {})
     assert (folder / "manifest.json").read_text() == before
@@ -353,7 +367,70 @@ def test_a_manifest_is_there_whole_or_not_at_all(folder, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["crack.safetensors", "manifest.json", "rust.safetensors"]
 
 
+KILLED = """
+import json, os, pathlib, signal, sys
+from defectcam.weights import write_defect
+calls, folder, number = 0, pathlib.Path(sys.argv[1]), int(sys.argv[2])
+
+def counted(real):
+    def call(path, *more):
+        global calls
+        calls += 1
+        if calls == number:
+            if real.__name__ == "write_bytes":
+                real(path, more[0][:20])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, *more)
+    return call
+
+for name in ("write_bytes", "replace", "unlink"):
+    setattr(pathlib.Path, name, counted(getattr(pathlib.Path, name)))
+tensors, graph = (pathlib.Path(path).read_bytes() for path in sys.argv[3:5])
+write_defect(folder, "crack", json.loads(sys.argv[5]), tensors, graph)
+"""
+
+
+def test_a_folder_can_be_loaded_whenever_the_writing_of_a_defect_is_killed(folder, tmp_path):
+    """Before every step of it: it has the weights of before or the new ones, whole; and later nothing is left over."""
+    entry = entries_of(folder)["crack"]
+    for name in ("file", "sha256", "graph", "graph_sha256"):
+        entry.pop(name, None)
+    write_defect(folder, "crack", entry, (folder / "crack.safetensors").read_bytes(), b"old graph")
+    edit_tensors(shutil.copytree(folder, tmp_path / "new"), lambda tensors: tensors["head.bias"].add_(1))
+    (tmp_path / "new.onnx").write_bytes(b"new graph")
+    new = (tmp_path / "new" / "crack.safetensors").read_bytes(), b"new graph"
+    old = (folder / "crack.safetensors").read_bytes(), b"old graph"
+    given = [tmp_path / "new" / "crack.safetensors", tmp_path / "new.onnx", json.dumps(entry | {"iterations": 7})]
+    seen = []
+    for number in range(1, 30):
+        copy = shutil.copytree(folder, tmp_path / str(number))
+        done = subprocess.run([sys.executable, "-c", KILLED, copy, str(number), *given], cwd=ROOT)
+        weights = load_weights(copy)
+        fact = weights.facts["crack"]
+        is_new = fact.iterations == 7
+        assert ((copy / fact.file).read_bytes(), weights.graph("crack")) == (new if is_new else old)
+        assert is_new or (fact.file, fact.graph) == ("crack.safetensors", "crack.onnx")
+        seen.append(is_new)
+        if done.returncode != -signal.SIGKILL:
+            break
+        write_defect(copy, "crack", entry | {"iterations": 8}, new[0], None)
+        names = ["crack.safetensors", "manifest.json", "rust.safetensors"]
+        assert sorted(path.name for path in copy.iterdir()) == names
+        assert load_weights(copy).facts["crack"].iterations == 8
+    assert done.returncode == 0 and len(seen) == 15 and seen == sorted(seen)
+    names = ["crack.onnx", "crack.safetensors", "manifest.json", "rust.safetensors"]
+    assert sorted(path.name for path in copy.iterdir()) == names
+
+
 def test_what_ships_is_small_and_nothing_is_a_pickle():
-    for path in (ROOT / "weights").iterdir():
+    for path in (path for path in (ROOT / "weights").rglob("*") if path.is_file()):
         assert path.suffix in (".safetensors", ".onnx", ".json", ".md", ".jpg", ".png"), path
         assert path.stat().st_size < 16e6
+
+
+def test_the_open_weights_have_seen_free_photos_alone_and_lack_spalling():
+    weights = load_weights(ROOT / "weights" / "open")
+    assert list(weights.facts) == ["crack", "rust"] and weights.terms == "free"
+    for defect, fact in weights.facts.items():
+        assert set(fact.licences) == {"uav_kaggle315", "cis_corrosion"} and not fact.training["network"]["init_sha256"]
+        assert weights.graph(defect)

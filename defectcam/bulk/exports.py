@@ -20,8 +20,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from defectcam.feedback.regions import region_of, run_lengths
 from defectcam.proposals import Component
+from defectcam.regions import region_of, run_lengths
 
 # CVAT finds a frame by its name, and where it knows no such name it takes the id for the frame's number and puts the
 # shapes there. No task has so many frames, so that it refuses the file instead and says which name it misses.
@@ -38,20 +38,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     os.replace(part, path)
 
 
-def task_labels(labels: Iterable[dict]) -> list[dict]:
-    """The function's labels as CVAT's label editor takes them in its tab Raw: with `mutable` and `default_value`."""
-    return [
-        label | {"attributes": [a | {"mutable": False, "default_value": a["values"][0]} for a in label["attributes"]]}
-        for label in labels
-    ]
-
-
 def write_cvat_xml(path: Path, labels: Sequence[dict], records: Iterable[dict]) -> None:
     """Write "CVAT for images 1.1".
 
     Args:
         path: of the file.
-        labels: of `task_labels`.
+        labels: of `defectcam.cvat_labels.task_labels`.
         records: {"name", "width", "height", "shapes"} of each photo; size in px, photos without one are left out.
     """
     with replacing(path) as file:

@@ -44,15 +44,15 @@ from tqdm import tqdm
 
 import cvat_function
 from defectcam import __version__
-from defectcam.bulk.exports import replacing, task_labels, write_coco, write_cvat_xml
+from defectcam.bulk.exports import replacing, write_coco, write_cvat_xml
 from defectcam.credentials import SECRETS
+from defectcam.cvat_labels import NOTICE, UNPROCESSED, task_labels
 from defectcam.overlay import draw_shapes
 from defectcam.paths import relative_path
 from defectcam.request import FORMATS, Request, RequestError, decode_image
 from defectcam.weights import WeightsError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")  # of the formats in FORMATS
-UNPROCESSED, NOTICE = "unprocessed", "notice"
 INTERRUPTED = 130  # what shells report for Ctrl-C
 ROOT = Path(cvat_function.__file__).resolve().parent
 LOG = logging.getLogger("defectcam.propose")

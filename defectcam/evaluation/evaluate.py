@@ -25,6 +25,7 @@ import numpy as np
 from defectcam.climb import PaperClimb
 from defectcam.evaluation.dial import dial_lines, measure_dial
 from defectcam.evaluation.figures import PhotoFigures, painted, photo_figures, set_figures
+from defectcam.evaluation.kept import ArrayFile, KeptPhoto
 from defectcam.evaluation.measures import match_instances, reliability
 from defectcam.evaluation.mosaics import MOSAICS, measure_mosaics, mosaics_lines
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
@@ -35,7 +36,8 @@ from defectcam.postprocess import Cleaning, regions
 from defectcam.predict import Predictor, device_and_engine, find_cores, proposals_for
 from defectcam.proposals import Component, find_components
 from defectcam.pyramid import PhotoMaps, Pyramid, Reading
-from defectcam.training.train import names
+from defectcam.training.config import names
+from defectcam.training.labels import add_label_option
 from defectcam.weights import WeightsError, load_weights
 
 STEPS = (0, 1, 2, 4, 8)
@@ -76,7 +78,7 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
         sets, healthy_sets = sets_of(args, predictors[""], defect)
         of_rows: dict[tuple[str, str, int], list[PhotoFigures]] = {}
         of_confidence: dict[str, list[tuple[float, bool]]] = {}
-        for photo in labelled_photos(args.data, sets, healthy_sets, "val", defect, args.photos):
+        for photo in labelled_photos(args.data, sets, healthy_sets, "val", defect, args.photos, args.label_names):
             for name, predictor in predictors.items():
                 if defect not in predictor.defects:
                     continue
@@ -123,12 +125,14 @@ def measure(args: argparse.Namespace) -> None:
     for defect in args.defects or predictor.defects:
         sets, healthy_sets = sets_of(args, predictor, defect)
         if args.measure == "mosaics":
-            photos = list(labelled_photos(args.data, [], [*sets, *healthy_sets], "val", defect))
+            file = ArrayFile(args.out)
+            every = labelled_photos(args.data, [], [*sets, *healthy_sets], "val", defect, labels=args.label_names)
+            photos = [KeptPhoto(photo, file) for photo in every]
             count = min(args.photos or MOSAICS, MOSAICS)
             results.append(measure_mosaics(predictor, defect, photos, count, args.out / "mosaics"))
             lines = mosaics_lines(results[-1])
         else:
-            photos = labelled_photos(args.data, sets, [], "val", defect, args.photos)
+            photos = labelled_photos(args.data, sets, [], "val", defect, args.photos, args.label_names)
             how, as_lines = {"dial": (measure_dial, dial_lines), "scale": (measure_scale, scale_lines)}[args.measure]
             results.append(how(predictor, defect, photos))
             lines = as_lines(results[-1])
@@ -191,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, help="judge on these sets with the defect (default: the weights' own)")
     parser.add_argument("--healthy-sets", type=names, help="and on photos of these without it (default: the weights' own)")
+    add_label_option(parser)
     parser.add_argument("--photos", type=count, help="photos of each set, or mosaics, at most (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: out)")
     instead = parser.add_mutually_exclusive_group()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy.spatial import cKDTree
 from skimage.morphology import skeletonize
 
 from defectcam.proposals import Component
@@ -28,6 +29,7 @@ MORPHOLOGY_RADII_PX = (0, -10, -6, -3, -1, 1, 3, 6)
 GROUPS = (0.95, 0.75, 0.5)  # Eq. 3: shares of time saved that the groups start at and weigh
 FINDING_IOU = 0.5
 FINDING_SKELETON_SHARE = 0.7
+WIDE_PX = 33  # skeletons of regions that hold such a square are made one by one
 INSIDE_SHARE = 0.7  # a proposal of which this much lies within ground truth is right
 CONFIDENCE_BINS = 10
 BOOTSTRAP_DRAWS = 1000
@@ -68,8 +70,9 @@ def f1_2px(proposed: np.ndarray, truth: np.ndarray) -> float:
 def false_components(proposed: np.ndarray, truth: np.ndarray) -> int:
     """Proposed components that touch no ground truth dilated by 2 px."""
     count, labels = cv2.connectedComponents(proposed.astype(np.uint8), connectivity=8)
-    touching = np.unique(labels[_dilated(truth, F1_TOLERANCE_PX) & proposed])
-    return count - 1 - len(touching)
+    touching = np.zeros(count, bool)
+    touching[labels[_dilated(truth, F1_TOLERANCE_PX) & proposed]] = True
+    return count - 1 - int(touching.sum())
 
 
 def centreline_counts(proposed: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
@@ -78,10 +81,29 @@ def centreline_counts(proposed: np.ndarray, truth: np.ndarray) -> tuple[int, int
     Found are those of the truth within 4 px of the proposal's, missed the others; false are those of the proposal
     farther than 4 px from the truth's. clIoU = found / (found + false + missed).
     """
-    own, wanted = skeletonize(proposed), skeletonize(truth)
-    found = np.count_nonzero(wanted & (_distance_to(own) <= SKELETON_TOLERANCE_PX))
-    false = np.count_nonzero(own & (_distance_to(wanted) > SKELETON_TOLERANCE_PX))
+    own, wanted = skeleton(proposed), skeleton(truth)
+    found = np.count_nonzero(wanted & _near(own, SKELETON_TOLERANCE_PX))
+    false = np.count_nonzero(own & ~_near(wanted, SKELETON_TOLERANCE_PX))
     return found, false, np.count_nonzero(wanted) - found
+
+
+def skeleton(mask: np.ndarray) -> np.ndarray:
+    """The skeleton (H, W) bool that scikit-image gives of a mask (H, W) bool.
+
+    It passes over its picture once per pixel of the widest region, so wide regions are cut out.
+    """
+    inner = cv2.erode(mask.astype(np.uint8), np.ones((WIDE_PX, WIDE_PX), np.uint8)) > 0
+    if not inner.any():
+        return skeletonize(mask)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    is_wide = np.zeros(count, bool)
+    is_wide[labels[inner]] = True
+    result = skeletonize(mask & ~is_wide[labels])
+    for label in np.flatnonzero(is_wide).tolist():
+        x, y, width, height, _ = stats[label].tolist()
+        crop = slice(y, y + height), slice(x, x + width)
+        result[crop] |= skeletonize(labels[crop] == label)
+    return result
 
 
 # Instances
@@ -122,8 +144,8 @@ def match_instances(
     """
     known = _Truth.of(truth)
     vertices = np.array([max(len(own), FEWEST_VERTICES) for own in known.vertices])
-    skeleton = skeletonize(truth) if defect == "crack" else np.zeros_like(truth)
-    length = np.bincount(known.labels[skeleton], minlength=known.count)
+    lines = skeleton(truth) if defect == "crack" else np.zeros_like(truth)
+    length = np.bincount(known.labels[lines], minlength=known.count)
     found_iou, pieces = np.full(known.count, np.nan), np.zeros(known.count, int)
     right, holes = np.zeros(len(proposals), bool), np.zeros(len(proposals), int)
     ratio = np.full(len(proposals), np.nan)
@@ -138,7 +160,7 @@ def match_instances(
         overlap = np.bincount(labels[own][one.mask], minlength=known.count)
         own_iou = overlap / (one.area_px + known.area - overlap)
         if defect == "crack":
-            covered = np.bincount(labels[near & skeleton[around]], minlength=known.count)
+            covered = np.bincount(labels[near & lines[around]], minlength=known.count)
             finds = known.large & (covered >= FINDING_SKELETON_SHARE * length)
         else:
             finds = known.large & (own_iou >= FINDING_IOU)
@@ -181,11 +203,15 @@ def saved_per_component(proposed: np.ndarray, truth: np.ndarray, defect: str) ->
     The proposals' morphology is the one that saves the photo's annotator most in all.
     """
     known = _Truth.of(truth)
+    if not known.large.any() or not proposed.any():
+        return [0.0] * np.count_nonzero(known.large)
     tau = boundary_tolerance_px(defect, truth.shape)
-    far = _distance_to(_boundary(truth)) > tau
+    rim = _boundary(truth)
+    far = cv2.distanceTransform((~rim).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) > tau
+    around = _surroundings(known)
     best: list[float] = []
     for radius_px in MORPHOLOGY_RADII_PX:
-        saved = _saved(_morphed(proposed, radius_px), known, far, tau, extra_clicks=int(radius_px != 0))
+        saved = _saved(_morphed(proposed, radius_px), known, around, far, tau, extra_clicks=int(radius_px != 0))
         if not best or sum(saved) > sum(best):
             best = saved
     return best
@@ -299,30 +325,56 @@ class _Truth:
         return cls(labels, stats[:, cv2.CC_STAT_AREA], large, boxes, points)
 
 
-def _saved(proposed: np.ndarray, known: _Truth, far: np.ndarray, tau: float, extra_clicks: int) -> list[float]:
-    """`saved_per_component` of one morphology; far (H, W) bool: pixels farther than tau from the truth's boundary."""
+def _saved(
+    proposed: np.ndarray,
+    known: _Truth,
+    around: dict[int, np.ndarray],
+    far: np.ndarray,
+    tau: float,
+    extra_clicks: int,
+) -> list[float]:
+    """`saved_per_component` of one morphology.
+
+    Args:
+        around: see `_surroundings`.
+        far: (H, W) bool, pixels farther than tau from the truth's boundary.
+    """
     count, labels = cv2.connectedComponents(proposed.astype(np.uint8), connectivity=8)
-    boundary = _boundary(proposed)
     to_cut = np.zeros(count, int)
     for line in _outlines(proposed):
         to_cut[labels[line[0, 1], line[0, 0]]] += _runs(far[line[:, 1], line[:, 0]])
-    saved = []
-    for component in np.flatnonzero(known.large).tolist():
-        near = _grown(known.boxes[component], TOUCHING_PX, proposed.shape)
-        touching = np.zeros(count, bool)
-        touching[labels[near][_dilated(known.labels[near] == component, TOUCHING_PX)]] = True
-        touching[0] = False
-        if not touching.any():
+    rows, columns = np.nonzero(_boundary(proposed))
+    part = labels[rows, columns]
+    order = np.argsort(part, kind="stable")  # part by part, and of each row by row
+    rim, starts = np.column_stack([columns, rows])[order], np.searchsorted(part[order], np.arange(count + 1))
+    reach_px, saved = math.ceil(tau), []
+    for component, pixels in around.items():
+        touching, points = np.zeros(count, bool), known.vertices[component]
+        touching[labels.ravel()[pixels]] = True
+        parts = 1 + np.flatnonzero(touching[1:])
+        if not len(parts):
             saved.append(0.0)
             continue
-        # What is farther off than tau matters no more: the distance is that in a crop around the component.
-        crop = _grown(known.boxes[component], math.ceil(tau) + 1, proposed.shape)
-        distance = _distance_to(boundary[crop] & touching[labels[crop]])
-        points = known.vertices[component]
-        to_draw = np.count_nonzero(distance[points[:, 1] - crop[0].start, points[:, 0] - crop[1].start] > tau)
-        cost = to_draw + 2 * to_cut[touching].sum() + extra_clicks
+        # What is farther off than tau from the component's box matters no more.
+        y0, y1, x0, x1 = known.boxes[component]
+        lines = [rim[starts[one] : starts[one + 1]] for one in parts.tolist()]
+        rows_near = (np.searchsorted(line[:, 1], (y0 - reach_px, y1 + reach_px)) for line in lines)
+        near = np.concatenate([line[first:end] for line, (first, end) in zip(lines, rows_near)])
+        near = near[(near[:, 0] >= x0 - reach_px) & (near[:, 0] < x1 + reach_px)]
+        distance_px = cKDTree(near).query(points)[0].astype(np.float32)  # infinite where nothing is near
+        cost = np.count_nonzero(distance_px > tau) + 2 * to_cut[parts].sum() + extra_clicks
         saved.append(float(np.clip(1 - cost / max(FEWEST_VERTICES, len(points)), 0, 1)))
     return saved
+
+
+def _surroundings(known: _Truth) -> dict[int, np.ndarray]:
+    """Of every component that counts the pixels within TOUCHING_PX rows and columns of it, (n,) int in the flat photo."""
+    found = {}
+    for component in np.flatnonzero(known.large).tolist():
+        crop = _grown(known.boxes[component], TOUCHING_PX, known.labels.shape)
+        rows, columns = np.nonzero(_dilated(known.labels[crop] == component, TOUCHING_PX))
+        found[component] = (rows + crop[0].start) * known.labels.shape[1] + columns + crop[1].start
+    return found
 
 
 def _grown(box: tuple[int, int, int, int], margin: int, shape: tuple[int, int]) -> tuple[slice, slice]:
@@ -351,11 +403,11 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
     return (padded - cv2.erode(padded, np.ones((3, 3), np.uint8)))[1:-1, 1:-1] > 0
 
 
-def _distance_to(pixels: np.ndarray) -> np.ndarray:
-    """Distance in px of every pixel to the nearest of some; infinite where there is none."""
-    if not pixels.any():
-        return np.full(pixels.shape, np.inf)
-    return cv2.distanceTransform((~pixels).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+def _near(pixels: np.ndarray, distance_px: int) -> np.ndarray:
+    """The pixels (H, W) bool at most so far from some."""
+    ys, xs = np.mgrid[-distance_px : distance_px + 1, -distance_px : distance_px + 1]
+    disc = (ys**2 + xs**2 <= distance_px**2).astype(np.uint8)
+    return cv2.dilate(pixels.astype(np.uint8), disc) > 0
 
 
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:
@@ -373,4 +425,4 @@ def _runs(far: np.ndarray) -> int:
     """Stretches of True along a closed line."""
     if far.all():
         return int(len(far) > 0)
-    return int(np.count_nonzero(far & ~np.roll(far, 1)))
+    return np.count_nonzero(far[1:] & ~far[:-1]) + int(far[0] and not far[-1])

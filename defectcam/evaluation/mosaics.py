@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from defectcam.evaluation.kept import KeptPhoto
 from defectcam.evaluation.measures import bootstrap_sums, interval_95
 from defectcam.evaluation.photos import LabelledPhoto
 from defectcam.paths import file_name, write_image
@@ -43,7 +44,7 @@ class Mosaic:
         return next(name for name, (y0, y1, x0, x1) in self.places if y0 <= y < y1 and x0 <= x < x1)
 
 
-def mosaics_of(photos: Sequence[LabelledPhoto], count: int) -> Iterator[Mosaic]:
+def mosaics_of(photos: Sequence[LabelledPhoto | KeptPhoto], count: int) -> Iterator[Mosaic]:
     """Mosaics of photos in random order, the same at every call; every photo is taken before any is repeated.
 
     A row holds photos of one set, the sets by turns, all cropped to the height of the row's lowest.
@@ -74,13 +75,13 @@ def mosaics_of(photos: Sequence[LabelledPhoto], count: int) -> Iterator[Mosaic]:
         yield Mosaic(image_rgb, factor, places)
 
 
-def _endless(photos: Sequence[LabelledPhoto], rng: np.random.Generator) -> Iterator[LabelledPhoto]:
+def _endless(photos: Sequence[LabelledPhoto | KeptPhoto], rng: np.random.Generator) -> Iterator[LabelledPhoto | KeptPhoto]:
     while True:
         yield from (photos[index] for index in rng.permutation(len(photos)))
 
 
 def measure_mosaics(
-    predictor: Predictor, defect: str, photos: Sequence[LabelledPhoto], count: int, pictures: Path
+    predictor: Predictor, defect: str, photos: Sequence[LabelledPhoto | KeptPhoto], count: int, pictures: Path
 ) -> dict:
     """False proposals per megapixel by T and size of the photos; the mosaics with proposals are drawn to `pictures`.
 

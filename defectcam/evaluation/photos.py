@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +10,17 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.training.clicks import split_stems
-from defectcam.training.crops import read_photo_rgb
-from defectcam.training.labels import LabelledSet, photo_size
+from defectcam.training.finished import Box
+from defectcam.training.labels import LabelledSet, photo_size, read_photo_rgb
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledPhoto:
-    """A photo and the defect's mask, (H, W) bool; None where the photo is free of the defect."""
+    """A photo and the defect's mask, (H, W) bool; None where the photo is free of the defect.
+
+    Attributes:
+        stem: its name in the set; of a finished part of a photo with the box behind it, such as "pier_1 (100,200,900,1000)".
+    """
 
     set_name: str
     stem: str
@@ -25,19 +29,28 @@ class LabelledPhoto:
 
 
 def labelled_photos(
-    data_dir: Path, sets: Sequence[str], healthy_sets: Sequence[str], split: str, defect: str, limit: int | None = None
+    data_dir: Path,
+    sets: Sequence[str],
+    healthy_sets: Sequence[str],
+    split: str,
+    defect: str,
+    limit: int | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Iterator[LabelledPhoto]:
     """All photos of `sets`, and those of `healthy_sets` without the defect, `limit` of each set at most.
 
     Of a healthy set no mask is judged by: there may be none, or only a coarse one. A set that is named in both is judged
-    by its masks.
+    by its masks. Of a photo with finished parts these are the photos, each cut out; `limit` counts it once.
+
+    Args:
+        labels: what labels of files are called here, as `LabelledSet` takes them.
 
     Raises:
-        ValueError: a mask that cannot be read right, or a photo that cannot be read at all; see `LabelledSet`.
+        ValueError: labels that cannot be read right, or a photo that cannot be read at all; see `LabelledSet`.
         FileNotFoundError: a photo of the split is missing.
     """
     for set_name in dict.fromkeys([*sets, *healthy_sets]):
-        taken, files, stems = 0, LabelledSet(data_dir, set_name, defect), split_stems(data_dir, set_name, split)
+        taken, files, stems = 0, LabelledSet(data_dir, set_name, defect, labels), split_stems(data_dir, set_name, split)
         if set_name in sets:
             files.check_masks(stems)
         for stem in tqdm(stems, desc=f"{defect}: {set_name}", unit="photo"):
@@ -45,9 +58,21 @@ def labelled_photos(
                 break
             path = files.photo(stem)
             truth = files.read_mask(stem, *photo_size(path))
-            if truth is not None and not truth.any():
-                truth = None
-            if set_name not in sets and truth is not None:
+            usable = []
+            for name, where in _parts(stem, files.finished_boxes(stem)):
+                own = None if truth is None or not truth[where].any() else truth[where]
+                if set_name in sets or own is None:
+                    usable.append((name, where, own))
+            if not usable:
                 continue
             taken += 1
-            yield LabelledPhoto(set_name, stem, read_photo_rgb(path), truth)
+            image_rgb = read_photo_rgb(path)
+            for name, where, own in usable:
+                yield LabelledPhoto(set_name, name, np.ascontiguousarray(image_rgb[where]), own)
+
+
+def _parts(stem: str, boxes: Sequence[Box] | None) -> list[tuple[str, tuple[slice, slice]]]:
+    """Names of the parts of a photo that are known, and where they lie in it."""
+    if boxes is None:
+        return [(stem, (slice(None), slice(None)))]
+    return [(f"{stem} ({x0},{y0},{x1},{y1})", (slice(y0, y1), slice(x0, x1))) for x0, y0, x1, y1 in boxes]

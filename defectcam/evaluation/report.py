@@ -38,14 +38,14 @@ class Case:
     Attributes:
         file: the overlay, relative to the page.
         saved: share of clicks saved, 0..1; pictures are ordered by it.
-        thumbnail: (h, w, 3) uint8, masks without the photo; None of a photo without the defect.
+        thumbnail: masks without the photo, as PNG; None of a photo without the defect.
     """
 
     defect: str
     name: str
     file: str
     saved: float
-    thumbnail: np.ndarray | None
+    thumbnail: bytes | None
 
 
 def draw_case(photo: LabelledPhoto, mask: np.ndarray, defect: str, saved: float, folder: Path) -> Case:
@@ -61,7 +61,8 @@ def draw_case(photo: LabelledPhoto, mask: np.ndarray, defect: str, saved: float,
         height, width = mask.shape
         drawn = compared(np.full((height, width, 3), 255, np.uint8), mask, truth, opacity=1.0)
         size = THUMBNAIL_PX, max(1, THUMBNAIL_PX * height // width)
-        thumbnail = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
+        small = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)[:THUMBNAIL_PX]
+        thumbnail = cv2.imencode(".png", small)[1].tobytes()
     return Case(defect, f"{photo.set_name} {photo.stem}", f"{folder.name}/{file}", saved, thumbnail)
 
 
@@ -86,7 +87,7 @@ def good_and_bad(cases: Sequence[Case]) -> np.ndarray:
         tiles = []
         for case in some:
             tile = np.full((THUMBNAIL_PX + 8, THUMBNAIL_PX + 8, 3), 200, np.uint8)
-            thumbnail = case.thumbnail[:THUMBNAIL_PX]
+            thumbnail = cv2.imdecode(np.frombuffer(case.thumbnail, np.uint8), cv2.IMREAD_COLOR)
             tile[4 : 4 + len(thumbnail), 4:-4] = thumbnail
             tiles.append(tile)
         rows.append(np.hstack(tiles))

@@ -7,8 +7,8 @@ no defect   1 - confidence: the model sees nothing where the shape is.
 outline     confidence * (1 - F1 at 2 px of shape and proposals): there is a defect, but outlined otherwise.
 missing     the proposal's confidence: the model is sure of what has no outline.
 
-Old labels come as folders of masks (<data>/<set>/masks/<defect>/<stem>.png) or as an export from CVAT ("CVAT for
-images 1.1") and the folder of its photos. Weights that were trained on the very same labels agree too readily: audit
+Old labels come as sets with masks (<data>/<set>/masks/<defect>/<stem>.png) or label files, or as an export from CVAT ("CVAT
+for images 1.1") and the folder of its photos. Weights that were trained on the very same labels agree too readily: audit
 with weights from other photos where you can.
 
 Example:
@@ -22,7 +22,7 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +34,17 @@ from tqdm import tqdm
 from defectcam.evaluation.measures import f1_2px
 from defectcam.feedback.cvat import CvatError, CvatExport
 from defectcam.feedback.labels import PhotoError, PhotoFolder, set_and_stem, size_on_disk
-from defectcam.feedback.regions import AREA_TYPES, common_px, merged, on_one_crop, region_of, resized
+from defectcam.feedback.regions import common_px
 from defectcam.paths import write_image
 from defectcam.predict import Predictor, device_and_engine, proposals_for
 from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.pyramid import Pyramid
+from defectcam.regions import AREA_TYPES, merged, on_one_crop, region_of, resized
+from defectcam.request import ImageError
 from defectcam.training.clicks import split_stems
-from defectcam.training.crops import read_photo_rgb
-from defectcam.training.labels import LabelledSet, photo_size
+from defectcam.training.finished import Box
+from defectcam.training.labels import LabelledSet, add_label_option, photo_size, read_photo_rgb
+from defectcam.training.names import LabelNames, check_label_names
 from defectcam.weights import WeightsError, load_weights
 
 F1_MARGIN_PX = 3
@@ -59,12 +62,24 @@ class OldPhoto:
         set_name, stem: its names.
         path: of the photo.
         shapes: as they were labelled.
+        finished: boxes x0, y0, x1, y1, px, x1 and y1 exclusive, beyond which nothing is known; None = the whole photo is.
     """
 
     set_name: str
     stem: str
     path: Path
     shapes: list[Component]
+    finished: list[Box] | None = None
+
+    def is_known(self, region: Component) -> bool:
+        """Whether half of a region or more is in finished parts."""
+        if self.finished is None:
+            return True
+        known = np.zeros(region.mask.shape, bool)
+        for x0, y0, x1, y1 in self.finished:
+            top, left = max(y0 - region.top, 0), max(x0 - region.left, 0)
+            known[top : max(y1 - region.top, 0), left : max(x1 - region.left, 0)] = True
+        return 2 * np.count_nonzero(known & region.mask) >= region.area_px
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,21 +96,75 @@ class Doubt:
     proposals: list[Component]
 
 
-def photos_of_sets(data: Path, sets: Sequence[str], splits: Sequence[str], defect: str) -> Iterator[OldPhoto]:
-    """The photos of data sets that have a mask of the defect, an empty one included."""
+class Notes:
+    """What is left out, each said once on standard error; false as long as nothing is."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._said)
+
+    def add(self, what: object) -> None:
+        """Say it, unless it was said."""
+        if str(what) not in self._said:
+            self._said.add(str(what))
+            tqdm.write(f"left out: {what}", file=sys.stderr)
+
+
+def photos_of_sets(
+    data: Path,
+    sets: Sequence[str],
+    splits: Sequence[str],
+    defect: str,
+    labels: Mapping[str, str] | None = None,
+    notes: Notes | None = None,
+) -> Iterator[OldPhoto]:
+    """The photos of data sets that have labels of the defect, an empty mask included.
+
+    A photo that is missing or cannot be read is left out, with a note.
+
+    Args:
+        labels: as `LabelledSet` takes them.
+
+    Raises:
+        ValueError, FileNotFoundError: as of `LabelledSet`.
+    """
+    notes = Notes() if notes is None else notes
     for set_name in sets:
-        files = LabelledSet(data, set_name, defect)
-        stems = [stem for split in splits for stem in split_stems(data, set_name, split)]
-        for stem in filter(files.mask, stems):
-            path = files.photo(stem)
-            yield OldPhoto(set_name, stem, path, find_components(files.read_mask(stem, *photo_size(path))))
+        files = LabelledSet(data, set_name, defect, labels)
+        for stem in [stem for split in splits for stem in split_stems(data, set_name, split)]:
+            try:
+                path = files.photo(stem)
+                size = photo_size(path)
+            except (FileNotFoundError, ImageError) as error:
+                notes.add(error)
+                continue
+            if files.mask(stem):
+                shapes = find_components(files.read_mask(stem, *size))
+                yield OldPhoto(set_name, stem, path, shapes, files.finished_boxes(stem))
 
 
-def photos_of_export(export: CvatExport, photos: PhotoFolder, defect: str) -> Iterator[OldPhoto]:
-    """The photos of an export whose labels include the defect, each once, also where jobs overlap."""
-    seen = set()
+def photos_of_export(
+    export: CvatExport,
+    photos: PhotoFolder,
+    defect: str,
+    labels: Mapping[str, str] | None = None,
+    notes: Notes | None = None,
+) -> Iterator[OldPhoto]:
+    """The photos of an export whose labels include the defect, each once, also where jobs overlap.
+
+    A photo that is missing or cannot be read, or was cropped or turned since, is left out, with a note.
+
+    Args:
+        labels: as for `photos_of_sets`.
+
+    Raises:
+        CvatError: something in the export cannot be read.
+    """
+    seen, names, notes = set(), LabelNames(defect, labels or {}), Notes() if notes is None else notes
     for job in export.jobs():
-        if defect not in job.labels:
+        if not any(map(names.is_defect, job.labels)):
             continue
         for frame in export.frames(job):
             if (job.task_id, frame.number) in seen:
@@ -104,10 +173,17 @@ def photos_of_export(export: CvatExport, photos: PhotoFolder, defect: str) -> It
             regions = [
                 region_of(shape.kind, shape.points, frame.width, frame.height, shape.rotation)
                 for shape in frame.shapes
-                if shape.label == defect and shape.kind in AREA_TYPES
+                if names.is_defect(shape.label) and shape.kind in AREA_TYPES
             ]
-            path = photos.find(frame.name)
-            size = size_on_disk(path, frame.name, frame.width, frame.height)
+            for shape in frame.shapes:
+                if names.is_defect(shape.label) and shape.kind not in AREA_TYPES:
+                    notes.add(f"a {shape.kind} on {frame.name}, {shape.label!r}, which is no region: draw it as a polygon")
+            try:
+                path = photos.find(frame.name)
+                size = size_on_disk(path, frame.name, frame.width, frame.height)
+            except (PhotoError, FileNotFoundError, ImageError) as error:
+                notes.add(error)
+                continue
             scale_xy = size[0] / frame.width, size[1] / frame.height
             if scale_xy != (1.0, 1.0):
                 regions = [resized(region, *scale_xy, *size) for region in regions if region is not None]
@@ -115,7 +191,7 @@ def photos_of_export(export: CvatExport, photos: PhotoFolder, defect: str) -> It
 
 
 def doubts_on_photo(predictor: Predictor, photo: OldPhoto, defect: str) -> list[Doubt]:
-    """All shapes of a photo and all proposals beside them, with how much the model disagrees.
+    """All shapes of a photo and all proposals beside them, with how much the model disagrees; in finished parts alone.
 
     Raises:
         ValueError: the labels were made on a photo of another size.
@@ -131,9 +207,11 @@ def doubts_on_photo(predictor: Predictor, photo: OldPhoto, defect: str) -> list[
     logits = maps.merged()
     found, on_shapes = [], set()
     for shape in photo.shapes:
-        confidence = component_confidence(component_features(shape, logits, maps.levels), fact.confidence_weights)
         touching = [i for i, proposal in enumerate(proposals) if common_px(proposal.component, shape)]
         on_shapes |= set(touching)
+        if not photo.is_known(shape):
+            continue
+        confidence = component_confidence(component_features(shape, logits, maps.levels), fact.confidence_weights)
         own = [proposals[i].component for i in touching]
         agreement = 0.0
         if own:
@@ -143,7 +221,7 @@ def doubts_on_photo(predictor: Predictor, photo: OldPhoto, defect: str) -> list[
         kind = max(by_kind, key=by_kind.get)
         found.append(Doubt(photo, defect, kind, by_kind[kind], confidence, agreement, shape, own))
     for index, proposal in enumerate(proposals):
-        if index not in on_shapes:
+        if index not in on_shapes and photo.is_known(proposal.component):
             sure, region = proposal.confidence, proposal.component
             found.append(Doubt(photo, defect, "missing", sure, sure, 0.0, region, [region]))
     return found
@@ -225,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=lambda text: text.split(","), help="with --data: sets to audit, a,b")
     parser.add_argument("--split", choices=("train", "val", "all"), default="all", help="with --data (default: all)")
+    add_label_option(parser)
     parser.add_argument("--export", type=Path, help='an export from CVAT as "CVAT for images 1.1"')
     parser.add_argument("--photos", type=Path, help="with --export: folder of the photos, as uploaded to CVAT")
     parser.add_argument("--defects", type=lambda text: text.split(","), help="of those with weights (default: all)")
@@ -242,17 +321,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         export = CvatExport(args.export, None) if args.export else None
         folder = PhotoFolder(args.photos) if args.export else None
         splits = ("train", "val") if args.split == "all" else (args.split,)
-        doubts, photos = [], 0
+        doubts, photos, notes = [], 0, Notes()
+        there = {label for job in export.jobs() for label in job.labels} if export else set()
+        if export:
+            check_label_names(args.label_names, there, str(args.export), predictor.defects)
+            for note in export.notes:
+                print(note, file=sys.stderr)
+        lacking = []
         for defect in args.defects or predictor.defects:
+            names = LabelNames(defect, args.label_names)
             if export:
-                found = photos_of_export(export, folder, defect)
+                if not any(map(names.is_defect, there)):
+                    lacking.append(f"{args.export} {names.lacking(there)}")
+                for label in names.nearly(there):
+                    notes.add(f"the label {label!r} of {args.export}; if it is {defect}, say so by --label {label}={defect}")
+                found = photos_of_export(export, folder, defect, args.label_names, notes)
             else:
-                found = photos_of_sets(args.data, args.sets, splits, defect)
+                found = photos_of_sets(args.data, args.sets, splits, defect, args.label_names, notes)
             for photo in tqdm(list(found), desc=defect, unit="photo", disable=None):
-                doubts += doubts_on_photo(predictor, photo, defect)
+                try:
+                    doubts += doubts_on_photo(predictor, photo, defect)
+                except (FileNotFoundError, ImageError) as error:
+                    notes.add(error)
+                    continue
                 photos += 1
         if not photos:
-            sys.exit("nothing to audit: no photo has labels of the defects there are weights for")
+            why = "every photo is left out, the lines above say why" if notes else "no photo has labels of the defects"
+            sys.exit("\n".join(lacking) or f"nothing to audit: {why}")
+        for what in lacking:
+            print(what, file=sys.stderr)
         write_audit(doubts, photos, predictor.weights.version, args.top, args.out)
     except (CvatError, PhotoError, WeightsError, FileNotFoundError, KeyError, ValueError) as error:
         sys.exit(f"{error}")

@@ -12,24 +12,22 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
-import httpx
 from tqdm import tqdm
 
-from defectcam.credentials import TOKEN, checked_token, checked_url
-from defectcam.request import RequestError
+from defectcam.cvat.client import CvatClient, CvatError, client_of
+from defectcam.cvat_xml import geometry_of, root_of
 
-TIMEOUT_S = 120
 EVENTS_PATIENCE_S = 120
 EVENTS_POLL_S = 1
 DATA_PATIENCE_S = 600
@@ -49,10 +47,6 @@ def proposal_name(attributes: Mapping[str, str]) -> str:
     return (attributes.get(PROPOSAL) or "").strip()
 
 
-class CvatError(RuntimeError):
-    """CVAT cannot be read; the message says what failed and what to do."""
-
-
 class LeftOut(CvatError):
     """A job that is not harvested for what it is; the message says why."""
 
@@ -65,7 +59,7 @@ class Shape:
         key: CVAT's id, which edits keep; in exports, which have none, a hash of the shape.
         label: name of its label.
         kind: polygon, mask, rectangle, ellipse, ...
-        points: as CVAT stores them, see `regions.region_of`.
+        points: as CVAT stores them, see `defectcam.regions.region_of`.
         source: auto, semi-auto, manual or file; only CVAT's own page keeps it, which makes semi-auto of an auto shape
             that was edited, and manual of one from a file.
         attributes: name -> value.
@@ -134,34 +128,17 @@ class JobEvents:
 
 
 class CvatServer:
-    """A running CVAT.
+    """What annotators' work needs of a running CVAT.
 
     Args:
-        url: as in the browser, http://host:port.
-        token: of a user who may see the jobs: a key of CVAT's login or a personal access token.
+        client: the connection.
         tasks: ids of the tasks to read; none = all that the user may see.
-
-    Raises:
-        RequestError: what cannot be an address or a token.
     """
 
-    def __init__(self, url: str, token: str, tasks: Sequence[int] = ()) -> None:
-        self.name = checked_url(url, "--url")
+    def __init__(self, client: CvatClient, tasks: Sequence[int] = ()) -> None:
+        self.client = client
+        self.name = client.url
         self.tasks = tasks
-        self._token = token = checked_token(token)
-        # Keys of CVAT's own login are 40 hex digits; personal access tokens, which newer servers have, are not.
-        scheme = "Token" if re.fullmatch("[0-9a-f]{40}", token) else "Bearer"
-        headers = {"Authorization": f"{scheme} {token}", "Accept": "application/vnd.cvat+json, application/json, */*"}
-        try:
-            self._client = httpx.Client(
-                base_url=self.name,
-                headers=headers,
-                timeout=TIMEOUT_S,
-                follow_redirects=True,  # to another server without the token
-                transport=httpx.HTTPTransport(retries=3),
-            )
-        except httpx.InvalidURL as error:
-            raise RequestError(f"--url is {self.name!r}, which is no address: {error}") from None
         self._labels: dict[int, dict[int, dict]] = {}
         self._meta: dict[int, dict] = {}
 
@@ -169,11 +146,11 @@ class CvatServer:
         """All annotation jobs of the tasks, by id."""
         found = []
         for path in [f"/api/jobs?task_id={task}" for task in self.tasks] or ["/api/jobs"]:
-            found += self._pages(path)
+            found += self.client.pages(path)
         for job in sorted(found, key=lambda job: job["id"]):
             if job.get("type", "annotation") != "annotation":  # ground truth jobs of quality control
                 continue
-            labels = self._task_labels(job["task_id"]).values()
+            labels = self.labels(job["task_id"]).values()
             yield Job(
                 id=job["id"],
                 task_id=job["task_id"],
@@ -188,40 +165,41 @@ class CvatServer:
 
     def frames(self, job: Job) -> list[Frame]:
         """The job's frames with the shapes it holds now; those deleted in CVAT are left out."""
-        if job.task_id not in self._meta:
-            self._meta[job.task_id] = self._json(f"/api/tasks/{job.task_id}/data/meta")
-        meta, own = self._meta[job.task_id], self._json(f"/api/jobs/{job.id}/data/meta")
-        if len(meta["frames"]) < meta["size"]:
-            raise LeftOut(f"task {job.task_id} is a video; only tasks of photos are harvested")
-        labels = self._task_labels(job.task_id)
+        frames, labels = self.photos(job), self.labels(job.task_id)
         shapes: dict[int, list[Shape]] = {}
-        annotations = self._json(f"/api/jobs/{job.id}/annotations")
-        now = self._json(f"/api/jobs/{job.id}")
+        annotations = self.annotations(job)
+        now = self.client.json(f"/api/jobs/{job.id}")
         if (now["state"], now.get("updated_date") or "") != (job.state, job.updated):
             raise LeftOut("somebody changed it meanwhile; run this again")
-        if annotations.get("tracks"):
-            raise LeftOut("it holds tracks, as videos have them; draw shapes instead (Shape, not Track)")
         for shape in sorted(annotations["shapes"], key=lambda shape: shape["id"]):
             if shape["label_id"] not in labels:
                 raise CvatError("a label was added while it was read; run this again")
-            label = labels[shape["label_id"]]
-            names = {spec["id"]: spec["name"] for spec in label["attributes"]}
-            values = {names[a["spec_id"]]: a["value"] for a in shape["attributes"] if a["spec_id"] in names}
-            shapes.setdefault(shape["frame"], []).append(
-                Shape(
-                    key=str(shape["id"]),
-                    label=label["name"],
-                    kind=str(shape["type"]),
-                    points=tuple(shape.get("points") or ()),
-                    source=shape.get("source") or "manual",
-                    attributes=values,
-                    rotation=shape.get("rotation") or 0.0,
-                )
-            )
+            one = shape_of(shape, labels[shape["label_id"]])
+            shapes.setdefault(shape["frame"], []).append(one)
+        return [replace(frame, shapes=tuple(shapes.get(frame.number, ()))) for frame in frames]
+
+    def annotations(self, job: Job) -> dict:
+        """The job's annotations as CVAT sends them: "shapes", "tags"; LeftOut if it has tracks."""
+        annotations = self.client.json(f"/api/jobs/{job.id}/annotations", "shapes")
+        if annotations.get("tracks"):
+            raise LeftOut("it holds tracks, as videos have them; draw shapes instead (Shape, not Track)")
+        return annotations
+
+    def photos(self, job: Job) -> list[Frame]:
+        """The job's frames without their shapes; those deleted in CVAT are left out.
+
+        Raises:
+            LeftOut: its task is a video.
+        """
+        if job.task_id not in self._meta:
+            self._meta[job.task_id] = self.client.json(f"/api/tasks/{job.task_id}/data/meta")
+        meta, own = self._meta[job.task_id], self.client.json(f"/api/jobs/{job.id}/data/meta")
+        if len(meta["frames"]) < meta["size"]:
+            raise LeftOut(f"task {job.task_id} is a video; only tasks of photos are harvested")
         numbers = own.get("included_frames") or range(job.first_frame, job.last_frame + 1)
         gone = {*meta.get("deleted_frames", ()), *own.get("deleted_frames", ())}
         return [
-            Frame(n, frame["name"], frame["width"], frame["height"], tuple(shapes.get(n, ())))
+            Frame(n, frame["name"], frame["width"], frame["height"], ())
             for n, frame in ((n, meta["frames"][n]) for n in numbers if n not in gone)
         ]
 
@@ -229,7 +207,7 @@ class CvatServer:
         """What the event log has on the job; nothing where the server keeps none (it is part of its analytics)."""
         proposal_specs = {
             spec["id"]
-            for label in self._task_labels(job.task_id).values()
+            for label in self.labels(job.task_id).values()
             for spec in label["attributes"]
             if spec["name"] == PROPOSAL
         }
@@ -262,15 +240,15 @@ class CvatServer:
     def photo_bytes(self, job: Job, frame: Frame) -> bytes | None:
         """The photo's file as the function got it; None where the server does not give it away."""
         path = f"/api/jobs/{job.id}/data?type=frame&quality=original&number={frame.number}"
-        response = self._get(path)
+        response = self.client.request("GET", path)
         for wait_s in PHOTO_WAITS_S:
             if response.status_code != 429 and response.status_code < 500:
                 break
             time.sleep(wait_s)
-            response = self._get(path)
+            response = self.client.request("GET", path)
         if response.status_code in (403, 404):
             return None
-        self._check(path, response, 200)
+        self.client.check(path, response, 200)
         return response.content
 
     def create_task(self, name: str, labels: Sequence[dict], photos: Sequence[Path]) -> int:
@@ -287,15 +265,16 @@ class CvatServer:
         twice = next((photo for photo in photos if names.count(photo.name) > 1), None)
         if twice:
             raise CvatError(f"two of the photos are called {twice.name}, which a task cannot tell apart: rename one")
-        task = self._post("/api/tasks", 201, json={"name": name, "labels": list(labels)}).json()["id"]
+        task = self.client.checked("POST", "/api/tasks", 201, json={"name": name, "labels": list(labels)}).json()["id"]
         path = f"/api/tasks/{task}/data/"
         try:
-            self._post(path, 202, headers={"Upload-Start": ""})
+            self.client.checked("POST", path, 202, headers={"Upload-Start": ""})
             for photo in tqdm(photos, desc="upload", unit="photo", disable=None):
                 files = {"client_files[0]": (photo.name, photo.read_bytes())}
-                self._post(path, 200, headers={"Upload-Multiple": ""}, data={"image_quality": IMAGE_QUALITY}, files=files)
+                part = {"headers": {"Upload-Multiple": ""}, "data": {"image_quality": IMAGE_QUALITY}, "files": files}
+                self.client.checked("POST", path, 200, **part)
             order = {"image_quality": IMAGE_QUALITY, "sorting_method": "predefined", "upload_file_order": names}
-            response = self._post(path, 202, headers={"Upload-Finish": ""}, json=order)
+            response = self.client.checked("POST", path, 202, headers={"Upload-Finish": ""}, json=order)
             self._wait_for_data(task, (response.json() or {}).get("rq_id"))
         except (CvatError, OSError) as error:
             raise CvatError(f"task {task} was made but not filled: {error}; delete it in CVAT and try again") from error
@@ -306,7 +285,7 @@ class CvatServer:
         path = f"/api/requests/{request}" if request else f"/api/tasks/{task}/status"
         deadline = time.monotonic() + DATA_PATIENCE_S
         while time.monotonic() < deadline:
-            state = self._json(path)
+            state = self.client.json(path)
             status = (state.get("status") or state["state"]).lower()
             if status == "finished":
                 return
@@ -315,178 +294,192 @@ class CvatServer:
             time.sleep(EVENTS_POLL_S)
         raise CvatError(f"CVAT has not read the photos in {DATA_PATIENCE_S} s")
 
-    def _task_labels(self, task: int) -> dict[int, dict]:
+    def labels(self, task: int) -> dict[int, dict]:
+        """A task's labels by id, as CVAT sends them."""
         if task not in self._labels:
-            self._labels[task] = {label["id"]: label for label in self._pages(f"/api/labels?task_id={task}")}
+            self._labels[task] = {label["id"]: label for label in self.client.pages(f"/api/labels?task_id={task}")}
         return self._labels[task]
 
     def _event_rows(self, job: Job) -> list[dict]:
         """The job's events from CVAT's CSV, which it makes in the background; [] where it cannot."""
         # Without a start CVAT looks back 30 days.
         query = {"job_id": job.id, "from": job.created, "to": datetime.now(timezone.utc).isoformat()}
-        response = self._get("/api/events", params=query)
+        response = self.client.request("GET", "/api/events", params=query)
         if response.status_code in (404, 405, 410):  # servers that have retired the older way
             return self._event_rows_of_request(query)
         deadline = time.monotonic() + EVENTS_PATIENCE_S
         while response.status_code == 202 and time.monotonic() < deadline:
             query["query_id"] = response.json()["query_id"]
-            response = self._get("/api/events", params=query)
+            response = self.client.request("GET", "/api/events", params=query)
             if response.status_code == 202:
                 time.sleep(EVENTS_POLL_S)
         if response.status_code != 201:
             return []
-        response = self._get("/api/events", params=query | {"action": "download"})
+        response = self.client.request("GET", "/api/events", params=query | {"action": "download"})
         return list(csv.DictReader(io.StringIO(response.text))) if response.status_code == 200 else []
 
     def _event_rows_of_request(self, query: dict) -> list[dict]:
-        response = self._request("POST", "/api/events/export", params=query)
+        response = self.client.request("POST", "/api/events/export", params=query)
         if response.status_code != 202:
             return []
         request, deadline = response.json()["rq_id"], time.monotonic() + EVENTS_PATIENCE_S
         while time.monotonic() < deadline:
-            state = self._json(f"/api/requests/{request}")
+            state = self.client.json(f"/api/requests/{request}")
             if state["status"] == "finished":
-                response = self._get(_path_and_query(state["result_url"]))
+                response = self.client.request("GET", self.client.path_of(state["result_url"]))
                 return list(csv.DictReader(io.StringIO(response.text))) if response.status_code == 200 else []
             if state["status"] == "failed":
                 return []
             time.sleep(EVENTS_POLL_S)
         return []
 
-    def _pages(self, path: str) -> list[dict]:
-        results: list[dict] = []
-        while path:
-            page = self._json(path)
-            if not isinstance(page, dict) or "results" not in page:
-                raise CvatError(f"{self.name}{path} answers no list: is this CVAT's address?")
-            results += page["results"]
-            # Behind a proxy the link may name a host that only the server knows.
-            path = _path_and_query(page["next"]) if page.get("next") else ""
-        return results
 
-    def _json(self, path: str):
-        response = self._get(path)
-        self._check(path, response, 200)
-        try:
-            return response.json()
-        except ValueError:
-            raise CvatError(f"{self.name}{path} answers no JSON: is this CVAT's address?") from None
-
-    def _check(self, path: str, response: httpx.Response, expected: int) -> None:
-        if response.status_code in (401, 403):
-            raise CvatError(
-                f"{self.name}{path} answers {response.status_code}: give a valid token ({TOKEN}) of a user who may "
-                "see these tasks"
-            )
-        if response.status_code != expected:
-            text = response.text.replace(self._token, "...")[:200]  # a server's error page may repeat what it was sent
-            raise CvatError(f"{self.name}{path} answers {response.status_code}: {text}")
-
-    def _post(self, path: str, expected: int, **options) -> httpx.Response:
-        response = self._request("POST", path, **options)
-        self._check(path, response, expected)
-        return response
-
-    def _get(self, path: str, **options) -> httpx.Response:
-        return self._request("GET", path, **options)
-
-    def _request(self, method: str, path: str, **options) -> httpx.Response:
-        try:
-            return self._client.request(method, path, **options)
-        except httpx.HTTPError as error:
-            raise CvatError(f"{self.name} cannot be reached: {error}; check --url (or ADVCAM_CVAT_URL)") from error
-
-
-def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """`--url`; and a `--token` that is refused, since others see what is on the command line."""
-
-    class Refused(argparse.Action):
-        def __call__(self, parser, *_) -> None:
-            parser.error(f"others can see what is on the command line: give the token as {TOKEN}, not by --token")
-
-    url = os.environ.get("ADVCAM_CVAT_URL", "")
-    parser.add_argument("--url", default=url, help=f"CVAT's (default: $ADVCAM_CVAT_URL); the token is read from ${TOKEN}")
-    parser.add_argument("--token", action=Refused, help=argparse.SUPPRESS)
+def shape_of(shape: dict, label: dict) -> Shape:
+    """A shape of CVAT's annotations, whose label is that of `CvatServer.labels`."""
+    names = {spec["id"]: spec["name"] for spec in label["attributes"]}
+    values = {names[a["spec_id"]]: a["value"] for a in shape["attributes"] if a["spec_id"] in names}
+    return Shape(
+        key=str(shape["id"]),
+        label=label["name"],
+        kind=str(shape["type"]),
+        points=tuple(shape.get("points") or ()),
+        source=shape.get("source") or "manual",
+        attributes=values,
+        rotation=shape.get("rotation") or 0.0,
+    )
 
 
 def server_of(args: argparse.Namespace, tasks: Sequence[int] = ()) -> CvatServer:
-    """The CVAT that `add_server_options` and the environment name.
-
-    Raises:
-        RequestError: none is named, or not well.
-    """
-    token = os.environ.get(TOKEN, "")
-    if not (args.url.strip() and token.strip()):
-        raise RequestError(f"give --url (or ADVCAM_CVAT_URL), and a token as {TOKEN}")
-    return CvatServer(args.url, token, tasks)
+    """The CVAT that `add_server_options` and the environment name; RequestError if none is named, or not well."""
+    return CvatServer(client_of(args), tasks)
 
 
 class CvatExport:
     """An export of a job, task or project in the format "CVAT for images 1.1": its zip, or the XML alone.
 
-    Exports name no job states, so whoever makes one says which jobs are completed, and no shape ids.
+    Exports name no job states, so whoever makes one says which jobs are completed, and no shape ids. The frames' numbers
+    are those of the server: the ids in the file count from the task's start frame in its steps, and in a project from task
+    to task.
+
+    Attributes:
+        notes: what of it is left out, for whoever reads it.
 
     Args:
         path: of the zip or XML.
         completed: ids of the jobs that a person has completed; None = all.
+
+    Raises:
+        CvatError: it is no such export, or has a photo that none of its tasks has; naming what and the remedy.
     """
 
     def __init__(self, path: Path, completed: Sequence[int] | None) -> None:
-        self.completed = completed
+        self.path, self.completed = path, completed
         self._zip = None
         try:
             if zipfile.is_zipfile(path):
                 self._zip = zipfile.ZipFile(path)
-                root = ElementTree.fromstring(self._zip.read("annotations.xml"))
+                root = root_of(self._zip.read("annotations.xml"))
             else:
-                root = ElementTree.parse(path).getroot()
-        except (OSError, KeyError, ElementTree.ParseError) as error:
+                root = root_of(Path(path).read_bytes())
+        except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise CvatError(f'{path} is no export of the format "CVAT for images 1.1": {error}') from error
-        if root.find("track") is not None:
+        tracks, images = root.findall("track"), root.findall("image")
+        if tracks and not images:
             raise CvatError(f'{path} is a video\'s export; export a task of photos as "CVAT for images 1.1"')
-        self._images = root.findall("image")
-        self.name, self._jobs = self._read_meta(root, path)
-        for image in self._images:
-            if not any(_is_of_job(image, job) for job in self._jobs):
-                raise CvatError(f"{path} has an image {image.get('id')} ({image.get('name')}), which is in none of its jobs")
+        self.notes = [
+            f"{path}: track {track.get('id')} ({track.get('label')!r}) is left out: draw shapes instead (Shape, not Track)"
+            for track in tracks
+        ]
+        try:
+            tasks = _exported_tasks(root)
+            self.name, self._jobs = self._read_jobs(root, tasks)
+            by_id = {task.element.findtext("id"): task for task in tasks}
+            for image in images:
+                own_task = tasks[0] if len(tasks) == 1 else None  # exports of a task or job do not name it
+                task = by_id.get(image.get("task_id")) if image.get("task_id") else own_task
+                number = task.number(int(image.get("id"))) if task else None
+                what = f"an image {image.get('id')} ({image.get('name')})"
+                if number is None:
+                    raise CvatError(f"{path} has {what}, which is in none of its jobs: export it anew from CVAT")
+                if not any(job.first_frame <= number <= job.last_frame for job, own in self._jobs if own is task):
+                    self.notes.append(f"{path}: {what} is left out: it is in none of its jobs")
+                if number in task.images:
+                    raise CvatError(f"{path} has {what} twice: export it anew from CVAT")
+                task.images[number] = image
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CvatError(f"{path} cannot be read: {error}; export it anew from CVAT") from error
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of the export, by id; those not among `completed` have the state ""."""
-        yield from self._jobs
+        for job, _ in self._jobs:
+            yield job
 
     def frames(self, job: Job) -> list[Frame]:
-        """The job's frames with their shapes."""
-        frames = []
-        for image in self._images:
-            if _is_of_job(image, job):
-                shapes = tuple(shape for shape in map(_exported_shape, image) if shape)
-                name, width, height = image.get("name"), int(image.get("width")), int(image.get("height"))
-                frames.append(Frame(int(image.get("id")), name, width, height, shapes))
-        return frames
+        """The job's frames with their shapes.
+
+        Raises:
+            CvatError: a photo without name or size, or a shape without its numbers.
+        """
+        return [
+            self._frame(number, image)
+            for number, image in sorted(self._task_of(job).images.items())
+            if job.first_frame <= number <= job.last_frame
+        ]
 
     def events(self, job: Job) -> JobEvents:
         """Nothing: exports have no events."""
         return JobEvents()
 
     def photo_bytes(self, job: Job, frame: Frame) -> bytes | None:
-        """The photo's file where the export was made with images."""
-        names = self._zip.namelist() if self._zip else []
-        found = [name for name in names if name == f"images/{frame.name}"]
-        found = found or [name for name in names if name.startswith("images/") and name.endswith(f"/{frame.name}")]
-        return self._zip.read(found[0]) if len(found) == 1 else None
+        """The photo's file where the export was made with images.
 
-    def _read_meta(self, root: ElementTree.Element, path: Path) -> tuple[str, list[Job]]:
-        """Name of the server, and the jobs."""
-        tasks = [*root.iterfind("meta/task"), *root.iterfind("meta/job"), *root.iterfind("meta/project/tasks/task")]
-        labels = tuple(
-            sorted(label.findtext("name") for label in root.iter("label") if label.findtext("type") != "tag")
-        )
+        Raises:
+            CvatError: the zip is broken there.
+        """
+        names, images = self._zip.namelist() if self._zip else [], self._task_of(job).images
+        wanted = [f"images/{images[frame.number].get('subset')}/{frame.name}", f"images/{frame.name}"]
+        found = [name for name in wanted if name in names]
+        if not found:
+            others = {f"images/{image.get('name')}" for image in images.values()}
+            found = [name for name in names if name.startswith("images/") and name.endswith(f"/{frame.name}")]
+            found = [name for name in found if name not in others]
+            if len(found) != 1:
+                return None
+        try:
+            return self._zip.read(found[0])
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise CvatError(f"{self.path}: {found[0]} cannot be read: {error}; export it anew from CVAT") from error
+
+    def _task_of(self, job: Job) -> _ExportedTask:
+        return next(task for own, task in self._jobs if own.id == job.id)
+
+    def _frame(self, number: int, image: ElementTree.Element) -> Frame:
+        shapes, what = [], "its size"
+        try:
+            width, height = int(image.get("width")), int(image.get("height"))
+            for place, element in enumerate(image, start=1):
+                what = f"{element.tag} {place}"
+                shapes.append(_exported_shape(element))
+        except (TypeError, ValueError, AttributeError) as error:
+            where = f"{what} of the photo {image.get('name')}"
+            raise CvatError(f"{self.path}: {where} cannot be read: {error}; export it anew from CVAT") from error
+        return Frame(number, image.get("name") or "", width, height, tuple(shape for shape in shapes if shape))
+
+    def _read_jobs(
+        self, root: ElementTree.Element, tasks: Sequence[_ExportedTask]
+    ) -> tuple[str, list[tuple[Job, _ExportedTask]]]:
+        """Name of the server, and all jobs by id, each with its task."""
+        names = {label.findtext("name") for label in root.iter("label") if label.findtext("type") != "tag"}
+        labels = tuple(sorted(names - {None}))
         server, jobs = "", []
-        for task in tasks:
+        for own in tasks:
+            task = own.element
             for segment in task.iterfind("segments/segment"):
                 address = urlsplit(segment.findtext("url") or "")
-                server = f"{address.scheme}://{address.netloc}" if address.netloc else path.name
-                job_id = int(segment.findtext("id"))
+                server = f"{address.scheme}://{address.netloc}" if address.netloc else self.path.name
+                # The segment has an id of its own. Only its address names the job.
+                in_url = re.search(r"(?:/jobs/|[?&]id=)(\d+)/?$", segment.findtext("url") or "")
+                job_id = int(in_url[1] if in_url else segment.findtext("id"))
                 done = self.completed is None or job_id in self.completed
                 # A job's own export calls the job's id its id and does not name the task.
                 task_id = int(task.findtext("id")) if task.tag == "task" else 0
@@ -501,41 +494,70 @@ class CvatExport:
                     updated=task.findtext("updated") or root.findtext("meta/dumped") or "",
                     labels=labels,
                 )
-                jobs.append(job)
+                jobs.append((job, own))
         if not jobs:
-            raise CvatError(f'{path} names no jobs; export it from CVAT as "CVAT for images 1.1"')
-        missing = sorted(set(self.completed or ()) - {job.id for job in jobs})
+            raise CvatError(f'{self.path} names no jobs; export it from CVAT as "CVAT for images 1.1"')
+        missing = sorted(set(self.completed or ()) - {job.id for job, _ in jobs})
         if missing:
-            raise CvatError(f"--completed names job {missing[0]}, but {path} has {[job.id for job in jobs]}")
-        return server, sorted(jobs, key=lambda job: job.id)
+            known = sorted(job.id for job, _ in jobs)
+            raise CvatError(f"--completed names job {missing[0]}, but {self.path} has {known}")
+        return server, sorted(jobs, key=lambda pair: pair[0].id)
 
 
-def _is_of_job(image: ElementTree.Element, job: Job) -> bool:
-    number, task = int(image.get("id")), int(image.get("task_id", job.task_id))
-    return task == job.task_id and job.first_frame <= number <= job.last_frame
+@dataclass(frozen=True, eq=False)
+class _ExportedTask:
+    """A task, or the job of a job's own export, with how its frames are counted.
+
+    Attributes:
+        element: in the file's meta.
+        first_id: of the task's frame 0, there or not.
+        step: from one frame's id to the next.
+        size: number of frames.
+        images: those of its photos that the file has, by the frame's number.
+    """
+
+    element: ElementTree.Element
+    first_id: int
+    step: int
+    size: int
+    images: dict[int, ElementTree.Element] = field(default_factory=dict)
+
+    def number(self, image_id: int) -> int | None:
+        """The number of a frame by its id; None where the task has no such frame."""
+        number, rest = divmod(image_id - self.first_id, self.step)
+        return number if rest == 0 and 0 <= number < self.size else None
+
+
+def _exported_tasks(root: ElementTree.Element) -> list[_ExportedTask]:
+    """The tasks of an export, in the order in which CVAT counts their frames: on and on within a subset."""
+    tasks, subset, offset = [], None, 0
+    for path in ("meta/task", "meta/job", "meta/project/tasks/task"):
+        for element in root.iterfind(path):
+            segments = element.findall("segments/segment")
+            last = max((int(segment.findtext("stop")) for segment in segments), default=-1)
+            found = re.search(r"step\s*=\s*([1-9]\d*)", element.findtext("frame_filter") or "")
+            step, start = int(found[1]) if found else 1, int(element.findtext("start_frame") or 0)
+            if element.tag == "job":  # its start frame is that of its own first photo
+                first = int(segments[0].findtext("start")) if segments and element.findtext("start_frame") else 0
+                tasks.append(_ExportedTask(element, start - first * step, step, last + 1))
+                continue
+            if element.findtext("subset") != subset:
+                subset, offset = element.findtext("subset"), 0
+            size = int(element.findtext("size") or last + 1)
+            if segments:
+                tasks.append(_ExportedTask(element, offset + start, step, size))
+            offset += start + step * size
+    return tasks
 
 
 def _exported_shape(element: ElementTree.Element) -> Shape | None:
-    """A child of an <image>; None for tags and whatever has no pixels."""
-    get, kind = element.get, element.tag
-    if kind == "box":
-        kind, points = "rectangle", [float(get(key)) for key in ("xtl", "ytl", "xbr", "ybr")]
-    elif kind == "ellipse":
-        x, y, rx, ry = (float(get(key)) for key in ("cx", "cy", "rx", "ry"))
-        points = [x, y, x + rx, y - ry]
-    elif kind == "mask":
-        left, top, width, height = (int(get(key)) for key in ("left", "top", "width", "height"))
-        points = [int(run) for run in get("rle").split(",")] + [left, top, left + width - 1, top + height - 1]
-    elif get("points"):
-        points = [float(value) for point in get("points").split(";") for value in point.split(",")]
-    else:
+    """A child of an <image>, without points where it is of a kind that has no pixels; None for tags."""
+    if element.tag == "tag":
         return None
+    kind, points, rotation = geometry_of(element) or (element.tag, [], 0.0)
+    if kind != "mask" and len(points) % 2:
+        raise ValueError(f"{len(points)} numbers are no points")
+    get = element.get
     attributes = {child.get("name"): child.text or "" for child in element.iterfind("attribute")}
     digest = hashlib.blake2s(repr((get("label"), kind, points)).encode(), digest_size=6).hexdigest()
-    rotation = float(get("rotation") or 0)
     return Shape(digest, get("label"), kind, tuple(points), get("source") or "manual", attributes, rotation)
-
-
-def _path_and_query(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.path}?{parts.query}" if parts.query else parts.path

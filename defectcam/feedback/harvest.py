@@ -14,7 +14,7 @@ Example:
     export ADVCAM_CVAT_URL=http://localhost:8080 ADVCAM_CVAT_TOKEN=...
     defectcam harvest --snapshot --tasks 7          # without a log: after "Automatic annotation"
     defectcam harvest --tasks 7 --log /data/proposals --csv out/feedback/csv
-    defectcam harvest --export task7.zip --completed 7,8 --log /data/proposals
+    defectcam harvest --export task7.zip --completed 7,8 --log /data/proposals --label Riss=crack
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import argparse
 import hashlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,16 +33,15 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from tqdm import tqdm
 
+from defectcam.cvat.client import CvatError, add_server_options
 from defectcam.feedback.cvat import (
     UNTOUCHED,
-    CvatError,
     CvatExport,
     Frame,
     Job,
     JobEvents,
     LeftOut,
     Shape,
-    add_server_options,
     proposal_name,
     server_of,
 )
@@ -64,6 +63,8 @@ from defectcam.feedback.store import (
 )
 from defectcam.proposal_log import image_hash, read_proposal_log
 from defectcam.request import ImageError, RequestError, decode_image
+from defectcam.training.labels import add_label_option
+from defectcam.training.names import LabelNames, check_label_names, meaning
 
 NOTHING_HARVESTED = 3
 OUTCOMES = (ACCEPTED, MODIFIED, REJECTED, MISS)
@@ -80,7 +81,18 @@ class LoggedProposals:
 
     def __init__(self, records: Iterable[dict]) -> None:
         answers: dict[tuple, dict] = {}
+        self.replaced: set[tuple[int, str]] = set()  # (job, proposal), by second runs: `defectcam cvat annotate`
+        self.earlier: dict[tuple[int, str], set[str]] = defaultdict(set)  # (job, photo) -> proposals from before second runs
+        self.second_runs: dict[tuple[int, str], dict] = {}  # (job, photo) -> record of the last one
         for record in records:
+            if second := record.get("second_run"):
+                key = second["job"], record["image"]
+                self.replaced |= {(second["job"], name) for name in second["replaced"]}
+                self.earlier[key] |= {*second["replaced"], *second["rejected"]}
+                if key not in self.second_runs or at(record["time"]) > at(self.second_runs[key]["time"]):
+                    self.second_runs[key] = record
+                if not record["shapes"]:
+                    continue
             settings, names = repr(record.get("settings")), frozenset(names_in(record))
             answer = answers.setdefault(
                 (record["image"], record.get("weights"), settings, names), {**record, "times": []}
@@ -283,7 +295,7 @@ def shown_proposals(
         if not names:  # all were rejected; events also have those that a later run has cleaned away
             names = {name for number, name in events.shown if number == frame.number and name in log.by_name}
             told_by_events.add(frame.number)
-        names_of[frame.number] = names
+        names_of[frame.number] = names | log.earlier.get((job.id, images.get(frame.number, "")), set())
     named = [record for names in names_of.values() for name in names for record in log.by_name[name]]
     alive = {defects_of(record) for record in named}
     seen = {number: image for number, image in images.items() if image in log.by_image}
@@ -311,7 +323,8 @@ def shown_proposals(
             # A shape propagated before the snapshot is no proposal of this frame where the log knows better.
             if not logged or proposal.name not in log.by_name:
                 by_name.setdefault(proposal.name, proposal)
-        shown[frame.number] = list(by_name.values())
+        present = {shape.proposal for shape in frame.shapes}
+        shown[frame.number] = [p for name, p in by_name.items() if name in present or (job.id, name) not in log.replaced]
     return shown, unknown
 
 
@@ -322,10 +335,16 @@ class Harvest:
         source: CvatServer or CvatExport.
         engine: the database.
         log: the function's.
+        label_names: what labels in CVAT mean, such as {"Riss": "crack"}.
+
+    Attributes:
+        notes: what its user must know.
+        failed: whether a job could not be read.
     """
 
-    def __init__(self, source, engine: Engine, log: LoggedProposals) -> None:
+    def __init__(self, source, engine: Engine, log: LoggedProposals, label_names: Mapping[str, str] | None = None) -> None:
         self.source, self.engine, self.log = source, engine, log
+        self.label_names = label_names or {}
         self.notes: list[str] = []
         self.failed = False
 
@@ -334,9 +353,17 @@ class Harvest:
 
         Returns:
             Number of interactions per outcome; number of jobs that were harvested, and of all jobs.
+
+        Raises:
+            CvatError: there are no jobs; nothing can be read; or a name of `label_names` is none of theirs.
         """
         outcomes, harvested = Counter(), 0
         jobs = self._jobs()
+        try:
+            there = {label for job in jobs for label in job.labels}
+            check_label_names(self.label_names, there, self.source.name, self.log.defects)
+        except ValueError as error:
+            raise CvatError(str(error)) from None
         for job in tqdm(jobs, desc="jobs", unit="job", disable=None):
             if job.state != "completed":
                 self.notes.append(
@@ -412,10 +439,18 @@ class Harvest:
             events = remembered(events, session.get(JobRow, (self.source.name, job.id)))
             images, last = self._images(session, job, frames), self._snapshot(session, job)
             snapshot = self.log.without_replaced(frames, images, last) if last else None
+            said = {label: meaning(label, self.label_names, self.log.defects) for label in job.labels}
+            job, frames, snapshot = in_the_functions_words(said, job, frames, snapshot)
             meanings = self.log.meanings(job, frames, snapshot or {})
             if meanings:
                 self.notes.append(f"job {job.id}: labels taken for the function's: {meanings}")
                 job, frames, snapshot = in_the_functions_words(meanings, job, frames, snapshot)
+            for defect in sorted(self.log.defects):
+                for label in set(LabelNames(defect, self.label_names).nearly(job.labels)) - self.log.defects:
+                    self.notes.append(
+                        f"job {job.id}: the label {label!r} does not count as {defect}; if it is, say so by --label "
+                        f"{label}={defect}"
+                    )
             taken = last.taken if last else ""
             shown, unknown = shown_proposals(frames, images, job, events, self.log, snapshot, taken)
             if len(unknown) == len(frames):
@@ -453,15 +488,23 @@ class Harvest:
         images = {row.frame: row.image for row in rows if row.image}
         if not self.log.by_image:
             return images
+        gone = []
         for frame in frames:
             if frame.number in images:
                 continue
             photo = self.source.photo_bytes(job, frame)
             try:
-                if photo:
+                if not photo:
+                    gone.append(frame.name)
+                else:
                     images[frame.number] = image_hash(decode_image(photo, max_pixels=10**9))
             except ImageError as error:
                 self.notes.append(f"job {job.id}: photo {frame.name}: {error}")
+        if gone and images:
+            self.notes.append(
+                f"job {job.id}: no photo {', '.join(gone)} is in what CVAT gives: if all proposals on it were rejected, that "
+                "cannot be told; export it anew with images"
+            )
         return images
 
     def _interactions(
@@ -587,7 +630,7 @@ def in_the_functions_words(
     def meant(label: str) -> str:
         return meanings.get(label, label)
 
-    job = replace(job, labels=tuple(sorted(meant(label) for label in job.labels)))
+    job = replace(job, labels=tuple(sorted({meant(label) for label in job.labels})))
     frames = [
         replace(frame, shapes=tuple(replace(shape, label=meant(shape.label)) for shape in frame.shapes))
         for frame in frames
@@ -654,6 +697,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--log", type=Path, action="append", default=[], help="the function's ADVCAM_LOG_DIR; may be given several times"
     )
+    add_label_option(parser)
     parser.add_argument("--snapshot", action="store_true", help="only keep the proposals of jobs not completed")
     add_store_option(parser)
     parser.add_argument("--csv", type=Path, help="also write all tables as CSV to this folder")
@@ -676,7 +720,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine = open_store(args.db)
         place = without_secrets(engine.url)
         log = LoggedProposals(record for folder in args.log for record in read_proposal_log(folder))
-        harvest = Harvest(source, engine, log)
+        harvest = Harvest(source, engine, log, args.label_names)
+        harvest.notes += source.notes if args.export else []
         if args.snapshot:
             snapshots, proposals = harvest.snapshot()
             print(f"{snapshots} new snapshots with {proposals} proposals in {place}")

@@ -7,7 +7,7 @@ clicks/<defect>.csv               for `defectcam train --clicks`. Accepted and m
                                   relabelled, gives a none-click inside the proposed region, if there is a patch
                                   around it without that defect. Weights go from 1 (accepted as it was) to 2 (all of
                                   the outline edited, rejected, or missed): the harder a case, the more it counts.
-masks/<defect>/<set>/<stem>.png   for `defectcam train-outline --arm outlines --masks`. The finished outlines of
+masks/<defect>/<set>/<stem>.png   for `defectcam train --masks`. The finished outlines of
                                   all photos of completed jobs, photos without the defect included; photos
                                   that nobody looked at have none.
 
@@ -27,7 +27,7 @@ import os
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +37,16 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from tqdm import tqdm
 
-from defectcam.feedback.regions import AREA_TYPES, innermost_xy, region_of, resized
+from defectcam.feedback.regions import innermost_xy
 from defectcam.feedback.store import FrameRow, InteractionRow, JobRow, StoreError, add_store_option, open_store
 from defectcam.paths import file_name, inside, write_image
 from defectcam.proposal_log import image_hash
 from defectcam.proposals import Component, find_components
+from defectcam.regions import AREA_TYPES, region_of, resized
 from defectcam.request import ImageError, decode_image
 from defectcam.training.clicks import Click, patch_bounds, write_clicks
-from defectcam.training.crops import read_photo_rgb
+from defectcam.training.labels import add_label_option, read_photo_rgb
+from defectcam.training.names import check_label_names, meaning
 
 PATCH_PX = 320  # paper 4.1
 NEGATIVE_TRIES = 500  # pixels of a rejected region tried as a none-click, the innermost first
@@ -142,17 +144,30 @@ class LabelledFrame:
         return resized(region, *self.scale_xy, self.width, self.height)
 
 
-def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFrame]:
+def labelled_frames(
+    engine: Engine, photos: PhotoFolder, label_names: Mapping[str, str] | None = None
+) -> Iterator[LabelledFrame]:
     """All photos of the database, those of the jobs completed last at the end.
 
     A photo that is missing or cannot be read, or was cropped or turned since, is named and left out.
 
+    Args:
+        label_names: what labels mean, such as {"Riss": "crack"}.
+
     Raises:
         PhotoError, FileNotFoundError, ImageError: no photo is left.
+        ValueError: neither a label of `label_names` nor what it means is in the database.
     """
+
+    def meant(label: str | None) -> str | None:
+        return label and meaning(label, label_names or {})
+
     left_out, found = None, False
-    with Session(engine) as session:
+    with Session(engine, autoflush=False) as session:  # what labels mean is not for the database
         jobs = session.scalars(select(JobRow).order_by(JobRow.completed, JobRow.server, JobRow.job)).all()
+        there = {label for job in jobs for label in job.labels}
+        new = {label: defect for label, defect in (label_names or {}).items() if defect not in there}
+        check_label_names(new, there, "the database", ())
         for job in tqdm(jobs, desc="jobs", unit="job", disable=None):
             of_job = (FrameRow.server == job.server, FrameRow.job == job.job)
             rows = defaultdict(list)
@@ -160,10 +175,13 @@ def labelled_frames(engine: Engine, photos: PhotoFolder) -> Iterator[LabelledFra
                 InteractionRow.server == job.server, InteractionRow.job == job.job
             )
             for row in session.scalars(interactions.order_by(InteractionRow.id)):
+                row.defect, row.final_defect = meant(row.defect), meant(row.final_defect)
                 rows[row.frame].append(row)
             for frame in session.scalars(select(FrameRow).where(*of_job).order_by(FrameRow.frame)):
                 try:
-                    labelled = _labelled_frame(frame, tuple(job.labels), rows[frame.frame], photos)
+                    labels = tuple(dict.fromkeys(map(meant, job.labels)))
+                    frame.shapes = [{**shape, "label": meant(shape["label"])} for shape in frame.shapes]
+                    labelled = _labelled_frame(frame, labels, rows[frame.frame], photos)
                 except (PhotoError, FileNotFoundError, ImageError) as error:
                     left_out = error
                     tqdm.write(f"left out: {error}", file=sys.stderr)
@@ -219,7 +237,8 @@ def clicks_of_frame(frame: LabelledFrame, patch_px: int) -> list[Click]:
 
     def click(row: InteractionRow, xy: tuple[int, int], defect: str, absent: str, effort: float) -> None:
         weight = round(1 + effort, 4)
-        found.append(Click(str(frame.path), *xy, defect, absent, f"{set_name}/{stem}", weight, row.id))
+        side_px = patch_px if defect == "none" else 0
+        found.append(Click(str(frame.path), *xy, defect, absent, f"{set_name}/{stem}", weight, row.id, side_px))
 
     for row in frame.interactions:
         # Where the proposal's geometry is unknown, so is the effort: half.
@@ -261,7 +280,9 @@ def free_pixel_xy(region: Component | None, occupied: np.ndarray, patch_px: int)
     return None
 
 
-def write_weak_labels(engine: Engine, photos: PhotoFolder, patch_px: int, out: Path) -> dict[str, Counter]:
+def write_weak_labels(
+    engine: Engine, photos: PhotoFolder, patch_px: int, out: Path, label_names: Mapping[str, str] | None = None
+) -> dict[str, Counter]:
     """Write clicks and masks of everything in a database, in place of those of the last time.
 
     Of a photo that several jobs looked at for a label, the one completed last counts.
@@ -269,12 +290,14 @@ def write_weak_labels(engine: Engine, photos: PhotoFolder, patch_px: int, out: P
     Returns:
         Per defect the number of positive clicks, none-clicks, masks, and of wrong proposals.
 
+    `label_names` and further errors as of `labelled_frames`.
+
     Raises:
         PhotoError: before anything is written.
     """
     if (out / "images").exists():
         raise PhotoError(f"--out {out} is a set of photos, and its masks would be replaced: choose another folder")
-    frames = list(labelled_frames(engine, photos))
+    frames = list(labelled_frames(engine, photos, label_names))
     _check_names(frames)
     last = {(frame.path, label): frame for frame in frames for label in frame.labels}
     clicks: dict[str, list[Click]] = defaultdict(list)
@@ -337,13 +360,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--patch-px", type=int, default=PATCH_PX, help="crop size of the training to come (default: %(default)s)"
     )
+    add_label_option(parser)
     parser.add_argument("--out", type=Path, default=Path("out/feedback"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.photos.is_dir():
         parser.error(f"--photos {args.photos} is no folder")
     try:
-        counts = write_weak_labels(open_store(args.db, make=False), PhotoFolder(args.photos), args.patch_px, args.out)
-    except (StoreError, PhotoError, FileNotFoundError, ImageError) as error:
+        engine, photos = open_store(args.db, make=False), PhotoFolder(args.photos)
+        counts = write_weak_labels(engine, photos, args.patch_px, args.out, args.label_names)
+    except (StoreError, PhotoError, FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     for defect, of in sorted(counts.items()):
         print(

@@ -7,7 +7,7 @@
    same_clicks     round 1's clicks alone: what more steps are worth
    plain_clicks    and as many positive and none-clicks, given on the same photos without proposals
    loop            and the clicks from what annotators did: hard negatives where they rejected
-   loop_outlines   instead of clicks the finished outlines, read per pixel
+   loop_outlines   and, instead of those clicks, the finished outlines, read per pixel
 4. All arms are calibrated on the same val photos and compared.
 
 Simulated annotators know the true outlines. A proposal on a defect that saves them 95 % of the clicks they accept, one
@@ -51,17 +51,20 @@ from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
 from defectcam.feedback.cvat import Frame, Job, JobEvents, Shape
 from defectcam.feedback.harvest import Harvest, LoggedProposals, attributes_of
 from defectcam.feedback.labels import PhotoFolder, write_weak_labels
-from defectcam.feedback.regions import common_px, merged, on_one_crop, run_lengths, saved_share
+from defectcam.feedback.regions import common_px, saved_share
 from defectcam.feedback.store import InteractionRow, open_store
 from defectcam.paths import file_name
 from defectcam.predict import Predictor, device_and_engine
 from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.proposals import Component, find_components
+from defectcam.regions import merged, on_one_crop, run_lengths
 from defectcam.request import Request, Settings
-from defectcam.training import outline, train
+from defectcam.training import train
 from defectcam.training.calibrate import calibrate, say
 from defectcam.training.clicks import Click, photo_path, read_clicks, simulate_clicks, split_stems, write_clicks
-from defectcam.training.train import names
+from defectcam.training.config import TrainConfig, names
+from defectcam.training.dataset import PhotoLabels
+from defectcam.training.labels import read_own_mask, read_photo_rgb
 from defectcam.weights import load_weights
 from model_handler import ModelHandler
 
@@ -73,10 +76,8 @@ from sqlalchemy.orm import Session  # noqa: E402
 ACCEPTED_FROM = 0.95  # share of clicks saved: Eq. 3's best group
 ARMS = ("round_1", "same_clicks", "plain_clicks", "loop", "loop_outlines")
 FIGURES = ("iou", "f1_2px", "mean_saved", "eq3", "false_components", "quiet_share")
-NETWORK = ["--encoder=efficientnet-lite0", "--encoder-weights=imagenet", "--pooling=log-mean-exp"]  # as the shipped ones
 LR, HEAD_LR = 5e-4, 5e-3
 ITERATIONS = 2  # T of the function, the paper's
-OUTLINE_CROP_PX, OUTLINE_BATCH = 160, 8
 LOG = logging.getLogger("defectcam.loop")
 
 
@@ -239,29 +240,27 @@ class Experiment:
         """Train a network on round 1's clicks and those of a file; returns the run's folder."""
         folder = self.work / arm / "network"
         if not (folder / "record.json").exists():
-            options = self._options(folder, init, steps, self.args.crop_px, self.args.batch)
-            train.train(train.parse_args(options + ([f"--clicks={clicks}"] if clicks else [])))
+            train.train(self._config(init, steps, clicks), folder)
         return folder
 
-    def train_outline(self, arm: str, init: Path, masks: Path) -> Path:
-        """Train a network on finished outlines alone; returns the run's folder."""
+    def train_outlines(self, arm: str, init: Path, masks: Path) -> Path:
+        """Train a network on round 1's clicks and on finished outlines; returns the run's folder."""
         folder = self.work / arm / "network"
         if not (folder / "record.json").exists():
-            options = self._options(folder, init, self.args.steps, OUTLINE_CROP_PX, OUTLINE_BATCH)
-            run = outline.parse_args([*options, "--arm=outlines"])
-            paths = {path: photo_path(self.args.data / path.parent.name, path.stem) for path in sorted(masks.glob("*/*.png"))}
-            outline.train_outline(run, [outline.load_outline_photo(photo, mask) for mask, photo in paths.items()])
+            photos = []
+            for mask in sorted(masks.glob("*/*.png")):
+                image_rgb = read_photo_rgb(photo_path(self.args.data / mask.parent.name, mask.stem))
+                photos.append(PhotoLabels(image_rgb, read_own_mask(mask, *image_rgb.shape[:2])))
+            train.train(self._config(init, self.args.steps, None), folder, more=photos)
         return folder
 
-    def _options(self, folder: Path, init: Path | None, steps: int, crop_px: int, batch: int) -> list[str]:
+    def _config(self, init: Path | None, steps: int, clicks: Path | None) -> TrainConfig:
         args = self.args
-        options = {
-            "defect": args.defect, "data": self.first, "sets": ",".join(args.sets), "none-sets": ",".join(args.none_sets),
-            "lr": LR, "head-lr": HEAD_LR, "steps": steps, "val-every": max(1, steps // 3), "crop-px": crop_px,
-            "batch": batch, "seed": args.seed, "out": folder,
-        }  # fmt: skip
-        start = [f"--init={init}"] if init else []
-        return [*NETWORK, *start, *(f"--{name}={value}" for name, value in options.items())]
+        return TrainConfig(
+            defect=args.defect, data=self.first, sets=tuple(args.sets), none_sets=tuple(args.none_sets), labels="clicks",
+            clicks=clicks, init=init, lr=LR, head_lr=HEAD_LR, steps=steps, val_every=max(1, steps // 3),
+            crop_px=args.crop_px, batch=args.batch, seed=args.seed, negative_share=0.5,
+        )  # fmt: skip
 
     def calibrated(self, arm: str, network: Path) -> Path:
         """Weights of an arm, calibrated on val; returns their folder."""
@@ -326,7 +325,7 @@ class Experiment:
             folder = self.train(arm, one / "best.safetensors", path, args.steps)
             weights[arm] = self.calibrated(arm, folder)
         say("loop_outlines")
-        folder = self.train_outline("loop_outlines", one / "best.safetensors", masks)
+        folder = self.train_outlines("loop_outlines", one / "best.safetensors", masks)
         weights["loop_outlines"] = self.calibrated("loop_outlines", folder)
         return {
             "command": "defectcam " + shlex.join(sys.argv[1:]),

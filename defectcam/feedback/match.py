@@ -12,20 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from defectcam.feedback.cvat import UNTOUCHED, Shape
-from defectcam.feedback.regions import (
-    AREA_TYPES,
-    common_px,
-    edited_share,
-    merged,
-    region_iou,
-    region_of,
-    resized,
-    run_lengths,
-    saved_share,
-    vertices,
-)
+from defectcam.feedback.regions import common_px, edited_share, region_iou, saved_share, vertices
 from defectcam.feedback.store import ACCEPTED, MISS, MODIFIED, REJECTED
 from defectcam.proposals import Component
+from defectcam.regions import AREA_TYPES, merged, region_of, resized, run_lengths
 
 INSIDE_SHARE = 0.5  # of a region's pixels, for it to be taken as a part of the other
 SAME_IOU = 0.95  # shapes that agree so well are one shape twice, as after a second automatic run

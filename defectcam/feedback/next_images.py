@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import os
 import sys
@@ -34,16 +33,18 @@ import cv2
 import jinja2
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
+from defectcam.cvat.client import CvatError, add_server_options
+from defectcam.cvat_labels import labels_with, task_labels
 from defectcam.encoders import normalised
-from defectcam.feedback.cvat import CvatError, add_server_options, server_of
+from defectcam.feedback.cvat import server_of
 from defectcam.paths import write_image
 from defectcam.predict import Predictor, device_and_engine
 from defectcam.proposals import probability
 from defectcam.pyramid import Pyramid
 from defectcam.request import ImageError, RequestError, decode_image
+from defectcam.text import read_lines
 from defectcam.torch_engine import TorchEngine
 from defectcam.weights import WeightsError, load_weights
 from model_handler import MAX_MEGAPIXELS
@@ -53,7 +54,6 @@ WINDOW_PX, SPACING_PX = 64, 32
 MOST_SHARE = 0.1  # of a photo's windows: a small defect must not drown, a single window not decide
 FEATURES_PX = 256  # longer side of the photo whose features say what it is a photo of
 PICTURE_PX = 320
-FUNCTION_YAML = Path(__file__).parents[2] / "function.yaml"
 COLUMNS = ("rank", "path", "score", "uncertainty", "disagreement", "diversity", "nearest", "defect")
 
 
@@ -184,10 +184,10 @@ def photo_paths(source: Path) -> list[Path]:
         what = f"no photos ({', '.join(PHOTO_SUFFIXES)}) in {source}"
     else:
         try:
-            lines = source.read_text().splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{source} is no text: give a folder, or a file with the path of a photo on every line") from None
-        found = [Path(line.strip()) for line in dict.fromkeys(lines) if line.strip()]
+            lines = read_lines(source)
+        except ValueError as error:
+            raise ValueError(f"{error}; or give a folder. A list has the path of a photo on every line") from None
+        found = [Path(line) for line in dict.fromkeys(lines) if line]
         what = f"{source} lists no photos"
     if not found:
         raise ValueError(what)
@@ -262,15 +262,6 @@ def write_order(order: Sequence[Ranked], skipped: dict[Path, str], version: str,
     (out / "index.html").write_text(page, encoding="utf-8")
 
 
-def task_labels() -> list[dict]:
-    """The function's labels as CVAT's API takes them for a new task."""
-    spec = json.loads(yaml.safe_load(FUNCTION_YAML.read_text())["metadata"]["annotations"]["spec"])
-    for label in spec:
-        for attribute in label["attributes"]:  # as "From model" in CVAT's label editor: the first value is the default
-            attribute |= {"mutable": False, "default_value": attribute["values"][0]}
-    return spec
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam next-images`."""
     parser = argparse.ArgumentParser(
@@ -304,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_order(order, skipped, predictor.weights.version, args.top, args.out)
         print(f"{len(order)} photos ordered: {(args.out / 'index.html').resolve()}")
         if server:
-            task = server.create_task(args.cvat_task, task_labels(), [one.look.path for one in order[: args.top]])
+            labels = task_labels(labels_with(predictor.defects))
+            task = server.create_task(args.cvat_task, labels, [one.look.path for one in order[: args.top]])
             print(f"task {task}: {server.name}/tasks/{task}")
     except (WeightsError, RequestError, CvatError, ValueError) as error:
         sys.exit(str(error))

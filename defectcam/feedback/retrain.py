@@ -1,8 +1,8 @@
 """New weights from the running ones and from what annotators did: the loop closes (paper, Fig. 1).
 
 1. Training: the network of every defect with new clicks starts from the running weights and learns from old and new
-   clicks together; or with --outlines from the finished outlines of the photos that were clicked on and, where the
-   running weights were trained on masks, from the masks of the sets.
+   clicks together; with --outlines not from clicks but from the finished outlines of the photos that were clicked on. What
+   the running weights learnt of the sets is learnt again beside them.
 2. Calibration on the val photos, as in `defectcam calibrate`.
 3. Comparison: running and new weights answer the same val photos.
 4. Promotion: if for no defect one of two figures is worse by more than --margin. `mean_saved` is the share of clicks
@@ -52,11 +52,13 @@ from defectcam.evaluation.report import compared
 from defectcam.paths import file_name, inside, relative_path, write_image
 from defectcam.predict import Predictor, device_and_engine
 from defectcam.request import RequestError
-from defectcam.training import outline, train
+from defectcam.text import read_text
+from defectcam.training import train
 from defectcam.training.calibrate import calibrate, say
 from defectcam.training.clicks import Click, photo_path, read_clicks, split_stems, write_clicks
-from defectcam.training.labels import read_own_mask
-from defectcam.training.train import names
+from defectcam.training.labels import read_own_mask, read_photo_rgb
+from defectcam.training.config import TrainConfig, labels_of, names
+from defectcam.training.dataset import PhotoLabels
 from defectcam.weights import DefectWeights, WeightsError, load_weights, read_manifest, sha256_of, write_manifest
 
 NOT_PROMOTED = 3
@@ -64,7 +66,7 @@ STEPS = 400
 # The paper's rate, and for the head ten times as much, as the shipped weights were trained.
 LR, HEAD_LR = 1e-4, 1e-3
 MARGIN = 0.02  # two clicks in a hundred: less than annotators notice
-SETS = ("sets", "none_sets", "wide_sets", "val_sets", "healthy_sets")
+SETS = ("sets", "none_sets", "val_sets", "healthy_sets")
 JUDGED_BY = ("mean_saved", "iou")
 PICTURES = 12
 PICTURE_PX = 360
@@ -78,7 +80,6 @@ class Plan:
         defect: its name.
         fact: the running weights' manifest entry.
         sets, none_sets: whose train photos are learnt from, with the defect and without it.
-        wide_sets: further ones with the defect, whose outlines run wide: for --outlines alone.
         val_sets, healthy_sets: whose val photos judge, with the defect and without it.
         clicks: old and new ones of people.
         new: how many of them are not among the old ones.
@@ -89,7 +90,6 @@ class Plan:
     fact: DefectWeights
     sets: list[str]
     none_sets: list[str]
-    wide_sets: list[str]
     val_sets: list[str]
     healthy_sets: list[str]
     clicks: list[Click]
@@ -153,15 +153,14 @@ def sets_of(defect: str, fact: DefectWeights, args: argparse.Namespace) -> dict[
     """
     remedy = "name sets of yours with --sets and --none-sets"
     if args.sets:
-        found = (args.sets, args.none_sets, [], args.sets, args.none_sets)
+        found = (args.sets, args.none_sets, args.sets, args.none_sets)
     elif not fact.training.get("sets"):
         raise ValueError(f"{args.weights} does not say from which sets its {defect} weights were made: {remedy}")
     else:
         val, healthy = fact.training["sets"], fact.training["healthy_sets"]
         run = fact.training.get("network", {})
-        wide = run.get("wide_sets", []) if args.outlines else []
-        found = (run.get("sets", val), run.get("none_sets", healthy), wide, val, healthy)
-    there = json.loads((args.data / "splits.json").read_text())
+        found = (run.get("sets", val), run.get("none_sets", healthy), val, healthy)
+    there = json.loads(read_text(args.data / "splits.json"))
     for name in (name for group in found for name in group):
         if name not in there:
             raise ValueError(f"{args.data / 'splits.json'} has no set {name!r} for {defect}: {remedy}")
@@ -227,43 +226,31 @@ def begin(out: Path, facts: dict) -> dict:
 def train_network(args: argparse.Namespace, plan: Plan, out: Path) -> None:
     """Train from the running weights, on old and new clicks or on outlines; goes on where a run was cut off.
 
-    Architecture, crops and batch are those of the running weights.
+    Architecture, crops and what is learnt of the sets are those of the running weights.
     """
     fact, record = plan.fact, plan.fact.training.get("network", {})
-    values = {
-        "defect": plan.defect, "data": args.data, "sets": ",".join(plan.sets), "none-sets": ",".join(plan.none_sets),
-        "encoder": fact.encoder, "decoder": ",".join(map(str, fact.decoder_channels)),
-        "downsamplings": fact.downsamplings, "pooling": fact.pooling, "init": args.weights / fact.file,
-        "lr": LR, "head-lr": HEAD_LR, "steps": args.steps, "val-every": min(100, args.steps), "out": out,
-    }  # fmt: skip
-    values |= {name.replace("_", "-"): record[name] for name in ("crop_px", "batch") if name in record}
-    options = [f"--{name}={value}" for name, value in values.items()]
-    if not args.outlines:
-        clicks = args.out / "clicks" / file_name(plan.defect, ".csv")
-        done = train.train(train.parse_args([*options, f"--clicks={clicks}"]))
-        began_with = {name: record[name] for name in ("arm", "scales", "wide_sets") if name in record}
-        write_json(out / "record.json", done | began_with)
-        return
-    options += ["--arm=outlines", f"--wide-sets={','.join(plan.wide_sets)}"]
-    if "none_regions" in record:
-        options.append(f"--none-regions={','.join(record['none_regions'])}")
-    if "scales" in record:
-        options.append(f"--scales={','.join(map(str, record['scales']))}")
-    run = outline.parse_args(options)
-    photos = finished_outlines(args, plan)
-    if record.get("arm") == "outlines":  # else the sets' own masks have never trained these weights
-        photos += outline.train_photos(run)
-    outline.train_outline(run, photos)
+    kept = ("crop_px", "batch", "scales", "none_regions", "negative_share")
+    earlier = {name: record[name] for name in kept if name in record}
+    config = TrainConfig(
+        defect=plan.defect, data=args.data, sets=tuple(plan.sets), none_sets=tuple(plan.none_sets), labels=labels_of(record),
+        clicks=None if args.outlines else args.out / "clicks" / file_name(plan.defect, ".csv"),
+        encoder=fact.encoder, decoder=fact.decoder_channels, downsamplings=fact.downsamplings, pooling=fact.pooling,
+        init=args.weights / fact.file, lr=LR, head_lr=HEAD_LR, steps=args.steps, val_every=min(100, args.steps),
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in earlier.items()},
+    )  # fmt: skip
+    train.train(config, out, more=finished_outlines(args, plan) if args.outlines else ())
 
 
-def finished_outlines(args: argparse.Namespace, plan: Plan) -> list[outline.OutlinePhoto]:
+def finished_outlines(args: argparse.Namespace, plan: Plan) -> list[PhotoLabels]:
     """The photos that were clicked on of which `weak-labels` wrote the finished outlines."""
     groups = {click.photo_group: click.image for click in plan.clicks}
-    folder = args.new / "masks" / file_name(plan.defect)
-    masks = {group: inside(folder, f"{group}.png") for group in groups}
-    return [
-        outline.load_outline_photo(Path(image), masks[group]) for group, image in groups.items() if masks[group].exists()
-    ]
+    folder, found = args.new / "masks" / file_name(plan.defect), []
+    for group, image in groups.items():
+        mask = inside(folder, f"{group}.png")
+        if mask.exists():
+            image_rgb = read_photo_rgb(image)
+            found.append(PhotoLabels(image_rgb, read_own_mask(mask, *image_rgb.shape[:2])))
+    return found
 
 
 def calibrated(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
@@ -283,13 +270,12 @@ def calibrated(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
     return out
 
 
-def assemble(args: argparse.Namespace, calibrated_dirs: dict[str, Path], parent: dict) -> Path:
-    """The new version's weights folder, all defects: what was retrained, and the running weights for the others."""
-    folder = args.out / "work" / "candidate"
+def assemble(weights: Path, new_dirs: dict[str, Path], parent: dict, folder: Path) -> Path:
+    """Write the new version's weights to `folder`, all defects: the new ones, and the running weights for the others."""
     folder.mkdir(exist_ok=True)
-    entries = json.loads((args.weights / "manifest.json").read_text())["defects"]
-    for defect, entry in entries.items():
-        source = calibrated_dirs.get(defect, args.weights)
+    entries = json.loads((weights / "manifest.json").read_text())["defects"]
+    for defect in entries:
+        source = new_dirs.get(defect, weights)
         entries[defect] = json.loads((source / "manifest.json").read_text())["defects"][defect]
         for field, suffix in (("file", ".safetensors"), ("graph", ".onnx")):
             if not entries[defect].get(field):
@@ -475,7 +461,7 @@ def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, ke
         train_network(args, plan, work / "network")
         say(f"{plan.defect}: calibration")
         calibrated_dirs[plan.defect] = calibrated(args, plan, work)
-    candidate = assemble(args, calibrated_dirs, parent)
+    candidate = assemble(args.weights, calibrated_dirs, parent, args.out / "work" / "candidate")
     folders = {"running": args.weights, "candidate": candidate}
     predictors = {name: Predictor(load_weights(folder), *hardware) for name, folder in folders.items()}
     of_defects, judged = [], {}

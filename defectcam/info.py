@@ -1,0 +1,53 @@
+"""What a weights folder is: version, defects, the values in force, and what its training data allow: `defectcam info`.
+
+The terms of a defect are the strictest of its data sets, those of the folder the strictest of its defects: "unknown" is
+stricter than "research only", and that is stricter than "free".
+
+Example:
+    defectcam info --weights out/weights
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from defectcam.weights import Weights, WeightsError, load_weights
+
+
+def lines_of(weights: Weights) -> list[str]:
+    """The report on a weights folder."""
+    lines = [f"weights {weights.version} in {weights.folder.resolve()}", f"terms: {weights.terms}"]
+    for defect, fact in weights.facts.items():
+        lines += [
+            "",
+            f"{defect}: encoder {fact.encoder}, finest scale {fact.finest_scale:g}, T {fact.iterations}, "
+            f"threshold {fact.threshold:g}, theta {fact.cam_threshold:g}",
+            f"  terms: {fact.terms}",
+        ]
+        width = max(map(len, fact.licences), default=0)
+        for name, licence in fact.licences.items():
+            lines.append(f"    {name:{width}}  {licence['terms']:13}  {licence['licence']} ({licence['source']})")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `defectcam info`."""
+    parser = argparse.ArgumentParser(
+        prog="defectcam info",
+        description=__doc__.split("\n\nExample")[0],
+        epilog="Example" + __doc__.split("Example")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--weights", type=Path, default=Path("weights"), help="weights folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        weights = load_weights(args.weights)
+    except WeightsError as error:
+        parser.error(str(error))
+    print("\n".join(lines_of(weights)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Weights for one campaign: what is learnt, mixed, chosen, written and refused, on small walls with dark spots."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from defectcam.feedback import adapt
+from defectcam.feedback.adapt import Choice, covered_share, mixed, overlap, window_of
+from defectcam.training.clicks import Click, write_clicks
+from defectcam.training.dataset import PhotoLabels
+from defectcam.training.labels import UNKNOWN
+from defectcam.weights import load_weights, read_manifest
+from tests.conftest import dark_wall, little_training
+from tests.test_retrain import contents, data_dir, running  # noqa: F401, pytest finds fixtures by name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_work():
+    with little_training(val_crops=4), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt, "CROP_PX", 32)
+        patch.setattr(adapt, "BATCH", 4)
+        patch.setattr(adapt, "ENCODERS_WITH_GRAPH", ())  # to export takes 10 s
+        yield
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """Four finished photos, three of them with the defect; there is no splits.json."""
+    folder = tmp_path_factory.mktemp("campaign")
+    for part in ("images", "masks/spalling"):
+        (folder / "bridge" / part).mkdir(parents=True)
+    for number in range(4):
+        photo, mask = dark_wall([(50 + 15 * number, 48, 24)] if number else [], seed=10 + number)
+        cv2.imwrite(str(folder / "bridge" / "images" / f"pier{number}.png"), photo[..., ::-1])
+        cv2.imwrite(str(folder / "bridge" / "masks" / "spalling" / f"pier{number}.png"), mask * np.uint8(255))
+    return folder
+
+
+def words(campaign, running, out, *more):  # noqa: F811
+    given = ["--defect", "spalling", "--weights", running, "--data", campaign, "--sets", "bridge", "--steps", 2, "--out", out]
+    return [str(one) for one in (*given, *more)]
+
+
+@pytest.fixture(scope="module")
+def adapted(campaign, running, tmp_path_factory):  # noqa: F811
+    out, before = tmp_path_factory.mktemp("adapted") / "next", contents(running)
+    adapt.main(words(campaign, running, out))
+    assert contents(running) == before
+    return out
+
+
+def test_the_new_weights_load_name_their_parent_and_leave_other_defects_alone(adapted, running):  # noqa: F811
+    weights, (parent, before) = load_weights(adapted), read_manifest(running)
+    assert json.loads((adapted / "manifest.json").read_text())["parent"]["version"] == parent != weights.version
+    assert list(weights.facts) == ["spalling", "rust"]
+    assert (adapted / "rust.safetensors").read_bytes() == (running / "rust.safetensors").read_bytes()
+    fact, old = weights.facts["spalling"], before["spalling"]
+    (record,) = fact.training["adapted"]
+    assert record["parent"] == parent and record["photos"] == 4 and record["verdict"] in ("better", "same")
+    assert record["config"]["init"].endswith("spalling.safetensors") and record["config"]["frozen_batchnorm"] is True
+    assert fact.training["network"] == old.training["network"] and fact.confidence_weights == old.confidence_weights
+    moved = fact.least_logit(fact.cam_threshold) - old.least_logit(old.cam_threshold)
+    assert moved == pytest.approx(record["shift"], abs=0.01)
+
+
+def test_all_of_the_network_learns_but_the_statistics_of_batchnorms(adapted, running):  # noqa: F811
+    old, new = (load_file(folder / "spalling.safetensors") for folder in (running, adapted))
+    after = load_file(adapted / "work" / "all" / "best.safetensors")
+    share = read_manifest(adapted)[1]["spalling"].training["adapted"][0]["share"]
+    for name, value in new.items():
+        frozen = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(value, old[name]) == frozen, name
+        torch.testing.assert_close(value, torch.lerp(old[name], after[name], share) if not frozen else value)
+
+
+def test_the_picture_shows_photos_that_were_not_learnt_from(adapted):
+    picture = cv2.imread(str(adapted / "before_after.jpg"))
+    assert picture.shape[1] == 3 * adapt.PICTURE_PX and picture.shape[0] >= 4 * 200
+
+
+def test_one_photo_teaches_but_cannot_judge(campaign, running, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(campaign, tmp_path / "one")
+    for number in (0, 2, 3):
+        (tmp_path / "one" / "bridge" / "images" / f"pier{number}.png").unlink()
+        (tmp_path / "one" / "bridge" / "masks" / "spalling" / f"pier{number}.png").unlink()
+    adapt.main(words(tmp_path / "one", running, tmp_path / "next"))
+    assert "verdict: unchecked (50% of the new weights, theta moved by +0)" in capsys.readouterr().out
+    assert load_weights(tmp_path / "next").facts and not (tmp_path / "next" / "before_after.jpg").exists()
+
+
+def test_clicks_alone_teach_and_are_unchecked(campaign, running, tmp_path, capsys):  # noqa: F811
+    photo = str(campaign / "bridge" / "images" / "pier1.png")
+    write_clicks(tmp_path / "own.csv", [Click(photo, 65, 48, "spalling"), Click(photo, 140, 20, "none", "spalling", patch_px=32)])
+    given = words(campaign, running, tmp_path / "next", "--clicks", tmp_path / "own.csv")
+    at = given.index("--data")
+    adapt.main(given[:at] + given[at + 4 :])
+    assert "verdict: unchecked" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "next")[1]["spalling"].training["adapted"][0]["photos"] == 1
+
+
+def test_weights_that_are_worse_are_kept_back(campaign, running, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(adapt.Adaptation, "choose", lambda self, judged: Choice(0.5, 0.0, 0.8, 0.7))
+    with pytest.raises(SystemExit) as error:
+        adapt.main(words(campaign, running, tmp_path / "next"))
+    assert error.value.code == 3 and "verdict: worse: fit 0.800 before, 0.700 after" in capsys.readouterr().out
+    assert not (tmp_path / "next" / "manifest.json").exists()
+    assert load_weights(tmp_path / "next" / "rejected").facts
+
+
+def test_bad_input_is_named_before_anything_is_trained(campaign, running, tmp_path):  # noqa: F811
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    before = contents(tmp_path)
+    for given, message in (
+        (words(campaign, running, tmp_path / "full"), "full exists and is not empty: choose another --out"),
+        (words(campaign, running, tmp_path / "o", "--defect", "algae"), "has no weights for 'algae', only for .*'spalling', 'rust'"),
+        (words(campaign, running, tmp_path / "o", "--sets", "pier"), "there is no photo in .*pier/images"),
+        (words(campaign, running, tmp_path / "o", "--defect", "rust"), "pier0.png has no mask of rust: a photo without it has an all black one"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            adapt.main(given)
+    assert contents(tmp_path) == before
+
+
+def test_photos_without_the_defect_alone_teach_nothing(campaign, running, tmp_path):  # noqa: F811
+    shutil.copytree(campaign, tmp_path / "plain")
+    for number in (1, 2, 3):
+        (tmp_path / "plain" / "bridge" / "images" / f"pier{number}.png").unlink()
+        (tmp_path / "plain" / "bridge" / "masks" / "spalling" / f"pier{number}.png").unlink()
+    with pytest.raises(SystemExit, match="training needs photos with the defect, or clicks on it; got none"):
+        adapt.main(words(tmp_path / "plain", running, tmp_path / "next"))
+
+
+def test_the_verdict_needs_a_clear_difference():
+    assert Choice(0.5, 0).verdict == "unchecked"
+    verdicts = [Choice(0.5, 0, 0.5, after).verdict for after in (0.48, 0.495, 0.505, 0.52)]
+    assert verdicts == ["worse", "same", "same", "better"]
+
+
+def test_the_mean_of_two_networks_is_between_them():
+    one, two = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(3)}, {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(9)}
+    assert torch.equal(mixed(one, two, 0.25)["w"], torch.tensor([0.25, 3.5])) and int(mixed(one, two, 0.25)["n"]) == 3
+
+
+def test_the_fit_counts_known_pixels_alone():
+    outline = np.zeros((10, 20), np.uint8)
+    outline[2:6, 2:6], outline[:, 10:] = 255, UNKNOWN
+    mask = np.zeros((10, 20), bool)
+    mask[2:6, 4:8] = mask[0:5, 12:18] = True
+    assert overlap("spalling", [(mask, outline)]) == pytest.approx(8 / 24)
+    assert overlap("crack", [(outline == 255, outline)]) == 1 and 0.3 < overlap("crack", [(mask, outline)]) < 1
+    assert overlap("spalling", [(np.zeros_like(mask), np.zeros_like(outline))]) == 1
+    assert covered_share([PhotoLabels(np.zeros((10, 20, 3), np.uint8), outline)]) == pytest.approx(16 / 100)
+
+
+def test_a_large_photo_is_judged_by_a_part_that_shows_the_defect():
+    outline = np.zeros((3000, 2500), np.uint8)
+    outline[2900:2990, 40:90] = 255
+    part = window_of(PhotoLabels(np.zeros((3000, 2500, 3), np.uint8), outline), 0)
+    assert outline[part].shape == (1024, 1024) and (outline[part] == 255).any()
+    small = PhotoLabels(np.zeros((300, 200, 3), np.uint8), np.zeros((300, 200), np.uint8))
+    assert small.outline[window_of(small, 0)].shape == (300, 200)
