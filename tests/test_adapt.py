@@ -89,7 +89,7 @@ def test_one_photo_teaches_but_cannot_judge(campaign, running, tmp_path, capsys)
         (tmp_path / "one" / "bridge" / "images" / f"pier{number}.png").unlink()
         (tmp_path / "one" / "bridge" / "masks" / "spalling" / f"pier{number}.png").unlink()
     adapt.main(words(tmp_path / "one", running, tmp_path / "next"))
-    assert "verdict: unchecked (50% of the new weights, theta moved by +0)" in capsys.readouterr().out
+    assert "verdict: unchecked (30% of the new weights, theta moved by +0)" in capsys.readouterr().out
     assert load_weights(tmp_path / "next").facts and not (tmp_path / "next" / "before_after.jpg").exists()
 
 

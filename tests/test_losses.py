@@ -63,7 +63,7 @@ def test_dice_is_one_minus_the_overlap_and_silent_where_there_is_no_defect():
 def test_the_conditional_random_field_is_its_sum_over_all_pairs():
     scores = torch.from_numpy(RNG.normal(0, 2, (2, 15, 17)))
     images = torch.from_numpy(RNG.integers(90, 130, (2, 3, 15, 17), np.uint8))
-    p, colours, total = scores.sigmoid().numpy(), images.numpy() / 255, 0.0
+    p, colours, total, pairs = scores.sigmoid().numpy(), images.numpy() / 255, 0.0, 0.0
     offsets = [2 * step for step in range(-3, 4)]
     for n in range(2):
         for y in range(15):
@@ -75,8 +75,9 @@ def test_the_conditional_random_field_is_its_sum_over_all_pairs():
                         other = n, y + down, x + right
                         apart = ((colours[n, :, y, x] - colours[n, :, y + down, x + right]) ** 2).sum() / (2 * 0.1**2)
                         alike = math.exp(-(down**2 + right**2) / (2 * 6.0**2) - apart)
+                        pairs += alike
                         total += alike * (p[n, y, x] * (1 - p[other]) + p[other] * (1 - p[n, y, x]))
-    assert float(gated_crf_loss(scores, images)) == pytest.approx(total / scores.numel(), rel=1e-5)
+    assert float(gated_crf_loss(scores, images)) == pytest.approx(total / pairs, rel=1e-5)
 
 
 def test_neighbours_of_one_colour_agree_and_those_across_an_edge_need_not():
@@ -95,11 +96,11 @@ def test_the_loss_of_a_batch_is_the_sum_of_what_its_labels_teach():
     each, whole = given["weights"][:, None, None], [0, 2]
     wanted = pooled_loss(network.logit(scores), given["holds"], given["weights"])
     wanted = wanted + pixel_loss(scores, given["coverage"], given["known"], each)
-    wanted = wanted + pixel_loss(scores, torch.ones(4, 16, 16), given["clicked"], each)
+    wanted = wanted + 0.5 * pixel_loss(scores, torch.ones(4, 16, 16), given["clicked"], each)
     wanted = wanted + dice_loss(scores[whole], given["coverage"][whole])
     wanted = wanted + 0.1 * gated_crf_loss(scores[[1, 3]], IMAGES[[1, 3]])
     assert found == pytest.approx(float(wanted), rel=1e-5)
-    assert losses.CRF_WEIGHT == 0.1
+    assert (losses.CLICK_WEIGHT, losses.CRF_WEIGHT) == (0.5, 0.1)
 
 
 def test_what_is_unknown_changes_nothing():

@@ -189,11 +189,14 @@ def test_the_record_holds_every_option_and_another_run_takes_them_from_it(data_d
     assert (config.encoder, config.pixels, config.crop_px, config.batch) == ("resnet34", False, 320, 32)
 
 
-def test_the_shipped_weights_say_how_they_were_trained():
+def test_the_shipped_weights_say_how_they_were_trained(capsys):
     for defect in json.loads((ROOT / "weights" / "manifest.json").read_text())["defects"]:
         fields = recorded(f"{ROOT / 'weights' / 'manifest.json'}:{defect}")
         config = TrainConfig(defect, ROOT, **fields)
         assert config.labels == "outlines" and config.sets and config.steps > 500
+        assert config.encoder_weights == "imagenet", "in place of the weights that it began with"
+    notes = capsys.readouterr().err
+    assert notes.count("began with weights of sha256") == 3 == notes.count("hard negatives")
     with pytest.raises(ValueError, match="--like .*manifest.json:algae: KeyError.*weights/manifest.json:crack"):
         recorded(f"{ROOT / 'weights' / 'manifest.json'}:algae")
 

@@ -63,8 +63,9 @@ CROP_PX, BATCH = 192, 8
 SCALES = (0.7, 1.4)  # a campaign has one camera
 MOST_COVERED = 0.03  # of the known pixels are the defect; beyond that it is drawn as it lies
 SHARES = (0.3, 0.5)  # of the new weights in the mixture; more gains the campaign little and costs the old sites much
-FIRST_SHARE = 0.5
-SHIFTS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # of theta, as logits of the merged map
+FIRST_SHARE = 0.3
+# Of theta, as logits of the merged map: photos full of a defect teach to see more of it. A lower theta would cost old sites.
+SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0)
 CLEAR = 0.01  # of fit: less is chance
 WINDOW_PX = 1024  # of a photo's part that judges
 PICTURE_PX = 420

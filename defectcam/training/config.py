@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,13 @@ def recorded(place: str) -> dict:
             f"--like {place}: {error!r}; a manifest and a defect of it are needed, such as weights/manifest.json:crack, or the "
             "record.json of a training"
         ) from None
-    for name in ("data", "clicks", "val_clicks", "masks", "init", "defect"):
+    dropped = ["data", "clicks", "val_clicks", "masks", "init", "defect"]
+    if found.get("init_sha256"):  # it did not begin with published weights, since it began with those
+        dropped.append("encoder_weights")
+        print(f"note: {place} began with weights of sha256 {found['init_sha256']}: --init repeats that", file=sys.stderr)
+    if found.get("mistakes"):
+        print(f"note: {place} learnt from hard negatives, too: see defectcam hard-negatives", file=sys.stderr)
+    for name in dropped:
         kept.pop(name, None)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
 

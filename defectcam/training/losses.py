@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from defectcam.encoders import normalised
 from defectcam.network import ScoreNet
 
+CLICK_WEIGHT = 0.5
 CRF_WEIGHT = 0.1
 CRF_REACH = 3  # neighbours in each direction: a window of 7 x 7,
 CRF_SPACING_PX = 2  # of which every second pixel is compared
@@ -57,7 +58,7 @@ class PartialLabelLoss(nn.Module):
             return loss
         each = weights[:, None, None]
         loss = loss + pixel_loss(score_map, coverage, known, each)
-        loss = loss + pixel_loss(score_map, torch.ones_like(coverage), clicked, each)
+        loss = loss + CLICK_WEIGHT * pixel_loss(score_map, torch.ones_like(coverage), clicked, each)
         whole = known.flatten(1).amin(dim=1) > 0
         if whole.any():
             loss = loss + dice_loss(score_map[whole], coverage[whole])
@@ -89,20 +90,20 @@ def dice_loss(score_map: Tensor, coverage: Tensor) -> Tensor:
 
 
 def gated_crf_loss(score_map: Tensor, images_rgb: Tensor) -> Tensor:
-    """Mean disagreement of neighbouring pixels, weighted by how near and how alike they are (gated CRF).
+    """Mean disagreement of neighbouring pixels, weighted by how near and how alike they are (gated CRF); 0..1.
 
     Args:
         score_map: (N, H, W) logits.
         images_rgb: (N, 3, H, W) uint8.
 
     Returns:
-        Mean over pixels i of sum_j k_ij (p_i (1 - p_j) + p_j (1 - p_i)), j in the window around i without i, with
+        sum k_ij (p_i (1 - p_j) + p_j (1 - p_i)) / sum k_ij over all pixels i and j in the window around i without i, with
         k_ij = exp(-|x_i - x_j|^2 / (2 CRF_SPACE_PX^2) - |c_i - c_j|^2 / (2 CRF_COLOUR^2)).
     """
     probability, colours = score_map.sigmoid(), images_rgb.float() / 255
     height, width = score_map.shape[1:]
     reach = CRF_REACH * CRF_SPACING_PX
-    total = score_map.sum() * 0
+    total, pairs = score_map.sum() * 0, 0.0
     for down in range(0, reach + 1, CRF_SPACING_PX):
         for right in range(-reach, reach + 1, CRF_SPACING_PX):
             if (down, right) <= (0, 0) or down >= height or abs(right) >= width:
@@ -113,5 +114,5 @@ def gated_crf_loss(score_map: Tensor, images_rgb: Tensor) -> Tensor:
                 apart = (colours[one] - colours[other]).square().sum(dim=1) / (2 * CRF_COLOUR**2)
                 alike = torch.exp(-apart) * math.exp(-(down**2 + right**2) / (2 * CRF_SPACE_PX**2))
             p, q = probability[one], probability[other]
-            total = total + 2 * (alike * (p + q - 2 * p * q)).sum()
-    return total / score_map.numel()
+            total, pairs = total + (alike * (p + q - 2 * p * q)).sum(), pairs + float(alike.sum())
+    return total / max(pairs, 1.0)
