@@ -6,7 +6,8 @@ A campaign is one bridge, one camera, one light. A few of its photos teach what 
    of the photos is drawn as it lies there, since crops around it would teach that everything is the defect.
 2. Averaging: the new weights are mixed with the running ones, so that old sites are not forgotten.
 3. Two folds, from two outlined photos on: each half of the photos judges weights that learnt from the other half. They choose
-   the share of the new weights and theta, and give the verdict: better, same or worse. With fewer photos it is "unchecked".
+   theta and give the verdict: better, same or worse. With fewer photos it is "unchecked". Their training is half as long, so
+   the weights that are written have learnt a little more than the figures say.
 
 OUT/manifest.json, *.safetensors, *.onnx    the new weights, for `deploy.sh weights OUT`; other defects are as before
 OUT/before_after.jpg                        photos that were not learnt from: photo, before, after
@@ -62,10 +63,9 @@ LR = 3e-4
 CROP_PX, BATCH = 192, 8
 SCALES = (0.7, 1.4)  # a campaign has one camera
 MOST_COVERED = 0.03  # of the known pixels are the defect; beyond that it is drawn as it lies
-SHARES = (0.3, 0.5)  # of the new weights in the mixture; more gains the campaign little and costs the old sites much
-FIRST_SHARE = 0.3
+SHARE = 0.3  # of the new weights in the mixture; half gains the campaign little and costs the old sites much
 # Of theta, as logits of the merged map: photos full of a defect teach to see more of it. A lower theta would cost old sites.
-SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0)
+SHIFTS = (0.5, 1.0, 1.5, 2.0)
 CLEAR = 0.01  # of fit: less is chance
 WINDOW_PX = 1024  # of a photo's part that judges
 PICTURE_PX = 420
@@ -75,12 +75,12 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A part of a photo with the merged maps (h, w) of T = 0: of the weights before, and of each share of those after."""
+    """A part of a photo with the merged maps (h, w) of T = 0, of the weights before and of those after."""
 
     image_rgb: np.ndarray
     outline: np.ndarray
     before: np.ndarray
-    after: dict[float, np.ndarray]
+    after: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,10 @@ class Choice:
     """What the folds chose.
 
     Attributes:
-        share: of the new weights, 0..1.
         shift: of theta, a logit of the merged map.
         fit_before, fit_after: on photos that were not learnt from, 0..1; None where nothing could judge.
     """
 
-    share: float
     shift: float
     fit_before: float | None = None
     fit_after: float | None = None
@@ -187,39 +185,38 @@ class Adaptation:
         found = []
         for number, (learnt, judging) in enumerate(self.folds()):
             say(f"fold {number + 1}: {len(learnt)} photos teach, {len(judging)} judge")
-            after = self.trained(f"fold{number}", [self.photos[index] for index in learnt], max(1, self.config.steps // 2))
+            teaching = [self.photos[index] for index in learnt]
+            after = mixed(self.before, self.trained(f"fold{number}", teaching, max(1, self.config.steps // 2)), SHARE)
             for index in judging:
                 photo = self.photos[index]
                 part = window_of(photo, index)
                 image_rgb, outline = photo.image_rgb[part], photo.outline[part]
-                shares = {share: self.maps(mixed(self.before, after, share), image_rgb) for share in SHARES}
-                found.append(Judged(image_rgb, outline, self.maps(self.before, image_rgb), shares))
+                found.append(Judged(image_rgb, outline, self.maps(self.before, image_rgb), self.maps(after, image_rgb)))
         return found
 
     def masks(self, judged: Sequence[Judged], choice: Choice | None) -> list[np.ndarray]:
         """The proposals of T = 0, (h, w) bool each; of the weights before where there is no choice."""
         least = self.fact.least_logit(self.fact.cam_threshold)
         return [
-            regions(one.after[choice.share] if choice else one.before, least + (choice.shift if choice else 0), self.fact.cleaning)
+            regions(one.after if choice else one.before, least + (choice.shift if choice else 0), self.fact.cleaning)
             for one in judged
         ]
 
     def choose(self, judged: Sequence[Judged]) -> Choice:
-        """The share and theta that fit best; others than the first ones only where they are clearly better."""
+        """The theta that fits best; another than the running one only where it is clearly better."""
         if len(judged) < 2:
-            return Choice(FIRST_SHARE, 0.0)
+            return Choice(0.0)
 
         def fit_of(choice: Choice | None) -> float:
             masks = self.masks(judged, choice)
             return overlap(self.config.defect, [(mask, one.outline) for mask, one in zip(masks, judged)])
 
         before = fit_of(None)
-        tried = {(share, shift): fit_of(Choice(share, shift)) for share in SHARES for shift in SHIFTS}
-        best = FIRST_SHARE, 0.0
-        for key in sorted(tried, key=lambda key: abs(key[1]) + abs(key[0] - FIRST_SHARE)):  # the nearest first
-            if tried[key] > tried[best] + CLEAR:
-                best = key
-        return Choice(*best, before, tried[best])
+        best, fit = 0.0, fit_of(Choice(0.0))
+        for shift in SHIFTS:
+            if (found := fit_of(Choice(shift))) > fit + CLEAR:
+                best, fit = shift, found
+        return Choice(best, before, fit)
 
 
 def picture_of(adaptation: Adaptation, judged: Sequence[Judged], choice: Choice) -> np.ndarray:
@@ -273,10 +270,10 @@ def adapt(args: argparse.Namespace) -> Choice:
     record = {
         "parent": weights.version, "command": "defectcam " + shlex.join(sys.argv[1:]), "photos": len(photos),
         "labels_sha256": labels_sha256(photos), "minutes": round(minutes, 1),
-        "minutes_of_all": round((time.monotonic() - started) / 60, 1), "share": choice.share, "shift": choice.shift,
+        "minutes_of_all": round((time.monotonic() - started) / 60, 1), "share": SHARE, "shift": choice.shift,
         "fit_before": choice.fit_before, "fit_after": choice.fit_after, "verdict": choice.verdict, "config": config.record(),
     }  # fmt: skip
-    tensors = mixed(adaptation.before, after, choice.share)
+    tensors = mixed(adaptation.before, after, SHARE)
     write_defect(work / "weights", args.defect, entry_of(args, fact, choice, record), save(tensors), graph_for(fact, tensors))
     parent = {"version": weights.version, "manifest_sha256": sha256_of(args.weights / "manifest.json")}
     publish(assemble(args.weights, {args.defect: work / "weights"}, parent, work / "candidate"), folder)
@@ -330,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (WeightsError, ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     fits = "" if choice.fit_before is None else f": fit {choice.fit_before:.3f} before, {choice.fit_after:.3f} after"
-    say(f"verdict: {choice.verdict}{fits} ({choice.share:.0%} of the new weights, theta moved by {choice.shift:+g})")
+    say(f"verdict: {choice.verdict}{fits} (theta moved by {choice.shift:+g})")
     if choice.verdict == "worse":
         say(f"the new weights are in {args.out / 'rejected'}, the running ones stay")
         sys.exit(NOT_PROMOTED)
