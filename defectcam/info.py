@@ -9,10 +9,10 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from defectcam.command_line import command_parser
 from defectcam.weights import Weights, WeightsError, load_weights
 
 
@@ -34,12 +34,7 @@ def lines_of(weights: Weights) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam info`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam info",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("info", __doc__)
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="weights folder (default: %(default)s)")
     args = parser.parse_args(argv)
     try:

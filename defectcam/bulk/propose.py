@@ -45,6 +45,7 @@ from tqdm import tqdm
 import cvat_function
 from defectcam import __version__
 from defectcam.bulk.exports import replacing, write_coco, write_cvat_xml
+from defectcam.command_line import command_parser
 from defectcam.credentials import SECRETS
 from defectcam.cvat_labels import NOTICE, UNPROCESSED, task_labels
 from defectcam.overlay import draw_shapes
@@ -270,12 +271,7 @@ def resources_of_worker(there: Mapping[str, float], workers: int, device: str | 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam propose`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam propose",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("propose", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the photos")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/propose"), help="folder to write to (default: %(default)s)")
     parser.add_argument("--iterations", help="climbing steps, 0 to 50 (default: each defect's own)")

@@ -39,6 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.bulk.exports import region_of_answer
+from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatError, add_server_options, client_of
 from defectcam.cvat.set_iterations import steps_of
 from defectcam.cvat.shapes import (
@@ -346,12 +347,7 @@ def model_of(args: argparse.Namespace) -> ModelHandler:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam cvat annotate`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam cvat annotate",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("cvat annotate", __doc__)
     parser.add_argument("task", type=task_id, metavar="TASK", help="its id, as in its address in CVAT")
     parser.add_argument("--iterations", type=steps_of, required=True, metavar="T", help="climbing steps, 0 to 50")
     parser.add_argument("--threshold", metavar="P", help="minimum confidence of a proposal, 0 to 1 (default: the weights')")

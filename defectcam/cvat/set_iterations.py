@@ -16,6 +16,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 
+from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatClient, CvatError, add_server_options, client_of
 from defectcam.cvat.target import Target, target
 from defectcam.cvat_runs import ATTRIBUTE
@@ -67,12 +68,7 @@ def steps_of(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam cvat set-iterations`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam cvat set-iterations",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("cvat set-iterations", __doc__)
     parser.add_argument("target", type=target, metavar="TASK|PROJECT", help="task:12 or project:3")
     parser.add_argument("iterations", type=steps_of, metavar="T", help=f"climbing steps, 0 to {ITERATIONS_MAX}")
     add_server_options(parser)

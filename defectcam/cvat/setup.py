@@ -17,7 +17,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import copy
 import os
@@ -26,6 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatClient, CvatError, add_server_options, client_of
 from defectcam.cvat.target import Target, target
 from defectcam.cvat_labels import COLOURS, labels_with, task_labels
@@ -141,12 +141,7 @@ def is_pale(colour: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam cvat setup`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam cvat setup",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("cvat setup", __doc__)
     parser.add_argument("target", type=target, metavar="TASK|PROJECT", help="task:12 or project:3")
     weights = Path(os.environ.get("ADVCAM_WEIGHTS") or WEIGHTS_DIR)
     parser.add_argument(

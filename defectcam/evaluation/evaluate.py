@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 
 from defectcam.climb import PaperClimb
+from defectcam.command_line import command_parser
 from defectcam.evaluation.dial import dial_lines, measure_dial
 from defectcam.evaluation.figures import PhotoFigures, painted, photo_figures, set_figures
 from defectcam.evaluation.kept import ArrayFile, KeptPhoto
@@ -182,12 +183,7 @@ def main(argv: list[str] | None = None) -> None:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
         return int(text)
 
-    parser = argparse.ArgumentParser(
-        prog="defectcam evaluate",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("evaluate", __doc__)
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder to judge (default: weights)")
     parser.add_argument("--compare", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
                         help="another folder of weights in the same table; may be given several times")  # fmt: skip

@@ -40,6 +40,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from defectcam.command_line import command_parser
 from defectcam.evaluation.measures import f1_2px
 from defectcam.evaluation.report import compared
 from defectcam.feedback.retrain import NOT_PROMOTED, assemble, publish
@@ -302,12 +303,7 @@ def graph_for(fact: DefectWeights, tensors: Tensors) -> bytes | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam adapt`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam adapt",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("adapt", __doc__)
     parser.add_argument("--defect", required=True)
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="the running weights (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="folder of sets")

@@ -18,7 +18,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import sys
@@ -31,6 +30,7 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
+from defectcam.command_line import command_parser
 from defectcam.evaluation.measures import f1_2px
 from defectcam.feedback.cvat import CvatError, CvatExport
 from defectcam.feedback.labels import PhotoError, PhotoFolder, set_and_stem, size_on_disk
@@ -294,12 +294,7 @@ def write_audit(doubts: list[Doubt], photos: int, version: str, top: int, out: P
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam audit`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam audit",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("audit", __doc__)
     parser.add_argument("--data", type=Path, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=lambda text: text.split(","), help="with --data: sets to audit, a,b")
     parser.add_argument("--split", choices=("train", "val", "all"), default="all", help="with --data (default: all)")

@@ -33,6 +33,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from tqdm import tqdm
 
+from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatError, add_server_options
 from defectcam.feedback.cvat import (
     UNTOUCHED,
@@ -684,12 +685,7 @@ def numbers(text: str) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam harvest`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam harvest",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("harvest", __doc__)
     add_server_options(parser)
     parser.add_argument("--tasks", type=numbers, default=[], help="task ids: 7,8 (default: all the user may see)")
     parser.add_argument("--export", type=Path, help='instead of a server: an export as "CVAT for images 1.1"')

@@ -22,7 +22,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -37,6 +36,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from tqdm import tqdm
 
+from defectcam.command_line import command_parser
 from defectcam.feedback.regions import innermost_xy
 from defectcam.feedback.store import FrameRow, InteractionRow, JobRow, StoreError, add_store_option, open_store
 from defectcam.paths import file_name, inside, write_image
@@ -349,12 +349,7 @@ def _cvat_size(frame: LabelledFrame) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam weak-labels`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam weak-labels",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("weak-labels", __doc__)
     add_store_option(parser)
     parser.add_argument("--photos", type=Path, required=True, help="folder of the photos, as uploaded to CVAT")
     parser.add_argument(

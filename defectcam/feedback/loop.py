@@ -45,6 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.bulk.exports import region_of_answer
+from defectcam.command_line import command_parser
 from defectcam.evaluation.figures import photo_figures, set_figures
 from defectcam.evaluation.measures import SMALLEST_COMPONENT_PX, TOUCHING_PX, relative_time_saving
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
@@ -416,12 +417,7 @@ One seed: differences of a few hundredths are chance. Of a series of photos of o
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam loop`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam loop",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("loop", __doc__)
     parser.add_argument("--defect", default="crack")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, required=True, help="sets with the defect's masks")

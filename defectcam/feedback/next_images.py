@@ -20,7 +20,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import os
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatError, add_server_options
 from defectcam.cvat_labels import labels_with, task_labels
 from defectcam.encoders import normalised
@@ -264,12 +264,7 @@ def write_order(order: Sequence[Ranked], skipped: dict[Path, str], version: str,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam next-images`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam next-images",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("next-images", __doc__)
     parser.add_argument("photos", type=Path, help="folder of photos, or a text file with a path on every line")
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="weights folder (default: %(default)s)")
     parser.add_argument("--top", type=int, default=50, help="how many are shown, and uploaded (default: %(default)s)")

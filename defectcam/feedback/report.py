@@ -10,7 +10,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import warnings
@@ -26,6 +25,7 @@ import matplotlib
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
+from defectcam.command_line import command_parser
 from defectcam.evaluation.measures import relative_time_saving
 from defectcam.feedback.store import (
     ACCEPTED,
@@ -273,12 +273,7 @@ def page(events: Sequence[Event]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam report`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam report",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("report", __doc__)
     add_store_option(parser)
     parser.add_argument("--out", type=Path, default=Path("out/report.html"), help="the page (default: %(default)s)")
     args = parser.parse_args(argv)

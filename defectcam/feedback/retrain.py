@@ -45,6 +45,7 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
+from defectcam.command_line import command_parser
 from defectcam.evaluation.figures import COLUMNS, figures, painted
 from defectcam.evaluation.measures import iou
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
@@ -492,12 +493,7 @@ def run_stages(args: argparse.Namespace, plans: Sequence[Plan], parent: dict, ke
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="defectcam retrain",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("retrain", __doc__)
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="the running weights (default: %(default)s)")
     parser.add_argument(
         "--new", type=Path, default=Path("out/feedback"), help="folder of defectcam weak-labels (default: %(default)s)"

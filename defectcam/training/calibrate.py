@@ -46,6 +46,7 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+from defectcam.command_line import command_parser
 from defectcam.cvat_labels import check_label_name
 from defectcam.encoders import normalised
 from defectcam.evaluation.kept import ArrayFile, KeptLevels, KeptPhoto
@@ -416,12 +417,7 @@ def say(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam calibrate`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam calibrate",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("calibrate", __doc__)
     parser.add_argument("--defect", required=True)
     parser.add_argument("--network", type=Path, required=True, help="folder from `defectcam train`")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")

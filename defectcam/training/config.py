@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from defectcam.command_line import command_parser
 from defectcam.encoders import ENCODERS, POOLINGS, check_architecture, stride_px
 from defectcam.training.labels import add_label_option
 
@@ -184,13 +185,7 @@ def parse_config(description: str, argv: Sequence[str] | None) -> tuple[TrainCon
         description: help text, with the examples from the word "Example" on.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    parser = argparse.ArgumentParser(
-        prog="defectcam train",
-        description=description.split("\n\nExample")[0],
-        epilog="Example" + description.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = command_parser("train", description, argument_default=argparse.SUPPRESS)
 
     def add(option: str, kind, text: str, **more) -> None:
         default = defaults.get(option.replace("-", "_"))

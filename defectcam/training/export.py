@@ -13,7 +13,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from defectcam.command_line import command_parser
 from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
 from defectcam.openvino_engine import OpenVinoEngine
 from defectcam.torch_engine import TorchEngine
@@ -249,12 +249,7 @@ def add_graph(folder: Path, fact: DefectWeights) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam export`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam export",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("export", __doc__)
     parser.add_argument("--weights", type=Path, required=True, help="a weights folder; its manifest gets a new version")
     args = parser.parse_args(argv)
     try:

@@ -12,7 +12,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from defectcam.command_line import command_parser
 from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
 from defectcam.pyramid import PhotoMaps, Pyramid, Reading
 from defectcam.torch_engine import TorchEngine
@@ -74,12 +74,7 @@ def photos_without(data: Path, sets: list[str], defect: str) -> Iterator[tuple[s
 
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam hard-negatives`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam hard-negatives",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("hard-negatives", __doc__)
     parser.add_argument("--defect", required=True)
     parser.add_argument("--network", type=Path, required=True, help="folder from `defectcam train`")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")

@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from defectcam.command_line import command_parser
 from defectcam.paths import write_image
 from defectcam.predict import Predictor, device_and_engine, paste
 from defectcam.proposals import Proposal
@@ -129,12 +130,7 @@ class Labeller:
 
 def main(argv: list[str] | None = None) -> None:
     """The command `defectcam pseudo-labels`."""
-    parser = argparse.ArgumentParser(
-        prog="defectcam pseudo-labels",
-        description=__doc__.split("\n\nExample")[0],
-        epilog="Example" + __doc__.split("Example")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("pseudo-labels", __doc__)
     parser.add_argument("--weights", type=Path, required=True, help="folder from `defectcam calibrate`")
     parser.add_argument("--defect", required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
