@@ -32,11 +32,11 @@ from cvat_sdk.masks import encode_mask
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from defectcam.cvat_labels import NOTICE, labels_with  # noqa: E402
+from defectcam.deadline import NO_TIME_LIMIT_S  # noqa: E402
 from defectcam.request import Request, RequestError  # noqa: E402
 from defectcam.training.names import meaning, suggestion  # noqa: E402
 from model_handler import ModelHandler  # noqa: E402
 
-NO_TIME_LIMIT_S = "86400"  # nobody waits for a frame as CVAT waits for Nuclio
 
 
 def create(
@@ -73,7 +73,7 @@ def create(
     given = {key: str(value) for key, value in locals().items() if value is not None and key != "labels"}
     environ = {"ADVCAM_TIME_LIMIT": NO_TIME_LIMIT_S, **os.environ}
     environ |= {f"ADVCAM_{key.upper()}": value for key, value in given.items()}
-    environ |= {"ADVCAM_CVAT_URL": "", "ADVCAM_CVAT_TOKEN": ""}  # whoever runs this sets T himself
+    environ |= {"ADVCAM_CVAT_URL": "", "ADVCAM_CVAT_TOKEN": ""}  # T is an argument here, not the task's
     model = ModelHandler.from_env(environ, logging.getLogger("defectcam"))
     return DefectFunction(model, _label_of_defect(labels or "", model))
 

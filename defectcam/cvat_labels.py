@@ -49,7 +49,7 @@ def labels_with(defects: Iterable[str]) -> list[dict]:
     Raises:
         ValueError: CVAT cannot take a defect's name, or function.yaml has no labels.
     """
-    # As deploy.sh reads it: the image of the function has no PyYAML, nor has whoever only makes labels.
+    # deploy.sh reads it in the same way. The function's image has no PyYAML, so a YAML parser cannot be used.
     spec = re.search(r"^    spec: *\|\n((?:(?:      .*)?\n)+)", FUNCTION_YAML.read_text(encoding="utf-8"), re.MULTILINE)
     if spec is None:
         raise ValueError(f"{FUNCTION_YAML} has no labels below 'spec: |' of its annotations: take the file as it was published")

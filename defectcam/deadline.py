@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 
+NO_TIME_LIMIT_S = "86400"  # of ADVCAM_TIME_LIMIT, where a command runs the function itself: no server waits for a frame
 SETTLED_S = 5  # after which what is done tells how long the rest takes; a GPU's first pass takes seconds
 
 

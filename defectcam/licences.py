@@ -1,10 +1,10 @@
-"""What the photos that weights have learnt from allow: "free", "research only", or "unknown" where nobody has looked.
+"""What the photos that weights have learnt from allow: "free", "research only", or "unknown" where no terms are known.
 
 A file of licences is a JSON object, {SET: {"licence": ..., "terms": one of TERMS, "source": ...}}; SET is the name of a
 data set. `defectcam calibrate --licences FILE` keeps what it says of an entry's sets in the manifest's `training.licences`.
 
 Weights that did not begin at random know more than their own sets. What they began with is one more set, "start" and the
-first START_LETTERS letters of its sha256: whoever knows its terms names them in the same file.
+first START_LETTERS letters of its sha256. The same file may name its terms.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class ProposalLog:
             weights: their version.
             settings: those in force, defect -> {name: value}.
             shapes: the answer, as CVAT gets it; not changed.
-            second_run: of `defectcam cvat annotate`: {"job": CVAT's id, "replaced": names of the proposals in whose place
-                the shapes are, which nobody rejected, "rejected": names of those that were rejected before}.
+            second_run: of `defectcam cvat annotate`: {"job": CVAT's id, "replaced": names of the proposals that the shapes
+                replace and that were not rejected, "rejected": names of those that were rejected before}.
         """
         record = {
             "time": datetime.now(timezone.utc).isoformat(),

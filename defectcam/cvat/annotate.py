@@ -3,8 +3,8 @@
 The weights run in this process, over the frames of all jobs of the task that are not completed. Frame by frame the new
 proposals are stored, and only then the old ones deleted. The rules:
 
-- Only proposals that nobody touched are replaced, of the defects of this run. Touched is what was moved, relabelled, put
-  into a group, copied to another photo, or given a value of an attribute of your own.
+- Only untouched proposals of this run's defects are replaced. A proposal is touched if a person moved or relabelled it, put it
+  into a group, copied it to another photo, or gave it a value of an attribute of your own.
 - All other shapes are kept, and nothing is proposed that overlaps one of the same label: by half of the smaller region.
 - A completed job is left alone.
 - A proposal that an annotator deleted is not proposed again. CVAT does not know of it, but the function's proposal log does:
@@ -57,6 +57,7 @@ from defectcam.cvat.shapes import (
 from defectcam.cvat.target import task_id
 from defectcam.cvat_labels import NOTICE, UNPROCESSED
 from defectcam.cvat_runs import ATTRIBUTE
+from defectcam.deadline import NO_TIME_LIMIT_S
 from defectcam.feedback.cvat import UNTOUCHED, CvatServer, Frame, Job, LeftOut, proposal_name
 from defectcam.feedback.harvest import LoggedProposals
 from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
@@ -64,7 +65,6 @@ from defectcam.request import ImageError, Request, RequestError, decode_image
 from defectcam.weights import WeightsError
 from model_handler import ModelHandler
 
-NO_TIME_LIMIT_S = "86400"  # nobody waits for a frame as CVAT waits for Nuclio
 INTERRUPTED = 130  # what shells report for Ctrl-C
 LABEL_TYPES = ("polygon", "mask", "any")
 LOG = logging.getLogger("defectcam.cvat")
@@ -291,7 +291,7 @@ class SecondRun:
             self.server.client.patch(f"/api/jobs/{job.id}/annotations?action={action}", body)
 
     def _kinds(self, job: Job, named: set[tuple[int, str]]) -> set[tuple]:
-        """Kinds of the answers that reached this job: runs that failed are in the log as well, and nobody saw them."""
+        """Kinds of the answers that reached this job. The log also has answers of failed runs, which CVAT threw away."""
         earlier = [own for (number, _), own in self.log.earlier.items() if number == job.id]
         names = {name for _, name in named}.union(*earlier)
         return {kind_of(record) for name in names for record in self.log.by_name.get(name, ())}

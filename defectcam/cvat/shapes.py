@@ -1,4 +1,4 @@
-"""The shapes of a photo in CVAT: which are proposals that nobody touched, and which a person made or corrected."""
+"""The shapes of a photo in CVAT: which are untouched proposals, and which a person made or corrected."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class PhotoNames:
 def is_untouched(
     one: StoredShape, names: PhotoNames, log: LoggedProposals, image: str, width: int, height: int, alone: bool
 ) -> bool:
-    """Whether a shape is a proposal for this photo that nobody changed, so that another may take its place.
+    """Whether a shape is an unchanged proposal for this photo. Then another may take its place.
 
     CVAT's page keeps the source of a proposal that was relabelled or propagated. So what it was proposed as is compared,
     by the log as harvest does it, or by its name. In doubt a shape counts as touched.

@@ -12,7 +12,7 @@ A campaign is one bridge, one camera, one light. A few of its photos teach what 
 OUT/manifest.json, *.safetensors, *.onnx    the new weights, for `deploy.sh weights OUT`; other defects are as before
 OUT/before_after.jpg                        photos that were not learnt from: photo, before, after
 OUT/rejected/                               all of this instead, where the verdict is "worse"
-OUT/work/                                   checkpoints; not needed once the run is done
+OUT/work/                                   checkpoints; may be deleted afterwards
 
 Photos and labels are laid out as for `defectcam train`. Without splits.json all photos of a set are taken. The exit status is
 0 if the new weights may be deployed, 3 if they are worse, and 1 or 2 where something was wrong.

@@ -357,12 +357,12 @@ def server_of(args: argparse.Namespace, tasks: Sequence[int] = ()) -> CvatServer
 class CvatExport:
     """An export of a job, task or project in the format "CVAT for images 1.1": its zip, or the XML alone.
 
-    Exports name no job states, so whoever makes one says which jobs are completed, and no shape ids. The frames' numbers
-    are those of the server: the ids in the file count from the task's start frame in its steps, and in a project from task
-    to task.
+    Exports name no states of jobs, so `completed` says which jobs are completed. They name no ids of shapes. The frames'
+    numbers are those of the server: the ids in the file count from the task's start frame in its steps, and in a project
+    from task to task.
 
     Attributes:
-        notes: what of it is left out, for whoever reads it.
+        notes: sentences about what of it is left out.
 
     Args:
         path: of the zip or XML.
