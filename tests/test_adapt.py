@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from defectcam.feedback import adapt
 from defectcam.feedback.adapt import Choice, covered_share, mixed, overlap, window_of
 from defectcam.training.clicks import Click, write_clicks
+from defectcam.training.config import TrainConfig
 from defectcam.training.dataset import PhotoLabels
 from defectcam.training.labels import UNKNOWN
 from defectcam.weights import load_weights, read_manifest
@@ -81,6 +83,19 @@ def test_all_of_the_network_learns_but_the_statistics_of_batchnorms(adapted, run
 def test_the_picture_shows_photos_that_were_not_learnt_from(adapted):
     picture = cv2.imread(str(adapted / "before_after.jpg"))
     assert picture.shape[1] == 3 * adapt.PICTURE_PX and picture.shape[0] >= 4 * 200
+
+
+def test_every_photo_is_judged_once_by_weights_that_did_not_see_it():
+    image_rgb, empty = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), np.uint8)
+    shown = empty.copy()
+    shown[10:20, 10:20] = 255
+    photos = [PhotoLabels(image_rgb, shown if number % 3 else empty) for number in range(7)]
+    photos.append(PhotoLabels(image_rgb, None, (Click("p", 5, 5, "crack"),)))  # it teaches, but cannot judge
+    folds = list(adapt.Adaptation(None, {}, TrainConfig("crack", clicks=Path("own.csv")), photos, Path()).folds())
+    assert len(folds) == 2 and sorted(index for _, judging in folds for index in judging) == list(range(7))
+    for learnt, judging in folds:
+        assert not set(learnt) & set(judging) and any(photos[index].shows_defect for index in learnt)
+    assert sorted(index for learnt, _ in folds for index in learnt) == list(range(8))
 
 
 def test_one_photo_teaches_but_cannot_judge(campaign, running, tmp_path, capsys):  # noqa: F811

@@ -35,7 +35,7 @@ def erring(textured_image):
     network = random_network(dtype=torch.float32)
     with torch.no_grad():
         network.head.bias -= float(np.median(score_map(network, textured_image)))
-    return network, merged_map(network, textured_image)
+    return network, merged_map(network, textured_image, hard_negatives.ALL_LEVELS)
 
 
 def test_all_levels_together_decide(erring, textured_image):
@@ -49,21 +49,26 @@ def test_all_levels_together_decide(erring, textured_image):
 
 def test_the_surest_places_come_first_and_keep_their_distance(erring, textured_image):
     network, merged = erring
-    found = hard_negatives.hard_negatives(network, textured_image)
+    known = np.zeros(merged.shape, bool)
+    found = hard_negatives.hard_negatives(network, textured_image, known)
     scores = [merged[y, x] for x, y in found]
     assert 1 < len(found) <= hard_negatives.PER_PHOTO and scores[0] == merged.max()
     assert min(scores) > 0 and scores == sorted(scores, reverse=True)
     for index, (x, y) in enumerate(found):
         assert all(max(abs(x - left), abs(y - top)) >= hard_negatives.SPACING_PX for left, top in found[:index])
+    unknown = np.zeros(merged.shape, bool)
+    unknown[:, : merged.shape[1] // 2] = True
+    half = hard_negatives.hard_negatives(network, textured_image, unknown)
+    assert half and all(x >= merged.shape[1] // 2 for x, _ in half), "nothing is said of what is not known"
     with torch.no_grad():
         network.head.bias.fill_(-1e6)
-    assert hard_negatives.hard_negatives(network, textured_image) == []
+    assert hard_negatives.hard_negatives(network, textured_image, known) == []
 
 
 def test_looking_for_them_leaves_the_network_free_to_learn(textured_image):
     network = random_network(**LITE).requires_grad_(True).train()
     before, text = {name: value.clone() for name, value in network.state_dict().items()}, str(network)
-    hard_negatives.hard_negatives(network, textured_image)
+    hard_negatives.hard_negatives(network, textured_image, np.zeros(textured_image.shape[:2], bool))
     assert network.training and str(network) == text and all(one.requires_grad for one in network.parameters())
     after = network.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())

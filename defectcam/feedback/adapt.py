@@ -44,22 +44,20 @@ from defectcam.command_line import command_parser
 from defectcam.evaluation.measures import f1_2px
 from defectcam.evaluation.report import compared
 from defectcam.feedback.retrain import NOT_PROMOTED, assemble, publish
-from defectcam.network import fold_batchnorm, fold_upsampling
 from defectcam.paths import write_image
 from defectcam.postprocess import regions
 from defectcam.proposals import probability
-from defectcam.pyramid import PhotoMaps, Pyramid
-from defectcam.torch_engine import TorchEngine
 from defectcam.training.calibrate import say
 from defectcam.training.config import LABELS, TrainConfig, names
 from defectcam.training.dataset import PhotoLabels, on_disk
 from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
-from defectcam.training.labels import UNKNOWN
+from defectcam.training.hard_negatives import merged_map
+from defectcam.training.labels import UNKNOWN, add_label_option
 from defectcam.training.sources import gather, labels_sha256, read_all
 from defectcam.training.train import crops_of, fit
 from defectcam.weights import DefectWeights, WeightsError, load_weights, sha256_of, write_defect
 
-STEPS = 200  # three to four minutes on two cores
+STEPS = 200  # two minutes on two cores
 LR = 3e-4
 CROP_PX, BATCH = 192, 8
 SCALES = (0.7, 1.4)  # a campaign has one camera
@@ -166,9 +164,7 @@ class Adaptation:
         """The merged map of T = 0, (H, W) float32."""
         network = self.fact.build_network()
         network.load_state_dict(tensors)
-        network = fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval()))
-        engine = TorchEngine(network, "cuda" if torch.cuda.is_available() else "cpu")
-        return PhotoMaps(engine, self.fact.reading, Pyramid(image_rgb)).merged()
+        return merged_map(network.to("cuda" if torch.cuda.is_available() else "cpu"), image_rgb, self.fact.reading)
 
     def folds(self) -> Iterator[tuple[list[int], list[int]]]:
         """Indices of photos to learn from and of outlined ones to judge by, twice; fewer where a half cannot teach."""
@@ -234,7 +230,7 @@ def config_of(args: argparse.Namespace, fact: DefectWeights) -> TrainConfig:
     """The training of a campaign, but for what its labels decide."""
     return TrainConfig(
         defect=args.defect, data=args.data, sets=tuple(args.sets), none_sets=tuple(args.none_sets), labels=args.labels,
-        clicks=args.clicks, val_clicks=args.clicks, masks=args.masks, encoder=fact.encoder, decoder=fact.decoder_channels,
+        clicks=args.clicks, masks=args.masks, label_names=args.label_names, encoder=fact.encoder, decoder=fact.decoder_channels,
         downsamplings=fact.downsamplings, pooling=fact.pooling, encoder_weights=None, init=args.weights / fact.file,
         scales=SCALES, crop_px=CROP_PX, batch=BATCH, lr=LR, steps=args.steps, seed=args.seed, frozen_batchnorm=True,
     )  # fmt: skip
@@ -310,9 +306,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", type=names, default=[], help="sets of labelled photos of the campaign")
     parser.add_argument("--none-sets", type=names, default=[], help="sets without the defect")
     parser.add_argument("--labels", choices=LABELS, default="outlines", help="what of the masks is learnt (default: %(default)s)")
+    add_label_option(parser)
     parser.add_argument("--clicks", type=Path, help="your own clicks: CSV or JSONL")
     parser.add_argument("--masks", type=Path, help="folder of <set>/<photo>.png from weak-labels, in place of the sets' masks")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s, 3 to 4 minutes on two cores)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s, 2 minutes on two cores)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new weights")
     args = parser.parse_args(argv)

@@ -114,11 +114,6 @@ class TrainConfig:
             raise ValueError("--sets, --none-sets, --none-regions and --masks need --data, the folder of the sets")
         if not self.sets and not self.clicks:
             raise ValueError("labels are missing: give --data and --sets, or --clicks and --val-clicks")
-        if not self.sets and not self.val_clicks:
-            raise ValueError(
-                "--clicks needs --val-clicks, or --sets with val photos: the best checkpoint is chosen on photos that are "
-                "not trained on"
-            )
 
     @property
     def crops_of_largest_scale_px(self) -> tuple[int, int]:
@@ -234,7 +229,13 @@ def parse_config(description: str, argv: Sequence[str] | None) -> tuple[TrainCon
             options["negative_share"] = 0.5
         for name in ("sets", "none_sets", "none_regions"):
             options[name] = tuple(options.get(name, ()))
-        return TrainConfig(**options), run
+        config = TrainConfig(**options)
+        if not config.sets and not config.val_clicks:
+            raise ValueError(
+                "--clicks needs --val-clicks, or --sets with val photos: the best checkpoint is chosen on photos that are "
+                "not trained on"
+            )
+        return config, run
     except ValueError as error:
         parser.error(str(error))
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -27,23 +27,27 @@ from defectcam.pyramid import PhotoMaps, Pyramid, Reading
 from defectcam.torch_engine import TorchEngine
 from defectcam.training.clicks import Click, split_stems, write_clicks
 from defectcam.training.config import names
-from defectcam.training.labels import LabelledSet, photo_size, read_photo_rgb
+from defectcam.training.labels import LabelledSet, add_label_option, read_photo_rgb
+from defectcam.training.sources import stems_without
 from defectcam.training.start import trained_network
 
 LOOKED_AT_PX = 30_000_000  # of all photos together, in a random order: some minutes on a processor
 PER_PHOTO = 20  # clicks at most; a photo with more is no better teacher
 SPACING_PX = 24  # between clicks
-PATCH_PX = 48  # what is known around a click; the photo is without the defect altogether
+PATCH_PX = 48  # what is known around a click
+PATCH = np.ones((PATCH_PX + 1, PATCH_PX + 1), np.uint8)
 ALL_LEVELS = Reading(1.0, 16, 1.0, (None,))
 
 
-def hard_negatives(network: ScoreNet, image_rgb: np.ndarray) -> list[tuple[int, int]]:
+def hard_negatives(network: ScoreNet, image_rgb: np.ndarray, unknown: np.ndarray) -> list[tuple[int, int]]:
     """Pixels (x, y) where a network read per pixel sees the defect, the surest first, SPACING_PX apart.
 
     Args:
         image_rgb: (H, W, 3) uint8, a photo without the defect.
+        unknown: (H, W) bool, where that is not known.
     """
-    logits = merged_map(network, image_rgb)
+    logits = merged_map(network, image_rgb, ALL_LEVELS)
+    logits[unknown] = -np.inf
     found = []
     while len(found) < PER_PHOTO:
         y, x = np.unravel_index(np.argmax(logits), logits.shape)
@@ -54,22 +58,11 @@ def hard_negatives(network: ScoreNet, image_rgb: np.ndarray) -> list[tuple[int, 
     return found
 
 
-def merged_map(network: ScoreNet, image_rgb: np.ndarray) -> np.ndarray:
+def merged_map(network: ScoreNet, image_rgb: np.ndarray, reading: Reading) -> np.ndarray:
     """The merged map of T = 0, (H, W) float32; the network is left as it is, free to learn."""
     device = str(network.head.weight.device)
     frozen = fold_upsampling(fold_batchnorm(copy.deepcopy(network).requires_grad_(False).eval()))
-    return PhotoMaps(TorchEngine(frozen, device), ALL_LEVELS, Pyramid(image_rgb)).merged()
-
-
-def photos_without(data: Path, sets: list[str], defect: str) -> Iterator[tuple[str, Path]]:
-    """Group and path of the train photos of some sets that have no mask of the defect, or an empty one."""
-    for set_name in sets:
-        files = LabelledSet(data, set_name, defect)
-        for stem in split_stems(data, set_name, "train"):
-            path = files.photo(stem)
-            mask = files.read_mask(stem, *photo_size(path))
-            if mask is None or not mask.any():
-                yield f"{set_name}/{stem}", path
+    return PhotoMaps(TorchEngine(frozen, device), reading, Pyramid(image_rgb)).merged()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,21 +72,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--network", type=Path, required=True, help="folder from `defectcam train`")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--none-sets", type=names, required=True, help="sets without the defect")
+    add_label_option(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the photos, which ends at 30 megapixels")
     parser.add_argument("--out", type=Path, required=True, help="CSV file of negative clicks")
     args = parser.parse_args(argv)
     try:
         network = trained_network(args.network).to("cuda" if torch.cuda.is_available() else "cpu")
-        photos = list(photos_without(args.data, args.none_sets, args.defect))
+        sets = {name: LabelledSet(args.data, name, args.defect, args.label_names) for name in args.none_sets}
+        photos = [
+            (name, stem) for name, files in sets.items()
+            for stem in stems_without(files, split_stems(args.data, name, "train"))
+        ]  # fmt: skip
         clicks, pixels = [], 0
         for index in tqdm(np.random.default_rng(args.seed).permutation(len(photos)).tolist(), unit="photo"):
-            group, path = photos[index]
+            name, stem = photos[index]
+            path = sets[name].photo(stem)
             image_rgb = read_photo_rgb(path)
             pixels += image_rgb.shape[0] * image_rgb.shape[1]
             if pixels > LOOKED_AT_PX and clicks:
                 break
-            found = hard_negatives(network, image_rgb)
-            clicks += [Click(str(path), x, y, "none", args.defect, group, patch_px=PATCH_PX) for x, y in found]
+            # A patch may not reach into what is unknown either.
+            unknown = cv2.dilate(sets[name].unfinished(stem, *image_rgb.shape[:2]).astype(np.uint8), PATCH) > 0
+            found = hard_negatives(network, image_rgb, unknown)
+            clicks += [Click(str(path), x, y, "none", args.defect, f"{name}/{stem}", patch_px=PATCH_PX) for x, y in found]
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from defectcam.request import ITERATIONS_MAX
 from defectcam.training.clicks import Click, simulate_clicks, split_stems
 from defectcam.training.config import names
 from defectcam.training.dark_lines import dark_lines
-from defectcam.training.labels import UNKNOWN, LabelledSet, read_photo_rgb
+from defectcam.training.labels import UNKNOWN, LabelledSet, add_label_option, read_photo_rgb
 from defectcam.training.sources import PSEUDO_RECORD
 from defectcam.weights import load_weights
 
@@ -115,9 +115,11 @@ class Labeller:
             ValueError, FileNotFoundError: naming what cannot be read right.
         """
         args = self.args
-        files, by_photo = LabelledSet(args.data, set_name, args.defect), {}
+        files, by_photo = LabelledSet(args.data, set_name, args.defect, args.label_names), {}
         if labelled:
-            clicks = simulate_clicks(args.data, set_name, "train", args.defect, 1, 0, args.seed, shows_defect=True)
+            clicks = simulate_clicks(
+                args.data, set_name, "train", args.defect, 1, 0, args.seed, shows_defect=True, label_names=args.label_names
+            )
             for click in clicks:
                 by_photo.setdefault(click.image, []).append(click)
         stems = split_stems(args.data, set_name, "train")
@@ -136,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
     parser.add_argument("--sets", type=names, default=[], help="sets whose train photos have clicks, simulated from their masks")
     parser.add_argument("--unlabelled-sets", type=names, default=[], help="sets whose train photos have no labels")
+    add_label_option(parser)
     parser.add_argument("--iterations", type=int, help="climbing steps T (default: that of the weights)")
     parser.add_argument("--dark-lines", action="store_true", help="of the proposals the dark lines alone, for cracks")
     parser.add_argument("--seed", type=int, default=0, help="of the simulated clicks, as in training")
@@ -152,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         args.iterations = predictor.weights.facts[args.defect].iterations
     facts = {
         "defect": args.defect, "weights": predictor.weights.facts[args.defect].sha256, "sets": args.sets,
-        "unlabelled_sets": args.unlabelled_sets, "iterations": args.iterations, "dark_lines": args.dark_lines,
+        "unlabelled_sets": args.unlabelled_sets, "label_names": args.label_names, "iterations": args.iterations, "dark_lines": args.dark_lines,
         "seed": args.seed,
     }  # fmt: skip
     record = args.out / PSEUDO_RECORD

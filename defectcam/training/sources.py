@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,10 +140,16 @@ def _of_none_set(config: TrainConfig, set_name: str, split: str) -> Iterator[Sou
                 yield source
         return
     files = LabelledSet(config.data, set_name, config.defect, config.label_names)
-    for stem in split_stems(config.data, set_name, split):
+    for stem in stems_without(files, split_stems(config.data, set_name, split)):
+        yield Source(files.photo(stem), lambda *size, stem=stem: files.unfinished(stem, *size) * np.uint8(UNKNOWN))
+
+
+def stems_without(files: LabelledSet, stems: Iterable[str]) -> Iterator[str]:
+    """Those of the photos that have no mark of the defect; errors as of `LabelledSet`."""
+    for stem in stems:
         mask = files.read_mask(stem, *photo_size(files.photo(stem)))
         if mask is None or not mask.any():
-            yield Source(files.photo(stem), lambda *size, stem=stem: files.unfinished(stem, *size) * np.uint8(UNKNOWN))
+            yield stem
 
 
 def _simulated(config: TrainConfig, set_name: str, split: str, shows_defect: bool) -> Iterator[Source]:

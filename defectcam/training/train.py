@@ -41,7 +41,7 @@ from defectcam.encoders import normalised
 from defectcam.network import ScoreNet
 from defectcam.training.config import TrainConfig, parse_config
 from defectcam.training.dataset import CropDataset, PhotoLabels, on_disk
-from defectcam.training.hard_negatives import merged_map
+from defectcam.training.hard_negatives import ALL_LEVELS, merged_map
 from defectcam.training.labels import UNKNOWN
 from defectcam.training.losses import PartialLabelLoss
 from defectcam.training.sources import Source, check_kinds, gather, labels_sha256, read_all
@@ -253,7 +253,7 @@ def pixel_iou(network: ScoreNet, photos: Sequence[PhotoLabels]) -> float:
     """
     both = either = 0
     for photo in photos:
-        found, known = merged_map(network, photo.image_rgb) > 0, photo.outline != UNKNOWN
+        found, known = merged_map(network, photo.image_rgb, ALL_LEVELS) > 0, photo.outline != UNKNOWN
         wanted = photo.outline == 255
         both += int((found & wanted).sum())
         either += int(((found | wanted) & known).sum())
