@@ -44,10 +44,13 @@ COPY --from=nuclio /home/nuclio/bin/processor /function/usr/local/bin/processor
 COPY --from=nuclio /home/nuclio/bin/py /function/opt/nuclio/
 COPY main.py model_handler.py /function/opt/nuclio/
 COPY defectcam/*.py /function/opt/nuclio/defectcam/
-COPY weights/ /weights/
+# `defectcam doctor`, which is to run where the function does.
+COPY defectcam/cvat/__init__.py defectcam/cvat/client.py defectcam/cvat/doctor.py defectcam/cvat/setup.py \
+    defectcam/cvat/target.py /function/opt/nuclio/defectcam/cvat/
+COPY weights/*.* /weights/
 RUN chmod -R a+rX,go-w /function /weights
 
-# Everything but the weights: `deploy.sh weights` puts new ones onto the code that runs already.
+# Everything but the weights, which deploy.sh puts onto it: new ones onto the code that runs already.
 FROM ${PYTHON_IMAGE} AS code
 # What opencv-python asks of the system.
 RUN apt-get update \

@@ -12,6 +12,7 @@ IMAGE=advcam-defects
 SAMPLE=$ROOT/docs/sample.jpg
 SAMPLE_CLICK='[560.0, 560.0]' # on the spall of the sample photo
 TITLE_MAX=24                  # characters of a name that CVAT's model list shows
+NAME_MAX=16                   # those of --name: "NAME defects" must fit
 READY_SECONDS=${READY_SECONDS:-300}
 ANSWER_SECONDS=${ANSWER_SECONDS:-300} # a CPU may take minutes for the sample with many climbing steps
 DRIVER=580                            # NVIDIA's, the first for CUDA 13, which PyTorch brings along
@@ -23,31 +24,39 @@ usage: ./deploy.sh cpu|gpu [options]   build the image, deploy the function and 
        ./deploy.sh rollback            go back to the release before
        ./deploy.sh status              what is deployed, where, with which weights
        ./deploy.sh remove              delete the functions, their images and the record of releases
+       ./deploy.sh save FILE           write image, functions and weights of the current release to one file
+       ./deploy.sh load FILE           deploy and verify such a file on a machine without internet
 
 Every run of cpu or gpu deploys what its command line says, and deletes functions of the last run that it does not
 name. If a deployed function does not answer as its weights must, everything goes back to the release before. A defect of
 the weights that function.yaml has no label for gets one in the files that are deployed; add it to your tasks in CVAT, too.
 
 options of cpu and gpu:
+  --weights DIR         these weights instead of ./weights
   --iterations LIST     one more entry in CVAT's model list for each number of climbing steps, e.g. 0,2,8
   --presets FILE        further entries, one a line: NAME | key=value ..., NAME as CVAT shows it (24 characters),
                         keys as in README.md, "Settings", e.g.
                           AdvCAM fine cracks | defects=crack iterations=8 cam_threshold=0.2
-  --min-replicas N      Kubernetes: least and greatest number of copies of each function
+
+options of cpu, gpu and load, for Kubernetes:
+  --registry URL        where the image is pushed to and pulled from, e.g. registry.example.org/cvat
+  --min-replicas N      least and greatest number of copies of each function
   --max-replicas N
 
 options of every command:
+  --name NAME           a deployment of its own, beside the one without a name and others: entries of CVAT's model list,
+                        releases, rollback and removal of its own. "AdvCAM" in its entries becomes NAME, e.g.
+                          ./deploy.sh cpu --name bridge-a --weights out/next      gives "bridge-a defects"
+                        status without --name lists all deployments; the other commands without it leave these alone
   --platform local|kube Docker on this machine (the default), or the cluster of kubectl's current context
   --namespace NAME      where CVAT looks for functions (default: nuclio)
-  --registry URL        Kubernetes, for cpu and gpu: where the image is pushed to and pulled from,
-                        e.g. registry.example.org/cvat
   --cvat DIR            CVAT's repository, for the version of its Nuclio; otherwise that of the running one
   --dry-run             print every docker, nuctl, kubectl and curl command, one a line, and run none; function files
-                        are written to be read. VERSION, PORT and REGISTRY stand for what only a real run knows.
+                        are written to be read. VERSION, PORT, REGISTRY and HELPER stand for what only a real run knows.
   --help
 
-With ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN in the environment the functions read T from the labels of the CVAT task
-that is being annotated (docs/cvat.md). The token is a personal access token of a service account, a user of CVAT that
+With ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN in the environment the functions read T and the labels' types from the CVAT
+task that is being annotated, and a new deployment is checked with defectcam doctor (docs/cvat.md). The token is a personal access token of a service account, a user of CVAT that
 is there for the functions alone; for CVAT 2.15, which has none, the key that POST /api/auth/login gives that user.
 Do not sign in to the web page as that user: signing out there deletes the key.
 EOF
@@ -85,7 +94,8 @@ call() {
 
 parse_arguments() {
     command='' argument='' dry_run='' platform=local namespace=nuclio registry='' cvat='' presets='' iterations=''
-    min_replicas='' max_replicas=''
+    min_replicas='' max_replicas='' deployment='' weights=''
+    local option
     while (($#)); do
         case $1 in
             --help | -h)
@@ -93,21 +103,23 @@ parse_arguments() {
                 exit
                 ;;
             --dry-run) dry_run=yes ;;
-            --platform | --namespace | --registry | --cvat | \
-                --iterations | --presets | --min-replicas | --max-replicas)
+            --platform | --namespace | --name | --registry | --cvat | \
+                --weights | --iterations | --presets | --min-replicas | --max-replicas)
                 [[ $# -gt 1 && -n $2 && $2 != -* ]] || die "$1 needs a value; ./deploy.sh --help"
-                local name=${1#--}
-                printf -v "${name//-/_}" '%s' "$2"
+                option=${1#--}
+                [[ $option != name ]] || option=deployment # functions have names, too
+                printf -v "${option//-/_}" '%s' "$2"
                 shift
                 ;;
             -*) die "unknown option '$1'; ./deploy.sh --help" ;;
             *)
-                if [[ $command == weights && -z $argument ]]; then # whatever the folder is called
+                if [[ $command =~ ^(weights|save|load)$ && -z $argument ]]; then # whatever the path is called
                     argument=$1
                     shift
                     continue
                 fi
-                [[ $1 =~ ^(cpu|gpu|weights|rollback|status|remove)$ ]] || die "unknown command '$1'; ./deploy.sh --help"
+                [[ $1 =~ ^(cpu|gpu|weights|rollback|status|remove|save|load)$ ]] ||
+                    die "unknown command '$1'; ./deploy.sh --help"
                 [[ -z $command ]] || die "two commands, '$command' and '$1'; ./deploy.sh --help"
                 command=$1
                 ;;
@@ -117,20 +129,37 @@ parse_arguments() {
     [[ -n $command ]] || { usage >&2 && exit 2; }
     [[ $platform == local || $platform == kube ]] || die "--platform is '$platform', but must be local or kube"
     [[ $namespace =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] || die "--namespace is '$namespace', no Kubernetes name"
-    local option
+    [[ $deployment =~ ^([a-z0-9]+(-[a-z0-9]+)*)?$ && ${#deployment} -le $NAME_MAX ]] ||
+        die "--name is '$deployment', but must be 1 to $NAME_MAX lower-case letters, digits and single hyphens, as in bridge-a"
     for option in min_replicas max_replicas; do
         [[ ${!option} =~ ^[0-9]*$ ]] || die "--${option/_/-} is '${!option}', but must be a number"
     done
     [[ $platform == kube || -z $min_replicas$max_replicas$registry ]] ||
         die "--registry and replicas need --platform kube: Docker runs one copy of an image on this machine"
-    [[ $command =~ ^(cpu|gpu)$ || -z $iterations$presets$min_replicas$max_replicas$registry ]] ||
-        die "--iterations, --presets, --registry and replicas belong to cpu and gpu: '$command' keeps what is deployed"
-    [[ ! $command =~ ^(cpu|gpu)$ || $platform == local || -n $registry ]] ||
-        die "--platform kube needs --registry: the cluster pulls the image from there"
-    if [[ $command == weights ]]; then
-        [[ -n $argument ]] || die "weights needs a folder: ./deploy.sh weights DIR"
-        [[ -f $argument/manifest.json ]] || die "no weights in '$argument': it has no manifest.json"
-        compgen -G "$argument/*.safetensors" >/dev/null || die "no weights in '$argument': it has no *.safetensors"
+    [[ $command =~ ^(cpu|gpu)$ || -z $iterations$presets$weights ]] ||
+        die "--iterations, --presets and --weights belong to cpu and gpu: '$command' keeps what is deployed or saved"
+    if [[ $command =~ ^(cpu|gpu|load)$ ]]; then
+        [[ $platform == local || -n $registry ]] ||
+            die "--platform kube needs --registry: the cluster pulls the image from there"
+        [[ ${ADVCAM_CVAT_URL:+set} == "${ADVCAM_CVAT_TOKEN:+set}" ]] ||
+            die "only one of ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN is set: set both, or neither"
+    else
+        [[ -z $min_replicas$max_replicas$registry ]] ||
+            die "--registry and replicas belong to cpu, gpu and load: '$command' keeps what is deployed"
+    fi
+    [[ ! $command =~ ^(weights|save|load)$ || -n $argument ]] || die "$command needs a path; ./deploy.sh --help"
+    case $command in
+        weights) weights=$argument ;;
+        save)
+            [[ ! -e $argument ]] || die "'$argument' is there already: name another file, or delete it"
+            [[ -w $(dirname "$argument") ]] || die "cannot write '$argument': make its folder, or name another one"
+            ;;
+        load) [[ -f $argument && -r $argument ]] || die "cannot read '$argument': name a file of ./deploy.sh save" ;;
+    esac
+    weights=${weights:-$ROOT/weights}
+    if [[ $command =~ ^(cpu|gpu|weights)$ ]]; then
+        [[ -f $weights/manifest.json ]] || die "no weights in '$weights': it has no manifest.json"
+        compgen -G "$weights/*.safetensors" >/dev/null || die "no weights in '$weights': it has no *.safetensors"
     fi
     where=(--platform "$platform" --namespace "$namespace")
 }
@@ -146,7 +175,7 @@ check_needs() {
     ((${#missing[@]} == 0)) || lack "${missing[@]}"
     call docker info --format '{{.ServerVersion}}' >/dev/null ||
         die "docker does not answer: start its daemon, or join the group that may use it"
-    [[ $command =~ ^(cpu|gpu|weights)$ ]] || return 0
+    [[ $command =~ ^(cpu|gpu|weights|load)$ ]] || return 0
     check_nuclio_version
     [[ $device != gpu ]] || check_gpu
     check_disk
@@ -173,6 +202,9 @@ check_nuclio_version() {
     [[ $client =~ Label:\ ([0-9.]+) ]] || die "nuctl does not tell its version: $client"
     [[ ${BASH_REMATCH[1]} == "$nuclio_version" ]] ||
         die "nuctl is ${BASH_REMATCH[1]}, but CVAT runs Nuclio $nuclio_version: install nuctl $nuclio_version"
+    [[ $command != load || $saved_nuclio == "$nuclio_version" ]] ||
+        die "'$argument' has Nuclio $saved_nuclio in its image, but CVAT runs Nuclio $nuclio_version here:" \
+            "save it on a machine whose CVAT runs Nuclio $nuclio_version"
 }
 
 check_gpu() {
@@ -192,6 +224,7 @@ check_disk() {
     local needed=8 folder free
     [[ $device != gpu ]] || needed=25 # GB: PyTorch with CUDA, once in the build and once in the image
     [[ $command != weights ]] || needed=2
+    [[ $command != load ]] || needed=$((2 * $(stat -L -c %s "$argument") / 1000000000 + 1)) # docker unpacks it first
     folder=$(call docker info --format '{{.DockerRootDir}}')
     [[ -z $dry_run && -d $folder ]] || return 0 # without it the daemon is on another machine
     free=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1e6) }')
@@ -200,6 +233,23 @@ check_disk() {
 }
 
 # ---------------------------------------------------------------------------------------------- a release
+
+# use_deployment NAME: set where its releases are and which there are. The one that has no name has the name ''.
+use_deployment() {
+    deployment=$1
+    STATE=$ROOT/out/deploy/$platform-$namespace${1:+.$1}
+    current=$(release_of current) previous=$(release_of previous) pending=$(release_of pending)
+    its_name=${1:+ --name $1} # for commands that the user is told
+    nothing="nothing is deployed on $platform in namespace $namespace${1:+ with --name $1}"
+}
+
+named_deployments() { # those beside the one without a name
+    local path
+    [[ -z $deployment ]] || return 0
+    for path in "$STATE".*; do
+        [[ ! -L $path/current && ! -L $path/pending ]] || printf '%s\n' "${path##*.}"
+    done
+}
 
 release_of() { # the name of the release that a link points to; nothing where there is no link
     local path
@@ -228,26 +278,55 @@ new_release() { # new_release [NAME OF A DRY RUN]: sets $release and $folder
     mkdir -p "$folder"/{functions,settings,answers} || die "cannot write to $STATE/releases"
 }
 
+# inherit RELEASE_FOLDER: the new release gets all of it but what image and weights decide
+inherit() {
+    local part
+    for part in names functions settings options nuclio detector.json interactor.json; do
+        [[ ! -e $1/$part ]] || cp -r "$1/$part" "$folder"
+    done
+}
+
+write_options() { # further options of nuctl deploy
+    local options=(${min_replicas:+--min-replicas "$min_replicas"} ${max_replicas:+--max-replicas "$max_replicas"})
+    ((${#options[@]} == 0)) || printf '%s\n' "${options[@]}" >"$folder/options"
+}
+
 functions_of() { # names of a release's functions, the default first
     [[ -z $1 ]] || cat "$STATE/releases/$1/names"
 }
 
 # add_function TEMPLATE NAME TITLE [KEY=VALUE ...]: NAME and TITLE may be empty for the template's own.
-#
-# nuctl could override all but two things: it cuts an annotation at its second "=", and it builds again, whatever
-# --run-image says, as long as the file has spec.build. Hence a file for each function.
 add_function() {
-    local template=$1 name=$2 title=$3 cvat_of=file
+    local template=$1 name=$2 title=$3
     shift 3
     name=${name:-$(sed -n 's/^  name: *\([^ #]*\).*/\1/p' "$template")}
     title=${title:-$(sed -n 's/^    name: *\([^#]*[^ #]\).*/\1/p' "$template")}
-    ((${#title} <= TITLE_MAX)) || die "'$title' has ${#title} characters, but CVAT shows $TITLE_MAX: shorten it"
+    # No preset of another deployment is called so: there are never two hyphens in a row.
+    [[ -z $deployment ]] || name=$name--$deployment title="$deployment ${title#AdvCAM }"
+    ((${#title} <= TITLE_MAX)) ||
+        die "'$title' has ${#title} characters, but CVAT shows $TITLE_MAX: shorten it${deployment:+, or --name}"
     ! grep -qxF "$name" "$folder/names" 2>/dev/null || die "two entries named '$title' ($name): rename one"
-    [[ -z ${ADVCAM_CVAT_TOKEN:+set} ]] || cvat_of=environment
-    # An entry with a T of its own is chosen for that T: the task's label must not replace it. A click has no T.
-    [[ " $* " != *" ADVCAM_ITERATIONS="* && $template != */interactor.yaml ]] || cvat_of=nothing
+    (($# == 0)) || printf '%s\n' "$@" >"$folder/settings/$name"
+    write_function "$template" "$name" "$title"
+    printf '%s\n' "$title" >"$folder/functions/$name.title"
+    printf '%s\n' "$name" >>"$folder/names"
+}
+
+# write_function FILE NAME TITLE: the release's file of function NAME, made from FILE, a template or this very file.
+#
+# nuctl could override all but two things: it cuts an annotation at its second "=", and it builds again, whatever
+# --run-image says, as long as the file has spec.build. Hence a file for each function.
+write_function() {
+    local cvat_of=file file=$folder/functions/$2.yaml
+    if [[ $command == save ]]; then # a token stays on its machine; a reference to a Secret may go
+        ! grep -q '^ADVCAM_CVAT_TOKEN=' <(file_variables "$1") || cvat_of=nothing
+    else
+        [[ -z ${ADVCAM_CVAT_TOKEN:+set} ]] || cvat_of=environment
+        # An entry with a T of its own is chosen for that T: the task's label must not replace it. A click has no T.
+        if is_interactor "$1" || grep -qs '^ADVCAM_ITERATIONS=' "$folder/settings/$2"; then cvat_of=nothing; fi
+    fi
     # The token is read by awk alone: other users can see a program's arguments, and `bash -x` prints bash's values.
-    LC_ALL=C awk -v name="$name" -v title="$title" -v cvat_of="$cvat_of" '
+    LC_ALL=C awk -v name="$2" -v title="$3" -v cvat_of="$cvat_of" '
         BEGIN {
             count = cvat_of == "environment" ? split("ADVCAM_CVAT_URL ADVCAM_CVAT_TOKEN", variables, " ") : 0
             for (i = 1; i <= count; i++) {
@@ -268,11 +347,13 @@ add_function() {
         /^  name:/ { print "  name: " name; next }
         block == "annotations:" && /^    name:/ { print "    name: \"" title "\""; next }
         { print }
-        /^  env:/ { printf "%s", entries }' "$template" >"$folder/functions/$name.yaml" || exit 1
-    (($# == 0)) || printf '%s\n' "$@" >"$folder/settings/$name"
-    printf '%s\n' "$title" >"$folder/functions/$name.title"
-    printf '%s\n' "$name" >>"$folder/names"
+        /^  env:/ { printf "%s", entries }' "$1" >"$file.new" || exit 1
+    mv "$file.new" "$file"
 }
+
+rewrite_function() { write_function "$folder/functions/$1.yaml" "$1" "$(<"$folder/functions/$1.title")"; }
+
+is_interactor() { grep -q '^ *type: *interactor' "$1"; }
 
 # add_preset TITLE KEY=VALUE ...: one more entry in CVAT's model list, keys as in a request.
 add_preset() {
@@ -296,8 +377,6 @@ add_preset() {
 }
 
 describe_release() { # the functions that cpu and gpu were asked for
-    [[ ${ADVCAM_CVAT_URL:+set} == "${ADVCAM_CVAT_TOKEN:+set}" ]] ||
-        die "only one of ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN is set: set both, or neither"
     local template=$ROOT/function.yaml line count
     [[ $device != gpu ]] || template=$ROOT/function-gpu.yaml
     add_function "$template" '' ''
@@ -321,7 +400,7 @@ describe_release() { # the functions that cpu and gpu were asked for
         done <"$presets"
     fi
     [[ ! -f $ROOT/interactor.yaml ]] || add_function "$ROOT/interactor.yaml" '' ''
-    add_labels "$ROOT/weights/manifest.json"
+    add_labels "$weights/manifest.json"
 }
 
 # JSON for awk, which is there where no Python is. read_json(TEXT) sets, by the path of keys and places from 1 on, joined by
@@ -422,6 +501,16 @@ inside_spec { printf "%s", change_labels(spec); inside_spec = 0; spec = "" }
 { print }
 END { if (inside_spec) printf "%s", change_labels(spec) }'
 
+# change_labels AWK_PROGRAM: whose function change_labels changes those of every function of the release
+change_labels() {
+    local name file
+    for name in $(functions_of "$release"); do
+        file=$folder/functions/$name.yaml
+        LC_ALL=C awk "$JSON$ITS_LABELS$1" "$file" >"$file.new" || exit 1
+        mv "$file.new" "$file"
+    done
+}
+
 # defects_of MANIFEST: the names of its defects, one a line, each of which CVAT must be able to take for a label.
 # defectcam/cvat_labels.py has the same rules; a test holds the two together.
 defects_of() {
@@ -454,98 +543,95 @@ defects_of() {
 # add_labels MANIFEST: the release's function files get a label for each defect of a manifest that they lack: as their
 # first label, but for name and colour, before the tags.
 add_labels() {
-    local defects name file tell=yes
+    local defects
     [[ -f $1 ]] || return 0 # nothing can be built then
     defects=$(defects_of "$1") || exit 1
-    for name in $(functions_of "$release"); do
-        file=$folder/functions/$name.yaml
-        DEFECTS=$defects TELL=$tell LC_ALL=C awk "$JSON$ITS_LABELS"'
-            BEGIN {
-                names = split(ENVIRON["DEFECTS"], defects, "\n")
-                colours = split("#00dc78 #ff00ff #00e5ff #b4ff00 #aa5aff #ff7800", colour, " ")
+    DEFECTS=$defects TOLD=$folder/functions/$(functions_of "$release" | head -n 1).yaml change_labels '
+        BEGIN {
+            names = split(ENVIRON["DEFECTS"], defects, "\n")
+            colours = split("#00dc78 #ff00ff #00e5ff #b4ff00 #aa5aff #ff7800", colour, " ")
+        }
+        function change_labels(spec, i) {
+            for (i = 1; i <= names; i++) spec = with_label(spec, defects[i])
+            return spec
+        }
+        function with_label(spec, defect, labels, like, tag, i, made, own) {
+            read_json(spec)
+            for (labels = 0; (labels + 1) in first; labels++) {
+                if (string_at(spec, labels + 1 SUBSEP "name") == defect) return spec
+                if (!like && string_at(spec, labels + 1 SUBSEP "type") == "polygon") like = labels + 1
+                if (!tag && string_at(spec, labels + 1 SUBSEP "type") == "tag") tag = labels + 1
             }
-            function change_labels(spec, i) {
-                for (i = 1; i <= names; i++) spec = with_label(spec, defects[i])
-                return spec
+            if (!like) {
+                printf "deploy.sh: %s has no label of type polygon; the label of \047%s\047 is made like that: add one, " \
+                    "such as crack\n", FILENAME, defect >"/dev/stderr"
+                exit 1
             }
-            function with_label(spec, defect, labels, like, tag, i, made, own) {
-                read_json(spec)
-                for (labels = 0; (labels + 1) in first; labels++) {
-                    if (string_at(spec, labels + 1 SUBSEP "name") == defect) return spec
-                    if (!like && string_at(spec, labels + 1 SUBSEP "type") == "polygon") like = labels + 1
-                    if (!tag && string_at(spec, labels + 1 SUBSEP "type") == "tag") tag = labels + 1
-                }
-                if (!like) {
-                    printf "deploy.sh: %s has no label of type polygon; the label of \047%s\047 is made like that: add one, " \
-                        "such as crack\n", FILENAME, defect >"/dev/stderr"
-                    exit 1
-                }
-                for (i = 1; i <= colours && index(spec, "\"" colour[i] "\""); i++) continue
-                own = colour[i <= colours ? i : labels % colours + 1]
-                made = substr(spec, first[like], last[like] - first[like] + 1)
-                sub(/"color": *"[^"]*", */, "", made)
-                read_json(made)
-                made = substr(made, 1, first["name"]) json_of(defect) "\", \"color\": \"" own substr(made, last["name"])
-                read_json(spec)
-                if (ENVIRON["TELL"]) {
-                    printf "note: the weights have a defect \047%s\047; add the label \047%s\047 to your task in CVAT " \
-                        "(docs/cvat.md, \"Labels\"), which drops its proposals otherwise\n", defect, defect >"/dev/stderr"
-                }
-                if (tag) return substr(spec, 1, first[tag] - 1) made ",\n        " substr(spec, first[tag])
-                return substr(spec, 1, last[labels]) ",\n        " made substr(spec, last[labels] + 1)
-            }' "$file" >"$file.new" || exit 1
-        mv "$file.new" "$file"
-        tell=''
-    done
+            for (i = 1; i <= colours && index(spec, "\"" colour[i] "\""); i++) continue
+            own = colour[i <= colours ? i : labels % colours + 1]
+            made = substr(spec, first[like], last[like] - first[like] + 1)
+            sub(/"color": *"[^"]*", */, "", made)
+            read_json(made)
+            made = substr(made, 1, first["name"]) json_of(defect) "\", \"color\": \"" own substr(made, last["name"])
+            read_json(spec)
+            if (FILENAME == ENVIRON["TOLD"]) {
+                printf "note: the weights have a defect \047%s\047; add the label \047%s\047 to your task in CVAT " \
+                    "(docs/cvat.md, \"Labels\"), which drops its proposals otherwise\n", defect, defect >"/dev/stderr"
+            }
+            if (tag) return substr(spec, 1, first[tag] - 1) made ",\n        " substr(spec, first[tag])
+            return substr(spec, 1, last[labels]) ",\n        " made substr(spec, last[labels] + 1)
+        }'
 }
 
 # suppose_release REASON: end a real run, since there is no release; a dry run goes on as if cpu had been run.
 suppose_release() {
     lack "$1"
-    warn "the commands below are those after ./deploy.sh cpu"
+    warn "the commands below are those after ./deploy.sh cpu$its_name"
     [[ $platform == local ]] || registry=REGISTRY
     device=cpu
     new_release RELEASE
     describe_release
-    name_image "${registry:+$registry/}$IMAGE"
+    name_image
+    write_requests
     current=RELEASE previous=RELEASE
 }
 
-build_image() {
+build_code() {
     local arguments=(--build-arg "NUCLIO_VERSION=$nuclio_version" --build-arg "DEVICE=$device")
     [[ $device != cpu ]] || openvino_suffices || {
-        say "not all of weights/ can be run by OpenVINO: the image gets PyTorch"
+        say "not all of $weights can be run by OpenVINO: the image gets PyTorch"
         arguments+=(--build-arg ENGINE=torch)
     }
-    name_image "${registry:+${registry%/}/}$IMAGE"
-    say "building $image"
+    name_image
+    printf '%s\n' "$nuclio_version" >"$folder/nuclio"
+    say "building $code"
     call docker build "${arguments[@]}" --target code --tag "$code" "$ROOT" >&2
-    call docker build "${arguments[@]}" --tag "$image" "$ROOT" >&2
 }
 
-# Whether OpenVINO can run all of weights/: every defect has a graph, and none climbs as the paper does.
+# Whether OpenVINO can run all of the weights: every defect has a graph, and none climbs as the paper does.
 openvino_suffices() {
     (($(in_manifest '"file": *"') == $(in_manifest '"graph": *"[^"]') && $(in_manifest '"form": *"paper"') == 0))
 }
 
-in_manifest() { # how often weights/manifest.json has something
-    { grep -o "$1" "$ROOT/weights/manifest.json" || true; } | wc -l
+in_manifest() { # how often the weights' manifest.json has something
+    { grep -o "$1" "$weights/manifest.json" || true; } | wc -l
 }
 
-# New weights on the code that runs now. They are copied into the release first: what is verified is what is deployed.
+# The weights on the code. They are copied into the release first: what is verified is what is deployed.
 build_weights() {
-    name_image "${current_code%:*}" "$current_code"
     mkdir "$folder/weights"
-    cp "$argument"/manifest.json "$argument"/*.safetensors "$folder/weights"
-    if compgen -G "$argument/*.onnx" >/dev/null; then cp "$argument"/*.onnx "$folder/weights"; fi
+    cp "$weights"/manifest.json "$weights"/*.safetensors "$folder/weights"
+    if compgen -G "$weights/*.onnx" >/dev/null; then cp "$weights"/*.onnx "$folder/weights"; fi
     chmod -R a+rX "$folder/weights" # the function does not run as root
     printf 'FROM %s\nCOPY . weights/\n' "$code" >"$folder/Dockerfile"
-    say "building $image with the weights of $argument"
+    say "building $image with the weights of $weights"
     call docker build --tag "$image" --file "$folder/Dockerfile" "$folder/weights" >&2
 }
 
-name_image() { # name_image REPOSITORY [CODE]: written down before anything is built, so that it can be deleted later
-    image=$1:$device-$release code=${2:-$1:code-$device-$release}
+name_image() { # name_image [CODE]: written down before anything is built, so that it can be deleted later
+    local repository=${registry:+${registry%/}/}$IMAGE tag=$device-$release${deployment:+-$deployment}
+    code=${1:-$repository:code-$tag}
+    image=${code%:*}:$tag
     printf '%s\n' "$image" >"$folder/image"
     printf '%s\n' "$code" >"$folder/code"
     printf '%s\n' "$device" >"$folder/device"
@@ -628,32 +714,35 @@ write_requests() { # the sample as CVAT sends it, to a detector and to an intera
 }
 
 request_for() { # request_for RELEASE NAME
-    if grep -q '^ *type: *interactor' "$STATE/releases/$1/functions/$2.yaml"; then
-        printf '%s' "$STATE/releases/$1/interactor.json"
-    else
-        printf '%s' "$STATE/releases/$1/detector.json"
-    fi
+    local kind=detector
+    ! is_interactor "$STATE/releases/$1/functions/$2.yaml" || kind=interactor
+    printf '%s' "$STATE/releases/$1/$kind.json"
 }
 
-# What a function file's env sets of the model, KEY=VALUE a line; not what names CVAT or a folder that is mounted when
-# it is deployed, and no device where the function runs on another machine.
-file_settings() {
-    local others='LOG_DIR|WEIGHTS|CVAT_.*'
-    [[ $platform == local ]] || others+='|DEVICE'
+# What a function file's env sets of the model, KEY=VALUE a line.
+file_variables() {
     awk '
         function flush() { if (name ~ /^ADVCAM_/ && value != "") print name "=" value; name = value = "" }
         /^  env:/ { inside = 1; next }
         /^  [a-z]/ || /^[^ #]/ { inside = 0 }
         !inside || /^ *#/ { next }
         /^ *- / { flush() }
-        match($0, /name: *[A-Z_]+/) { name = substr($0, RSTART, RLENGTH); sub(/name: */, "", name) }
+        match($0, /name: *["\047]?[A-Z_]+/) { name = substr($0, RSTART, RLENGTH); sub(/name: *["\047]?/, "", name) }
         match($0, /value: */) {
             value = substr($0, RSTART + RLENGTH)
             if (value ~ /^["\047]/) value = substr(value, 2, index(substr(value, 2), substr(value, 1, 1)) - 1)
             else if (/{/) sub(/ *[,}].*/, "", value)
             else sub(/ +#.*| +$/, "", value)
         }
-        END { flush() }' "$1" | grep -vE "^ADVCAM_($others)=" || true
+        END { flush() }' "$1"
+}
+
+# Those for a container that is run alone: not what names CVAT or a folder that is mounted when the function is deployed,
+# and no device where the function runs on another machine.
+file_settings() {
+    local others='LOG_DIR|WEIGHTS|CVAT_.*'
+    [[ $platform == local ]] || others+='|DEVICE'
+    file_variables "$1" | grep -vE "^ADVCAM_($others)=" || true
 }
 
 # env_options: sets $options to --env KEY=VALUE ..., which docker and nuctl share, for the lines KEY=VALUE on stdin.
@@ -686,43 +775,38 @@ work_out_answers() {
 
 # The T that these weights answer with comes first in its label's select: "From model" makes the first one the default.
 put_iterations_first() {
-    local name said
-    said=$folder/answers/$(functions_of "$release" | head -n 1)
     [[ -z $dry_run ]] || return 0 # nothing was answered
-    for name in $(functions_of "$release"); do
-        SAID=$said LC_ALL=C awk "$JSON$ITS_LABELS"'
-            BEGIN {
-                answer = file_text(ENVIRON["SAID"])
-                sub(/\n.*/, "", answer)
-                read_json(answer)
-                for (i = 1; i <= count; i++) {
-                    if (split(paths[i], keys, SUBSEP) == 3 && keys[1] == "defaults" && keys[3] == "iterations")
-                        steps[keys[2]] = substr(answer, first[paths[i]], last[paths[i]] - first[paths[i]] + 1)
-                }
+    SAID=$folder/answers/$(functions_of "$release" | head -n 1) change_labels '
+        BEGIN {
+            answer = file_text(ENVIRON["SAID"])
+            sub(/\n.*/, "", answer)
+            read_json(answer)
+            for (i = 1; i <= count; i++) {
+                if (split(paths[i], keys, SUBSEP) == 3 && keys[1] == "defaults" && keys[3] == "iterations")
+                    steps[keys[2]] = substr(answer, first[paths[i]], last[paths[i]] - first[paths[i]] + 1)
             }
-            function change_labels(spec, label, defect) {
+        }
+        function change_labels(spec, label, defect) {
+            read_json(spec)
+            for (label = 1; label in first; label++) {
+                defect = string_at(spec, label SUBSEP "name")
+                if (defect in steps) spec = with_first(spec, label, steps[defect])
                 read_json(spec)
-                for (label = 1; label in first; label++) {
-                    defect = string_at(spec, label SUBSEP "name")
-                    if (defect in steps) spec = with_first(spec, label, steps[defect])
-                    read_json(spec)
-                }
-                return spec
             }
-            function with_first(spec, label, steps, path, i, values) {
-                for (i = 1; (path = label SUBSEP "attributes" SUBSEP i) in first; i++) {
-                    if (string_at(spec, path SUBSEP "name") == "iterations") break
-                }
-                path = path SUBSEP "values"
-                if (!(path in first) || string_at(spec, path SUBSEP 1) == steps) return spec
-                values = "\"" steps "\""
-                for (i = 1; (path SUBSEP i) in first; i++) {
-                    if (string_at(spec, path SUBSEP i) != steps) values = values ", \"" string_at(spec, path SUBSEP i) "\""
-                }
-                return substr(spec, 1, first[path]) values substr(spec, last[path])
-            }' "$folder/functions/$name.yaml" >"$folder/functions/$name.yaml.new"
-        mv "$folder/functions/$name.yaml.new" "$folder/functions/$name.yaml"
-    done
+            return spec
+        }
+        function with_first(spec, label, steps, path, i, values) {
+            for (i = 1; (path = label SUBSEP "attributes" SUBSEP i) in first; i++) {
+                if (string_at(spec, path SUBSEP "name") == "iterations") break
+            }
+            path = path SUBSEP "values"
+            if (!(path in first) || string_at(spec, path SUBSEP 1) == steps) return spec
+            values = "\"" steps "\""
+            for (i = 1; (path SUBSEP i) in first; i++) {
+                if (string_at(spec, path SUBSEP i) != steps) values = values ", \"" string_at(spec, path SUBSEP i) "\""
+            }
+            return substr(spec, 1, first[path]) values substr(spec, last[path])
+        }'
 }
 
 # ---------------------------------------------------------------------------------------------- deploying
@@ -863,6 +947,7 @@ on_exit() {
     trap '' INT TERM HUP # nor a second Ctrl-C
     trap - EXIT
     hang_up
+    [[ -z $carrying ]] || end_carrying
     if [[ -n $switching ]]; then
         # After a SIGHUP the terminal is gone, and nuctl too would fail to write there.
         [[ $code != 129 ]] || exec >>"$STATE/going-back.log" 2>&1
@@ -872,7 +957,7 @@ on_exit() {
                 settle
                 say "release $current is deployed again; $switching was given up"
             else
-                say "release $current is not back: put right what is said above, then ./deploy.sh rollback"
+                say "release $current is not back: put right what is said above, then ./deploy.sh rollback$its_name"
             fi
         else
             say "there is no release to go back to: deleting what was deployed"
@@ -908,24 +993,25 @@ deploy() {
     new_release
     describe_release
     write_requests
-    local extra=(${min_replicas:+--min-replicas "$min_replicas"} ${max_replicas:+--max-replicas "$max_replicas"})
-    ((${#extra[@]} == 0)) || printf '%s\n' "${extra[@]}" >"$folder/options"
-    build_image
+    write_options
+    build_code
+    build_weights
     deploy_release
 }
 
 deploy_weights() {
-    call docker image inspect "$current_code" >/dev/null ||
-        die "image $current_code, which weights are put on, is gone (docker image prune?):" \
-            "run ./deploy.sh cpu or gpu again"
+    need_image "$current_code"
     new_release
-    local from=$STATE/releases/$current
-    cp -r "$from/functions" "$from/settings" "$from/names" "$folder"
-    [[ ! -f $from/options ]] || cp "$from/options" "$folder"
-    add_labels "$argument/manifest.json"
-    write_requests
+    inherit "$STATE/releases/$current"
+    add_labels "$weights/manifest.json"
+    name_image "$current_code"
     build_weights
     deploy_release
+}
+
+need_image() { # need_image TAG: of the current release, which only cpu and gpu can build again
+    call docker image inspect "$1" >/dev/null ||
+        die "image $1 is gone (docker image prune?): run ./deploy.sh cpu or gpu$its_name again"
 }
 
 deploy_release() { # the new one, whose image is built
@@ -937,9 +1023,24 @@ deploy_release() { # the new one, whose image is built
     grep -qw cvat <<<"$projects" || only_if='it is not there' call nuctl create project cvat "${where[@]}" >&2
     switch_to "$release"
     forget_old_releases
-    status
+    show_release
     tell '\nLabels for a CVAT task (tab Raw of its label editor; "From model" makes the same by clicks):\n%s\n' \
         "$(labels)"
+    [[ -z ${ADVCAM_CVAT_URL:-} ]] || check_with_cvat
+}
+
+# From inside the function: can it reach CVAT, and does CVAT see it as it is? What is wrong there ends no deployment.
+check_with_cvat() {
+    local name inside
+    name=$(functions_of "$current" | head -n 1)
+    if [[ $platform == local ]]; then
+        inside=(docker exec --env "NUCLIO_FUNCTION_NAME=$name" "nuclio-$namespace-$name")
+    else
+        inside=(kubectl exec --namespace "$namespace" "deployment/nuclio-$name" -- env "NUCLIO_FUNCTION_NAME=$name")
+    fi
+    say ''
+    call "${inside[@]}" python -m defectcam doctor >&2 ||
+        say 'note: the deployment is verified; put right what is marked wrong above, then look again: docs/cvat.md, "defectcam doctor"'
 }
 
 # After an interruption to the current release, else to the one before: a second rollback undoes the first.
@@ -951,10 +1052,20 @@ rollback() {
     else
         switch_to "$previous"
     fi
-    status
+    show_release
 }
 
 status() {
+    local name
+    show_release
+    for name in $(named_deployments); do
+        use_deployment "$name"
+        tell '\n%s: ' "$name"
+        show_release
+    done
+}
+
+show_release() {
     local name
     [[ -z $current ]] || tell 'release %s\n' "$current"
     for name in $(functions_of "$current"); do
@@ -968,7 +1079,7 @@ status() {
     done
     [[ -z $previous ]] || tell 'rollback goes to release %s\n' "$previous"
     [[ -z $pending ]] || tell 'deploying %s was interrupted: run it again, or ./deploy.sh %s\n' "$pending" \
-        "$([[ -n $current ]] && echo rollback || echo remove)"
+        "$([[ -n $current ]] && echo rollback || echo remove)$its_name"
 }
 
 # CVAT's label editor wants `mutable` and a default as well.
@@ -979,31 +1090,117 @@ labels() {
 }
 
 remove() {
-    local tag
+    local tag name
     [[ -n $(functions_of_all) ]] || warn "$nothing"
     delete_functions "$(functions_of_all)" || die "not all is deleted: put right what is said above, then once more"
     for tag in $(images_of "$STATE"/releases/[0-9]*); do
         delete_image "$tag"
     done
     [[ -n $dry_run ]] || rm -rf "$STATE"
+    for name in $(named_deployments); do
+        say "note: $name stays: ./deploy.sh remove --name $name"
+    done
+}
+
+# ---------------------------------------------------------------------------------------------- closed networks
+#
+# A saved release is a tar of three members: SHA256SUMS, which lists the files of the others; release/, what new releases
+# inherit; images.tar, as docker saves image and code under the tags CARRIED.
+CARRIED=("$IMAGE:carried" "$IMAGE:carried-code")
+
+save() {
+    local from=$STATE/releases/$current name image helper=''
+    image=$(<"$from/image")
+    [[ -f $from/nuclio || -n $dry_run ]] ||
+        die "release $current does not say its Nuclio, being older than save: run ./deploy.sh $device$its_name again"
+    need_image "$image"
+    need_image "$current_code"
+    if [[ $platform == local ]]; then # Nuclio pulls one image when it deploys: of the container that has nuctl's records
+        call nuctl get project cvat "${where[@]}" >/dev/null 2>&1 || true
+        helper=$(call docker inspect --format '{{.Config.Image}}' nuclio-local-storage-reader) ||
+            die "container nuclio-local-storage-reader, whose image the other machine needs, is not there: is Nuclio running?"
+        helper=${helper:-HELPER}
+    fi
+    carrying=$STATE/carried folder=$STATE/carried/release
+    rm -rf "$carrying"
+    mkdir -p "$folder" || die "cannot write to $STATE"
+    inherit "$from"
+    cp "$from/device" "$folder"
+    printf '%s\n' "$deployment" >"$folder/deployment"
+    for name in $(functions_of "$current"); do rewrite_function "$name"; done
+    diff -r "$from/functions" "$folder/functions" >/dev/null ||
+        say "note: CVAT's address and token are left out: set ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN for load"
+    call docker tag "$image" "${CARRIED[0]}"
+    call docker tag "$current_code" "${CARRIED[1]}"
+    say "saving the image, which may take minutes"
+    call docker save --output "$carrying/images.tar" "${CARRIED[@]}" ${helper:+"$helper"} ||
+        die "docker cannot save the image (see above): it is written to $carrying first, then to '$argument'"
+    if [[ -z $dry_run ]]; then
+        (cd "$carrying" && find release images.tar -type f -exec sha256sum {} + >SHA256SUMS)
+        tar --create --directory "$carrying" --file=- SHA256SUMS release images.tar >"$argument.partial" ||
+            die "cannot write '$argument' (see above)"
+        mv "$argument.partial" "$argument"
+    fi
+    end_carrying
+    say "release $current is saved in $argument"
+}
+
+member() { tar --extract --to-stdout --occurrence --file=- "$1" <"$argument" 2>/dev/null; }
+
+# Check the whole file before anything is done with it. Sets $device and $saved_nuclio.
+check_file() {
+    local sums sum path saved
+    sums=$(member SHA256SUMS) && [[ $sums == *"  release/deployment"* && $sums == *"  images.tar"* ]] ||
+        die "'$argument' is not a file of ./deploy.sh save, or was cut off: copy it again"
+    say "checking $argument"
+    while read -r sum path; do
+        [[ $(member "$path" | sha256sum) == "$sum "* ]] ||
+            die "'$argument' is damaged or was cut off ($path): copy it again"
+    done <<<"$sums"
+    saved=$(member release/deployment)
+    [[ -z $saved || $saved == "$deployment" ]] || die "'$argument' was saved with --name $saved: load it with that, too"
+    [[ -n $saved || -z $deployment ]] || die "'$argument' was saved without --name: load it without, too"
+    device=$(member release/device) saved_nuclio=$(member release/nuclio)
+}
+
+load() {
+    local name
+    new_release
+    tar --extract --no-same-owner --file=- --directory "$folder" --strip-components=1 release <"$argument"
+    for name in $(functions_of "$release"); do rewrite_function "$name"; done
+    [[ $platform == kube ]] || rm -f "$folder/options"
+    write_options
+    name_image
+    carrying=$STATE/carried
+    say "loading the image"
+    call docker load --quiet < <(member images.tar) >&2 || die "docker cannot load the image of '$argument' (see above)"
+    call docker tag "${CARRIED[0]}" "$image"
+    call docker tag "${CARRIED[1]}" "$code"
+    end_carrying
+    deploy_release
+}
+
+end_carrying() {
+    call docker rmi "${CARRIED[@]}" >/dev/null 2>&1 || true # a run that was cut off may not have them
+    rm -rf "$carrying"
+    [[ $command != save ]] || rm -f "$argument.partial"
+    carrying=''
 }
 
 # ---------------------------------------------------------------------------------------------- main
 
 exec 3>&1 # where dry runs print, whatever becomes of a command's output
-switching=''
+switching='' carrying=''
 parse_arguments "$@"
-STATE=$ROOT/out/deploy/$platform-$namespace
-mkdir -p "$STATE/releases"
+mkdir -p "$ROOT/out/deploy"
+use_deployment "$deployment"
 exec 9>"$ROOT/out/deploy/lock"
 [[ $command == status ]] || flock --nonblock 9 || die "another deploy.sh is at work in this folder"
-current=$(release_of current) previous=$(release_of previous) pending=$(release_of pending)
-nothing="nothing is deployed on $platform in namespace $namespace"
 device=$command
 case $command in
-    status) [[ -n $current$pending ]] || suppose_release "$nothing" ;;
-    weights | rollback)
-        [[ -n $current ]] || suppose_release "$nothing: ./deploy.sh cpu or gpu first"
+    status) [[ -n $current$pending$(named_deployments) ]] || suppose_release "$nothing" ;;
+    weights | rollback | save)
+        [[ -n $current ]] || suppose_release "$nothing: ./deploy.sh cpu or gpu$its_name first"
         if [[ $command == rollback && -z $previous$pending ]]; then
             lack "there is no earlier release to go back to"
             previous=$current
@@ -1011,6 +1208,7 @@ case $command in
         device=$(<"$STATE/releases/$current/device")
         current_code=$(<"$STATE/releases/$current/code")
         ;;
+    load) check_file ;;
 esac
 trap on_exit EXIT
 trap 'exit 130' INT

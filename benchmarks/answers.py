@@ -33,9 +33,9 @@ import nuclio_sdk
 from tqdm import tqdm
 
 from defectcam.engine import Engine
+from defectcam.function import handler, init_context
+from defectcam.handler import ModelHandler
 from defectcam.request import RequestError
-from main import handler, init_context
-from model_handler import ModelHandler
 
 SAMPLE = Path(__file__).parents[1] / "docs" / "sample.jpg"
 START_FIELD = 22  # of /proc/self/stat: when the process was created, in clock ticks since the machine's start

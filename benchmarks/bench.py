@@ -75,13 +75,14 @@ from tqdm import tqdm
 from benchmarks.answers import SAMPLE, Function, clock
 from benchmarks.plain_climb import network_input, plain_climbed_map
 from defectcam.climb import PaperClimb
+from defectcam.handler import ModelHandler
 from defectcam.network import ScoreNet
 from defectcam.proposal_log import ProposalLog, image_hash
 from defectcam.pyramid import SMALL_TILE_PX, PhotoMaps, Pyramid, Reading, level_tiles
 from defectcam.request import RequestError, Settings
 from defectcam.tiling import EDGE_PX, LARGEST_TILE_PX, Tile
 from defectcam.torch_engine import TorchEngine
-from model_handler import WEIGHTS_DIR, ModelHandler
+from defectcam.weights import weights_folder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -230,7 +231,7 @@ def as_trained(model: ModelHandler, defect: str) -> ScoreNet:
     """A defect's network with nothing folded, its parameters with gradients."""
     fact = model.weights.facts[defect]
     network = fact.build_network().eval()
-    network.load_state_dict(load_file(Path(os.environ.get("ADVCAM_WEIGHTS") or WEIGHTS_DIR) / fact.file))
+    network.load_state_dict(load_file(weights_folder(os.environ) / fact.file))
     return network.to(model.device, memory_format=torch.channels_last)
 
 

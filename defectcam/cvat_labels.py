@@ -10,9 +10,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable
-from pathlib import Path
 
-FUNCTION_YAML = Path(__file__).parents[1] / "function.yaml"
+from defectcam.paths import repository_file
+
+FUNCTION_YAML = repository_file("function.yaml")
 UNPROCESSED, NOTICE = TAGS = ("unprocessed", "notice")  # the tags beside proposals, the last labels of function.yaml
 NAME_MAX = 64  # characters of a label's name that CVAT stores
 # Of labels that are added: CVAT's own colours are pale, and thin cracks are hard to see in them.

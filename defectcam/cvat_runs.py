@@ -1,7 +1,8 @@
-"""The runs that CVAT has under way, the photos they have come to, and T on the labels of their tasks.
+"""The runs that CVAT has under way, the photos they have come to, and what the labels of their tasks ask for.
 
 Stock CVAT sends a function no task and no setting. But it lists the runs under way (`GET /api/lambda/requests`:
-function, task, progress) and shows a task's labels with their attributes' defaults (`GET /api/labels?task_id=`).
+function, task, progress) and shows a task's labels: their types, and their attributes' defaults
+(`GET /api/labels?task_id=`).
 So a function that knows its own name and has a token can look up which task it is called for.
 """
 
@@ -21,7 +22,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from defectcam import __version__
-from defectcam.request import ITERATIONS_MAX, ImageError, decode_image
+from defectcam.image import ImageError, decode_image
+from defectcam.request import ITERATIONS_MAX
 
 ATTRIBUTE = "iterations"
 LIMIT_S = 2.0  # of one look-up, whatever CVAT does
@@ -31,7 +33,9 @@ REMEDIES = {  # of answers that stay the same however often CVAT is asked
     403: "the function's token may not see this task: make its user the task's assignee, or an administrator",
 }
 
-Steps = Mapping[str, int | str]  # T per defect
+MASK = "mask"  # a label's type, and the shape of its proposals
+
+Changes = dict[str, dict[str, int | str]]  # defect -> `iterations` and `shape`, where a label asks for them
 
 
 class LookUpError(RuntimeError):
@@ -46,6 +50,19 @@ class LookUpError(RuntimeError):
         self.passes = passes
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """What is in force where a task asks for nothing.
+
+    Attributes:
+        iterations: T per defect.
+        shape: "polygon" or "mask" where it is given, None where the type of a label decides.
+    """
+
+    iterations: Mapping[str, int | str]
+    shape: str | None = None
+
+
 @dataclass
 class Run:
     """A started run: what its task's labels ask for, and what is needed to tell which frame it has come to."""
@@ -55,24 +72,33 @@ class Run:
     size: int  # frames of the task
     deleted: frozenset[int]  # frames that CVAT skips
     frames: range  # of the task or the job
+    masks: frozenset[str] = frozenset()  # labels of type mask
     last: int = -1  # frame of the last call known to be of this run
     told: bool = False  # whether an annotator knows what is wrong with the labels
 
-    def wanted(self, default: Steps) -> dict[str, int | str]:
-        """T per defect where the labels ask for another one than `default`."""
-        asked = {defect: _steps(self.labels[defect][0]) for defect in default if defect in self.labels}
-        return {defect: steps for defect, steps in asked.items() if steps not in (None, default[defect])}
+    def wanted(self, default: Defaults) -> Changes:
+        """What the labels ask for where it differs from `default`."""
+        found: Changes = {}
+        for defect, steps in default.iterations.items():
+            asked = _steps(self.labels[defect][0]) if defect in self.labels else None
+            own = {} if asked in (None, steps) else {"iterations": asked}
+            if default.shape is None and defect in self.masks:
+                own["shape"] = MASK
+            if own:
+                found[defect] = own
+        return found
 
-    def wrong(self, default: Steps) -> str:
+    def wrong(self, default: Defaults) -> str:
         """The notice about defaults that are no T, of any text: CVAT's raw editor of labels checks nothing."""
-        labels = [name for name in default if name in self.labels and _steps(self.labels[name][0]) is None]
+        steps = default.iterations
+        labels = [name for name in steps if name in self.labels and _steps(self.labels[name][0]) is None]
         if not labels:
             return ""
         what = [f"{self.labels[name][0]!r:.40} on label {name}" for name in labels]
-        hidden = [name for name in labels if str(default[name]) not in self.labels[name][1]]
+        hidden = [name for name in labels if str(steps[name]) not in self.labels[name][1]]
         shown = f"; the shapes of {', '.join(hidden)} show that default instead of T" if hidden else ""
         return (
-            f"T={listed(default[name] for name in labels)} used: bad T {', '.join(what)} of task {self.task}, must be "
+            f"T={listed(steps[name] for name in labels)} used: bad T {', '.join(what)} of task {self.task}, must be "
             f'0 to {ITERATIONS_MAX}{shown}; choose another default of {ATTRIBUTE} and run again'
         )
 
@@ -114,14 +140,14 @@ class CvatRuns:
         self.function = function
 
     def ask(
-        self, file: bytes, image_rgb: np.ndarray, default: Steps, known: Mapping[tuple, Run], patience_s: float
+        self, file: bytes, image_rgb: np.ndarray, default: Defaults, known: Mapping[tuple, Run], patience_s: float
     ) -> LookUp:
         """Which runs are started and which of their frames a photo is. Takes 2 s and the patience at the most.
 
         Args:
             file: the photo as it was received.
             image_rgb: the same photo, (H, W, 3) uint8.
-            default: T per defect where the task asks for nothing.
+            default: what is in force where the task asks for nothing.
             known: runs of earlier answers; only what is new is asked for.
             patience_s: how long a CVAT that does not answer is asked again.
 
@@ -154,7 +180,7 @@ class CvatRuns:
             answer.set_exception(error)
 
     def _look_up(
-        self, file: bytes, image_rgb: np.ndarray, default: Steps, known: Mapping[tuple, Run], deadline: float
+        self, file: bytes, image_rgb: np.ndarray, default: Defaults, known: Mapping[tuple, Run], deadline: float
     ) -> LookUp:
         started = {}
         for run in self._get_json("/api/lambda/requests", list, deadline):
@@ -172,17 +198,15 @@ class CvatRuns:
 
     def _read_run(self, function: dict, deadline: float) -> Run:
         """Ask for the labels and the frames of a run's task."""
-        task, labels = int(function["task"]), {}
-        for label in self._labels(task, deadline):
-            for entry in label["attributes"]:
-                if entry["name"] == ATTRIBUTE:
-                    labels[label["name"]] = entry["default_value"], "\n".join(entry["values"])
+        task = int(function["task"])
+        labels = list(self._labels(task, deadline))
+        masks = frozenset(label["name"] for label in labels if label["type"] == MASK)
         meta = self._get_json(f"/api/tasks/{task}/data/meta", dict, deadline)
         frames = range(int(meta["size"]))
         if function.get("job") is not None:
             job = self._get_json(f"/api/jobs/{int(function['job'])}", dict, deadline)
             frames = range(int(job["start_frame"]), int(job["stop_frame"]) + 1)
-        return Run(task, labels, int(meta["size"]), frozenset(meta["deleted_frames"]), frames)
+        return Run(task, iterations_of(labels), int(meta["size"]), frozenset(meta["deleted_frames"]), frames, masks)
 
     def _labels(self, task: int, deadline: float) -> Iterator[dict]:
         """All labels of a task, page by page."""
@@ -243,6 +267,16 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def iterations_of(labels: Iterable[dict]) -> dict[str, tuple[object, str]]:
+    """Label -> default of its `iterations` and the values that it may have, of those of CVAT's labels that have one."""
+    return {
+        label["name"]: (entry["default_value"], "\n".join(entry["values"]))
+        for label in labels
+        for entry in label["attributes"]
+        if entry["name"] == ATTRIBUTE
+    }
 
 
 def _steps(text: object) -> int | str | None:

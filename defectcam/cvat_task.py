@@ -1,11 +1,12 @@
-"""Climbing steps T set on the CVAT task itself: the default of the attribute `iterations` of the task's labels.
+"""Settings of the CVAT task itself: T is the default of the attribute `iterations` of its labels, and labels of type mask
+ask for masks.
 
 Never a wrong task's setting: a call need not belong to the run that is listed (several runs may be started, and
 single frames from CVAT's "AI tools" are listed nowhere). A run's setting counts only if the photo in hand is the
 frame the run has come to, pixel by pixel; that is looked at only where the setting would change anything.
 
-Never another T without a word: where CVAT cannot be asked, a run that was under way keeps its T. Otherwise the
-deployment's T is used, and a notice tells the annotator, once per run.
+Never another setting without a word: where CVAT cannot be asked, a run that was under way keeps its own. Otherwise the
+deployment's T is used, the proposals are polygons, and a notice tells the annotator, once per run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from datetime import datetime, timezone
 import numpy as np
 
 from defectcam.credentials import address_from
-from defectcam.cvat_runs import CvatRuns, LookUpError, Run, Steps, listed
+from defectcam.cvat_runs import Changes, CvatRuns, Defaults, LookUpError, Run, listed
 from defectcam.request import RequestError
 
 PATIENCE_S = 6.0  # for which a CVAT that does not answer is asked again: it may be restarting
@@ -39,17 +40,17 @@ class TaskSetting:
     """What the task that a photo is annotated for asks for.
 
     Attributes:
-        iterations: T per defect where it is another one than the deployment's.
+        changes: T and shape per defect where they are others than the deployment's.
         notice: what an annotator must be told on this photo, the most important words first; "" for nothing.
     """
 
-    iterations: dict[str, int | str]
+    changes: Changes
     notice: str = ""
     about: Run | _Outage | None = None  # what the notice is about
 
 
 class CvatTask:
-    """Looks up the task that a call is for, and the T set on its labels.
+    """Looks up the task that a call is for, and what its labels ask for.
 
     Args:
         url, token, function: as in `CvatRuns`.
@@ -84,7 +85,7 @@ class CvatTask:
         return {"url": self.cvat.url, "last_problem": self.problem}
 
     def setting(
-        self, file: bytes, image_rgb: np.ndarray, default: Steps, arrived_s: float, deadline: float
+        self, file: bytes, image_rgb: np.ndarray, default: Defaults, arrived_s: float, deadline: float
     ) -> TaskSetting:
         """What the task that this photo is annotated for asks for. Raises nothing.
 
@@ -94,7 +95,7 @@ class CvatTask:
         Args:
             file: the photo as it was received.
             image_rgb: the same photo, (H, W, 3) uint8.
-            default: T per defect where the task asks for nothing.
+            default: what is in force where the task asks for nothing.
             arrived_s: when the request came, on the clock of time.monotonic.
             deadline: for the whole answer, on the same clock.
         """
@@ -114,15 +115,15 @@ class CvatTask:
         self.current = called[0] if called and len(self.runs) == 1 else None
         if found.compared and not called:
             tasks = " or ".join(str(run.task) for run in self.runs.values())
-            reason = f"unknown photo: it is not the frame that the run of task {tasks} has come to; T of a task holds"
+            reason = f"unknown photo: it is not the frame that the run of task {tasks} has come to; labels of a task count"
             return self._unknown(f"{reason} for runs over whole photos, not for single frames", photo, default)
         if found.compared and any(run.wanted(default) != called[0].wanted(default) for run in called):
-            reason = "several runs have come to this very photo and ask for different T; start them one after another"
+            reason = "several runs have come to this very photo and ask for different settings; start them one after another"
             return self._unknown(reason, photo, default)
         self.outage = None
         wanted = called[0].wanted(default) if found.compared else {}
         if wanted:
-            self.logger.info(f"iterations set on the task in CVAT: {wanted}")
+            self.logger.info(f"set on the task in CVAT: {wanted}")
         wrong = next((run for run in called if run.wrong(default)), None)
         self._note(wrong and wrong.wrong(default))
         return TaskSetting(wanted, wrong.wrong(default) if wrong and not wrong.told else "", wrong)
@@ -133,8 +134,8 @@ class CvatTask:
         if setting and setting.about:
             setting.about.told = True
 
-    def _without_cvat(self, error: LookUpError, photo: int, default: Steps) -> TaskSetting:
-        """CVAT cannot be asked: T of the run that was under way, if it goes on."""
+    def _without_cvat(self, error: LookUpError, photo: int, default: Defaults) -> TaskSetting:
+        """CVAT cannot be asked: the settings of the run that was under way, if it goes on."""
         run = self.current
         frame = run and run.next_frame()
         if frame is None:
@@ -144,14 +145,15 @@ class CvatTask:
         run.last = frame
         self.outage = self.outage or _Outage()
         self.outage.photos.add(photo)
-        self._note(f"T of the run so far used: {error}")
+        self._note(f"settings of the run so far used: {error}")
         return TaskSetting(run.wanted(default))
 
-    def _unknown(self, reason: str, photo: int, default: Steps) -> TaskSetting:
-        """The deployment's T for want of the task, and the notice that says so, once."""
+    def _unknown(self, reason: str, photo: int, default: Defaults) -> TaskSetting:
+        """The deployment's settings for want of the task, and the notice that says so, once."""
         self.outage = self.outage or _Outage()
         self.outage.photos.add(photo)
-        notice = f"T={listed(default.values())} used: {reason}"
+        polygons = "; shapes are polygons, whatever the type of the labels" if default.shape is None else ""
+        notice = f"T={listed(default.iterations.values())} used: {reason}{polygons}"
         self._note(notice)
         return TaskSetting({}, "" if self.outage.told else notice, self.outage)
 
@@ -160,7 +162,7 @@ class CvatTask:
         if reason is None:
             self.problem = self.problem and self.problem | {"over": True}
             return
-        self.logger.warn(f"iterations set on the task in CVAT ({self.cvat.url}): {reason}")
+        self.logger.warn(f"settings of the task in CVAT ({self.cvat.url}): {reason}")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         since = now if self.problem is None or self.problem["over"] else self.problem["since"]
         self.problem = {"reason": reason, "since": since, "until": now, "over": False}

@@ -16,16 +16,17 @@ import nuclio_sdk
 import nuclio_sdk.logger
 import numpy as np
 
+from defectcam import function
+from defectcam.image import ImageError, decode_image, pixel_limit
 from defectcam.overlay import draw_shapes
 from defectcam.paths import file_name, write_image
-from defectcam.request import ImageError, decode_image
-from defectcam.serve import load_main
+from defectcam.request import RequestError
+from defectcam.weights import WeightsError
 
 
 def start_function() -> Callable[[dict], tuple[int, object]]:
     """Start the function in this process; returns what sends it a request and gives status and answer."""
     os.environ.setdefault("ADVCAM_TIME_LIMIT", "86400")  # no CVAT waits for this answer
-    function = load_main()
     logger = nuclio_sdk.Logger(logging.INFO)
     logger.set_handler("default", sys.stderr, nuclio_sdk.logger.HumanReadableFormatter())
     context = nuclio_sdk.Context(logger)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="example:\n  defectcam demo bridge.jpg --iterations 0,2,8 --out out/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("image", type=Path, help="the photo: JPEG, PNG, TIFF, BMP or WebP")
+    parser.add_argument("image", type=Path, help="the photo, in any format of docs/your-data.md")
     parser.add_argument(
         "--iterations",
         type=step_counts,
@@ -68,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"cannot read the photo {args.image}: {error.strerror}")
     args.out.mkdir(parents=True, exist_ok=True)
-    call, answers = start_function(), []
+    try:
+        call, answers = start_function(), []
+    except (RequestError, WeightsError) as error:
+        sys.exit(str(error))
     for steps in args.iterations:
         given = {} if steps is None else {"iterations": steps}
         status, answer = call({"image": base64.b64encode(image_bytes).decode(), **given})
@@ -84,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{tag['label']}: {tag['attributes'][0]['value']}")
         print(f"CVAT JSON: {shapes_path.resolve()}")
     try:
-        image_rgb = decode_image(image_bytes, max_pixels=10**9)
+        image_rgb = decode_image(image_bytes, pixel_limit())
     except ImageError as error:
         sys.exit(f"no overlay: {error}")
     overlay_path = args.out / file_name(args.image.stem, ".png")

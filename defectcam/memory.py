@@ -45,7 +45,7 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
-def check_memory(height: int, width: int) -> None:
+def check_memory(height: int, width: int, bytes_per_px: int = LEAST_BYTES_PER_PX) -> None:
     """Refuse a photo of so many px that cannot fit, before it is decoded.
 
     It counts on all that this process has freed. So a photo that passes may still run out of memory.
@@ -61,7 +61,7 @@ def check_memory(height: int, width: int) -> None:
     left = _left_bytes(used) - MARGIN_BYTES
     if soft != resource.RLIM_INFINITY:
         left = min(left, soft - used["RssAnon"])
-    if (needed := height * width * LEAST_BYTES_PER_PX) > left:
+    if (needed := height * width * bytes_per_px) > left:
         raise MemoryError(f"out of memory: needs {needed / 1e6:.0f} MB, {left / 1e6:.0f} MB are left")
 
 

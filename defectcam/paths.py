@@ -3,17 +3,25 @@
 Such a name may be anything: `../../x`, `a/b`, `CON`, 300 bytes, nothing. Where a file is made, `file_name` or
 `relative_path` turn it into one that every file system takes and that stays inside its folder: what is not allowed is
 written as %XX, as in URLs, so no two names share a file. Where a file is there already, `inside` takes its name as it
-is and refuses one that leads out of the folder.
+is and refuses one that leads out of the folder. `photo_files` lists the photos of a folder. `repository_file` finds a file
+of the repository that the commands read.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from defectcam.image import HEIC_REMEDY, HEIC_SUFFIXES, OTHER_SUFFIXES, PHOTO_SUFFIXES, SAVE_ANEW
 
 MOST_BYTES = 180  # of a name: file systems take 255, and endings such as .json.part come on top
 NOT_IN_NAMES = frozenset('<>:"/\\|?*%')
@@ -58,6 +66,42 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def repository_file(name: str) -> Path:
+    """A file of the repository: beside the package in a checkout, inside it where a wheel is installed (setup.py)."""
+    package = Path(__file__).resolve().parent
+    installed = package / name
+    return installed if installed.is_file() else package.parent / name
+
+
+def photo_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The photos in a folder and below it, and the files that people take for photos but that are not read, both sorted.
+
+    Endings count in any case of letters. Hidden files and folders are left out: phones and macOS put no photos there.
+    """
+    photos, others = [], []
+    for inner, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(inner, name))]
+        paths = [Path(inner, name) for name in names if not name.startswith(".")]
+        photos += [path for path in paths if path.suffix.lower() in PHOTO_SUFFIXES]
+        others += [path for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
+    return sorted(photos), sorted(others)
+
+
+def not_read(others: Sequence[Path]) -> str:
+    """What a message says of files that `photo_files` takes for no photos: "3 DNG, 1 JP2: save them as JPEG, ..."; or ""."""
+    counts = Counter(path.suffix.lower() for path in others)
+    shown = ", ".join(f"{count} {suffix[1:].upper()}" for suffix, count in sorted(counts.items()))
+    heic = f"; for HEIC {HEIC_REMEDY}" if counts.keys() & set(HEIC_SUFFIXES) else ""
+    return f"{shown}: {SAVE_ANEW}{heic}" if shown else ""
+
+
+@functools.cache
+def tell_not_read(folder: Path, what: str) -> None:
+    """Print on stderr, once for a folder, what `not_read` says of it."""
+    if what:
+        print(f"not read in {folder}: {what}", file=sys.stderr)
+
+
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write a picture, (H, W) or (H, W, 3) uint8 BGR, in the format of the path's ending; folders are made.
 
@@ -67,6 +111,11 @@ def write_image(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), image):
         raise OSError(f"cannot write the picture {path}: is the disk full, or the name too long?")
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _escaped(char: str) -> str:

@@ -32,6 +32,7 @@ from defectcam.weights import TORCH_REMEDY, DefectWeights, Weights, WeightsError
 if TYPE_CHECKING:
     from defectcam.torch_engine import TorchEngine
 
+STEPS = (0, 1, 2, 4, 8)  # the T that are compared wherever one is to be chosen
 PLACES, PLACE_PX = 3, 320  # in a row and in a column of a large photo, and their side at its finest level
 CELL_PX = 16  # side of the photo's cells that are climbed or not
 ENGINES = ("torch", "openvino")

@@ -8,23 +8,19 @@ tag).
 from __future__ import annotations
 
 import binascii
-import contextlib
 import dataclasses
-import io
 import json
 import re
 import reprlib
 import secrets
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"RIFF")
+from defectcam.text import printable
+
 # maxRequestBodySize in the function files: 64 megapixels have 3 bytes each where nothing is compressed, 4 in base64.
 MAX_BODY_BYTES = 256 << 20
 MAX_REST_BYTES = 64 << 10  # of a request beside its image; settings and 200 clicks need a tenth of it
@@ -33,18 +29,8 @@ JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)  # without `*+
 DATA_URL = re.compile(rb"\s*(data:([^,]{0,200}),?)", re.IGNORECASE)
 ITERATIONS_MAX = 50
 SHAPES = ("polygon", "mask")
-STRIP_PIXELS = 1 << 20
 IGNORED_KEYS_SHOWN = 10
-LARGEST_TIFF_TILE_PIXELS = 1 << 20
-MAX_JPEG_SCANS = 100  # cameras write about 10; libtiff has the same limit for JPEG within TIFF
-# The next marker of a JPEG file that is no part of a scan's data (FF 00, and restarts) and has a segment.
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
-JPEG_END = b"\xff\xd9"
-# Any data of a scan that begins with other bits than the zeros that libjpeg adds, enough for MISSING_SHARE of any photo.
-JPEG_FILLER = bytes(range(254, -1, -1)) * 4096
-MISSING_SHARE = 1 / 200  # of its pixels that a JPEG cut off at its end may lack: a few blocks of a small photo
 MAX_CLICKS = 100
-ORIENTATION_TAG = 0x0112  # of EXIF
 # What earlier versions had, and what to do instead.
 SNAP_REMOVED = "was removed: the outline is the map's; cam_threshold makes proposals wider or narrower"
 AUTO_REMOVED = 'is "auto", which was removed: give a number of steps, or leave it out for the weights\' own'
@@ -53,31 +39,20 @@ REMOVED_VARIABLES = {
     "ADVCAM_IDLE_SECONDS": "was removed: the networks are small and stay on the GPU",
 }
 
-# Pillow warns of odd metadata and of images above 89 MP; neither concerns the caller. The filter is set once,
-# here: warnings.catch_warnings around each decode would swap process-wide state under other threads.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 class RequestError(ValueError):
     """An envelope CVAT could never send; the message names the key, its value and what is allowed."""
 
 
-class ImageError(ValueError):
-    """An image that cannot be processed; the message is the reason, its most important words first.
-
-    CVAT shows about 20 characters. A remedy names only what CVAT 2.15 has.
-    """
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What may be set per request or per deployment; None = the manifest's value for each defect."""
+    """What may be set per request or per deployment; None = the manifest's value for each defect, or its label's shape."""
 
     iterations: int | None = None  # climbing steps T, 0..50
     threshold: float | None = None  # minimum confidence of a proposal, 0..1
     cam_threshold: float | None = None  # theta, the probability above which a pixel counts, 0..1
     defects: tuple[str, ...] | None = None  # the defects to propose, not empty
-    shape: str | None = None  # "polygon" or "mask"
+    shape: str | None = None  # "polygon" or "mask"; None = masks for labels of type mask, polygons for all others
     tolerance_px: float | None = None  # Douglas-Peucker tolerance of polygons, 0..20
     hole_share: float | None = None  # holes above this share of the area are kept in polygons, 0..1
     max_proposals: int | None = None  # of a defect on a photo
@@ -171,53 +146,9 @@ def parse_request(body: object, defaults: Settings, defects: Sequence[str]) -> R
     clicks = _clicks(envelope)
     known = {"image", *rules, *(("pos_points", "neg_points", "obj_bbox") if clicks else ())}
     unknown = sorted(key for key in envelope if isinstance(key, str) and key not in known)
-    ignored = [_printable(key) for key in unknown[:IGNORED_KEYS_SHOWN]]
+    ignored = [printable(key) for key in unknown[:IGNORED_KEYS_SHOWN]]
     settings = dataclasses.replace(defaults, **given)
     return Request(image_bytes, settings, tuple(ignored), "iterations" in given, clicks)
-
-
-def image_size(source: bytes | Image.Image, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in px as an image file's header has them; arguments and errors as `decode_image`."""
-    with _opened(source, max_pixels) as image:
-        return image.height, image.width
-
-
-def upright_size(source: bytes | Image.Image, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in px of what `decode_image` makes of an image file; of all but some PNGs from the header alone."""
-    with _opened(source, max_pixels) as image:
-        try:
-            turned = image.format != "TIFF" and image.getexif().get(ORIENTATION_TAG) in (5, 6, 7, 8)
-        except Exception:  # as in _turn_upright
-            turned = False
-        return (image.width, image.height) if turned else (image.height, image.width)  # a TIFF's size is turned already
-
-
-def decode_image(source: bytes | Image.Image, max_pixels: int) -> np.ndarray:
-    """Pixels of an image file as CVAT shows them: upright by EXIF, alpha dropped, first frame.
-
-    Grey images deeper than 8 bits (16 and 32 bit, float) are scaled by their maximum, negative and non-finite
-    values being 0; 16 bit colour keeps its upper byte. A JPEG may lack its end, but hardly any pixel.
-
-    Args:
-        source: a JPEG, PNG, TIFF, BMP or WebP file, or an image that Pillow has opened and perhaps not loaded.
-        max_pixels: the largest width x height, checked before any pixel is decoded. Pillow's own limit of
-            178 MP holds as well.
-
-    Returns:
-        (H, W, 3) uint8 RGB, C-contiguous, writable.
-
-    Raises:
-        ImageError: unknown format, too large, truncated or broken; nothing else is raised.
-    """
-    with _opened(source, max_pixels) as image:
-        try:
-            image.load()
-        except OSError:
-            if not _is_jpeg(source):
-                raise
-            image = _without_end(source)
-        _turn_upright(image)
-        return _rgb_array(image)
 
 
 # What is allowed, in words; and value -> field of Settings, None if the value is not allowed.
@@ -297,38 +228,6 @@ def _box_xyxy(value: object) -> tuple[float, float, float, float] | None:
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-@contextlib.contextmanager
-def _opened(source: bytes | Image.Image, max_pixels: int) -> Iterator[Image.Image]:
-    """The image of a file, its header checked; any error that reading it runs into inside becomes an ImageError."""
-    size = "size unknown"
-    try:
-        # An opened image is its owner's to close.
-        opened = isinstance(source, Image.Image)
-        with contextlib.nullcontext(source) if opened else Image.open(io.BytesIO(source), formats=FORMATS) as image:
-            width_px, height_px = image.size
-            size = f"{width_px} x {height_px} px"
-            if width_px * height_px > max_pixels:
-                raise _too_large(width_px * height_px, max_pixels)
-            _check_tiff_tiles(image)
-            if _is_jpeg(source):
-                _check_jpeg_scans(source)
-            yield image
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        if source.startswith(SIGNATURES):  # a TIFF's directory is often its end: gone when it is cut
-            raise ImageError("broken image: its header cannot be read; save it anew") from None
-        raise ImageError("unknown format: JPEG, PNG, TIFF, BMP or WebP needed") from None
-    except Image.DecompressionBombError as error:  # Pillow's own limit, met first; its text has the size
-        limit = 2 * Image.MAX_IMAGE_PIXELS
-        pixels = re.search(r"\((\d+) pixels\)", str(error))
-        raise _too_large(int(pixels[1]) if pixels else limit, min(limit, max_pixels)) from None
-    except MemoryError:
-        raise ImageError(f"out of memory: {size}; use a smaller photo") from None
-    except Exception as error:  # on hostile bytes Pillow's plug-ins raise whatever their parsing runs into
-        raise ImageError(f"broken image: {_printable(str(error)) or type(error).__name__}") from None
-
-
 def _names(value: object, known: Sequence[str]) -> tuple[str, ...] | None:
     """The names in a list or in comma separated text, each once; None if one is unknown or there is none."""
     names = value.split(",") if isinstance(value, str) else value
@@ -347,7 +246,7 @@ def _envelope(body: object) -> dict:
         if isinstance(body, (bytes, bytearray, memoryview)):
             parsed = _parsed(bytes(body))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits
-        parsed, why = None, f" ({_printable(str(error))})"
+        parsed, why = None, f" ({printable(str(error))})"
     if not isinstance(parsed, dict):
         raise RequestError(f"body is {_short(body)}, but must be a JSON object with the key image{why}")
     return parsed
@@ -428,129 +327,3 @@ def _short(value: object) -> str:
     except Exception:  # repr() refuses integers of more than 4300 digits
         text = f"a very long {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _printable(text: str) -> str:
-    """At most 100 characters of `text`, none that a log or CVAT's database refuses (NUL, surrogates)."""
-    return "".join(character for character in text[:100] if character.isprintable())
-
-
-def _too_large(pixels: int, limit: int) -> ImageError:
-    return ImageError(f"too large {pixels / 1e6:.8g}>{limit / 1e6:.8g} MP; use a smaller photo")
-
-
-def _check_tiff_tiles(image: Image.Image) -> None:
-    """A TIFF is decoded tile by tile, and its tiles may be far larger than the image they are cut from."""
-    tags = getattr(image, "tag_v2", {})
-    tile_pixels = int(tags.get(322, 0)) * int(tags.get(323, 0))  # TileWidth, TileLength
-    if tile_pixels > max(image.width * image.height, LARGEST_TIFF_TILE_PIXELS):
-        raise ImageError(f"too large TIFF tiles of {tile_pixels / 1e6:g} MP; save it anew")
-
-
-def _is_jpeg(source: bytes | Image.Image) -> bool:
-    return isinstance(source, bytes) and source.startswith(b"\xff\xd8")
-
-
-def _jpeg_segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of the segments up to the image's end; the data of scans is left out."""
-    start = 2
-    while (marker := JPEG_MARKER.search(jpeg, start)) and marker[1] != JPEG_END[1:]:
-        length = int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
-        yield marker[1][0], jpeg[marker.end() + 2 : marker.end() + length]
-        start = marker.end() + length  # thumbnails are skipped
-
-
-def _check_jpeg_scans(jpeg: bytes) -> None:
-    """A scan of a few bytes is work for the whole image, and a file may have any number of them."""
-    scans = sum(marker == 0xDA for marker, _ in _jpeg_segments(jpeg))
-    if scans > MAX_JPEG_SCANS:
-        raise ImageError(f"too many JPEG scans {scans}>{MAX_JPEG_SCANS}; save it anew")
-
-
-def _without_end(jpeg: bytes) -> Image.Image:
-    """A JPEG without its end, decoded; at most MISSING_SHARE of its pixels may be missing.
-
-    Libjpeg makes up what is missing, and does not tell. So the file is ended in two ways: a pixel that is the same in
-    both does not depend on what would have followed.
-
-    Raises:
-        ImageError: more pixels are missing, or a whole scan.
-    """
-    images = [Image.open(io.BytesIO(jpeg + filler + JPEG_END)) for filler in (b"", JPEG_FILLER)]
-    for image in images:
-        image.load()
-    pairs = ((np.atleast_3d(one), np.atleast_3d(other)) for (_, one), (_, other) in zip(*map(_strips, images)))
-    differing = sum(np.count_nonzero((one != other).any(axis=2)) for one, other in pairs)
-    missing = differing / (images[0].width * images[0].height) if _has_all_scans(jpeg) else 1.0
-    if missing > MISSING_SHARE:
-        raise ImageError("broken image: the JPEG file is cut off; send the whole file")
-    return images[0]
-
-
-def _has_all_scans(jpeg: bytes) -> bool:
-    """Whether every coefficient of every component has its scan, to the last bit."""
-    components, sent = b"", set()
-    for marker, content in _jpeg_segments(jpeg):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            components = content[6::3]
-        elif marker == 0xDA:
-            first, last, bits = content[1 + 2 * content[0] :][:3]
-            if bits & 0x0F == 0:  # the last bit
-                sent |= {(name, k) for name in content[1 : 1 + 2 * content[0] : 2] for k in range(first, last + 1)}
-    return sent >= {(name, k) for name in components for k in range(64)}
-
-
-def _turn_upright(image: Image.Image) -> None:
-    """Apply a loaded image's EXIF orientation: CVAT sends images already turned, direct callers do not."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except MemoryError:  # never a sideways image because memory was short
-        raise
-    except Exception:  # broken EXIF raises all sorts, but leaves the pixels good
-        pass
-
-
-def _rgb_array(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of a loaded image of any mode, strip by strip: no second full-size copy on the way."""
-    rgb = np.empty((image.height, image.width, 3), np.uint8)
-    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-    if deep:
-        # 8 bits would clip nearly all of it to white; CVAT scales it for display too
-        dtype = _grey_dtype(image)
-        maximum = max(_nonnegative(strip, dtype).max() for _, strip in _strips(image))
-        scale = 255 / maximum if maximum > 0 else 0.0
-    for rows, strip in _strips(image):
-        if deep:
-            rgb[rows] = np.rint(_nonnegative(strip, dtype) * scale).astype(np.uint8)[..., None]
-        else:
-            rgb[rows] = np.asarray(strip.convert("RGB"))
-    return rgb
-
-
-def _grey_dtype(image: Image.Image) -> np.dtype | None:
-    """What the 32 bits of a grey TIFF are where Pillow mistakes them; else None.
-
-    Its mode I is signed, whatever the file says; and it swaps a compressed file's bytes once more than libtiff, which has
-    done so already.
-    """
-    tags = getattr(image, "tag_v2", None)
-    if not tags or tags.get(258) != (32,):  # BitsPerSample
-        return None
-    kind = {"F": "f4", "I": "u4" if tags.get(339, (1,)) == (1,) else "i4"}[image.mode]  # SampleFormat
-    swapped = tags.prefix == b"MM" and tags.get(259, 1) != 1  # Compression
-    return np.dtype(kind).newbyteorder("S" if swapped else "=")
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """Row ranges of about STRIP_PIXELS pixels and their parts of the image, top to bottom."""
-    rows = max(1, STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
-
-
-def _nonnegative(strip: Image.Image, dtype: np.dtype | None) -> np.ndarray:
-    """(h, w) float64 values of a grey strip, with 0 for negative and non-finite ones."""
-    values = np.asarray(strip)
-    values = (values if dtype is None else values.view(dtype)).astype(np.float64)
-    return np.where(np.isfinite(values) & (values > 0), values, 0.0)

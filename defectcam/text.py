@@ -30,3 +30,8 @@ def read_lines(path: Path) -> list[str]:
     Only line ends divide: names may hold other characters that `str.splitlines` divides at.
     """
     return [line.strip() for line in read_text(path).rstrip().split("\n")]
+
+
+def printable(text: str) -> str:
+    """At most 100 characters of a text, none that a log or CVAT's database refuses (NUL, surrogates)."""
+    return "".join(character for character in text[:100] if character.isprintable())

@@ -15,6 +15,7 @@ import datetime
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -168,6 +169,22 @@ class Weights:
                 f"{self.folder}` where PyTorch is installed, or {TORCH_REMEDY}"
             )
         return _verified(self.folder / fact.graph, fact.graph_sha256)
+
+
+def weights_folder(environ: Mapping[str, str]) -> Path:
+    """ADVCAM_WEIGHTS, else the folder `weights` beside the package, as in a checkout and in the function's image.
+
+    Raises:
+        WeightsError: the variable is not set and there are no weights beside the package.
+    """
+    if folder := environ.get("ADVCAM_WEIGHTS"):
+        return Path(folder)
+    beside = Path(__file__).resolve().parents[1] / "weights"
+    if not (beside / "manifest.json").is_file():
+        raise WeightsError(
+            f"no weights in {beside}: set ADVCAM_WEIGHTS to a folder with manifest.json, such as `weights` of the repository"
+        )
+    return beside
 
 
 def load_weights(folder: Path) -> Weights:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from nuclio_sdk.event import _EventDeserializer
 
-from defectcam import serve
+from defectcam import function, serve
 from defectcam.encoders import normalised
 from defectcam.network import ScoreNet
 from defectcam.training.clicks import photo_path, split_stems
@@ -206,8 +206,7 @@ def running_function(handler=None, **environ: str):
     with pytest.MonkeyPatch.context() as environment:
         for name, value in environ.items():
             environment.setenv(name, value)
-        main = serve.load_main()
-        app = serve.create_app(SimpleNamespace(init_context=main.init_context, handler=handler or main.handler))
+        app = serve.create_app(SimpleNamespace(init_context=function.init_context, handler=handler or function.handler))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -221,7 +220,7 @@ def running_function(handler=None, **environ: str):
 
 @pytest.fixture(scope="module", autouse=True)
 def sdk_as_installed():
-    """`main.init_context` changes how nuclio_sdk reads bodies in its process; not for the next file of tests."""
+    """`init_context` changes how nuclio_sdk reads bodies in its process; not for the next file of tests."""
     as_installed = _EventDeserializer._try_deserialize_json
     yield
     _EventDeserializer._try_deserialize_json = staticmethod(as_installed)

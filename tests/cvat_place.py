@@ -7,8 +7,8 @@ import pytest
 
 from defectcam.cvat import annotate
 from defectcam.cvat_labels import labels_with, task_labels
+from defectcam.handler import ModelHandler
 from defectcam.proposal_log import ProposalLog, image_hash
-from model_handler import ModelHandler
 from tests.conftest import dark_wall, dark_weights
 from tests.cvat_state import ACCESS_TOKEN, KEY, CvatState, serving
 
@@ -56,7 +56,7 @@ def remembering():
         return models[key]
 
     def answer(self, request):
-        key = id(self), request.image_bytes
+        key = id(self), self.masks, request.image_bytes
         answers[key] = answers.get(key) or compute(self, request)
         return copy.deepcopy(answers[key])
 

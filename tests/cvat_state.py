@@ -1,19 +1,23 @@
 """A CVAT over real HTTP that keeps state: labels, jobs, annotations with ids, pages; its answers have the recorded form.
 
-`is_new` gives the form of CVAT 2.73 where it differs from 2.15: group 0 in place of null, a score, further keys. Behind a
-proxy it serves below a path and names hosts in its links that only it knows.
+A task can also be made: POST /api/tasks, then its photos. `is_new` gives the form of CVAT 2.73 where it differs from 2.15:
+group 0 in place of null, a score, further keys. Behind a proxy it serves below a path and names hosts in its links that only
+it knows.
 """
 
+import base64
 import copy
 import json
 import random
 import re
 import threading
 from contextlib import contextmanager
+from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import cv2
+import httpx
 import numpy as np
 
 from defectcam.proposals import Component
@@ -36,6 +40,7 @@ class CvatState:
 
     def __init__(self, photos=(), labels=(), is_new=False, project=None, prefix="", job_frames=100):
         self.photos, self.is_new, self.project, self.prefix = list(photos), is_new, project, prefix
+        self.names = [f"{number}.png" for number in range(len(self.photos))]
         self.labels, self.shapes, self.next_id, self.clock = [], [], 200, 0
         for label in labels:
             self.add_label(copy.deepcopy(label))
@@ -44,7 +49,10 @@ class CvatState:
         self.jobs = {
             7 + n: {"first": s, "last": min(s + job_frames - 1, last), "state": "new"} for n, s in enumerate(starts)
         }
-        self.asked, self.headers = [], []
+        self.user = {"id": 1, "username": "robot", "is_superuser": False, "groups": ["user"]}
+        self.access_token = {"name": "function", "expiry_date": None, "read_only": False}
+        self.functions = {}  # id -> what the list of models says of it, and its address
+        self.asked, self.headers, self.uploads = [], [], {}
         self.before = lambda method, path, query: None  # may answer in its place: (status, text)
         self.lock = threading.Lock()
 
@@ -122,14 +130,53 @@ class CvatState:
         self.asked.append((method, path, query))
         if early := self.before(method, path, query):
             return early
+        if method == "POST" and path.startswith("/api/lambda/functions/"):
+            return self._call(path.rpartition("/")[2], body)  # the function may ask this CVAT meanwhile
         with self.lock:
             return self._answer(method, path, query, body)
 
+    def _call(self, name, body):
+        """A function's proposals for a single frame, with the labels and attributes that are mapped."""
+        if name not in self.functions:
+            return 404, {"detail": "Not found."}
+        model, address = self.functions[name]
+        if not body["mapping"] and any(label["attributes"] for label in model["labels_v2"]):
+            return 500, "<h1>Server Error (500)</h1>"
+        reply = httpx.post(address, json={"image": base64.b64encode(self._png(body["frame"])).decode()}, timeout=60)
+        if reply.status_code != 200:
+            return reply.status_code, f"{reply.status_code} Error: {reply.reason_phrase} for url: {address}"
+        shapes = [shape for shape in reply.json() if shape["label"] in body["mapping"]] or reply.json()
+        for shape in shapes:
+            mapped = body["mapping"].get(shape["label"], {}).get("attributes", {})
+            shape["attributes"] = [one for one in shape["attributes"] if one["name"] in mapped]
+        return 200, shapes
+
+    def _png(self, frame):
+        return cv2.imencode(".png", cv2.cvtColor(self.photos[frame], cv2.COLOR_RGB2BGR))[1].tobytes()
+
     def _answer(self, method, path, query, body):
+        if path == "/api/server/about":
+            return 200, {"name": "CVAT", "description": "", "version": "2.73.0" if self.is_new else "2.15.0.dev20240702"}
+        if path == "/api/server/plugins":
+            return 200, {"ANALYTICS": False, "MODELS": True}
+        if path == "/api/users/self":
+            return 200, self.user
+        if path.startswith("/api/auth/access_tokens") and self.is_new:
+            return 200, self.access_token if path.endswith("/self") else {"count": 0, "next": None, "results": []}
+        if path == "/api/lambda/functions":
+            return 200, [model for model, _ in self.functions.values()]
+        if path == "/api/lambda/requests":
+            return 200, []
+        if path == "/api/tasks/12/data":
+            return 200, self._png(int(query["number"]))
         if path == "/api/labels":
             owner = "project_id" if self.project and "project_id" in query else "task_id"
             mine = str(self.project if owner == "project_id" else 12) == query[owner]
             return self._page(path, query, self.labels if mine else [])
+        if method == "POST" and path in ("/api/tasks", "/api/tasks/12/data/"):
+            return self._make(path, body)
+        if path == "/api/requests/making":
+            return 200, {"status": "finished"}
         if found := re.fullmatch(r"/api/labels/(\d+)", path):
             return 200, self._patch_label(next(label for label in self.labels if label["id"] == int(found[1])), body)
         if path in ("/api/tasks/12", f"/api/projects/{self.project}"):
@@ -139,6 +186,7 @@ class CvatState:
                 for label in body["labels"]:
                     self.add_label(label)
             of_task = {"id": 12, "project_id": self.project, "size": len(self.photos), "organization": None}
+            of_task |= {"owner": {"id": 1, "username": "robot"}, "assignee": None}
             return 200, of_task if "tasks" in path else {"id": self.project}
         if path == "/api/jobs":
             mine = query.get("task_id") == "12"
@@ -152,11 +200,29 @@ class CvatState:
             if rest == "/data/meta":
                 return 200, self._meta()
             if rest == "/data":
-                image = cv2.cvtColor(self.photos[int(query["number"])], cv2.COLOR_RGB2BGR)
-                return 200, cv2.imencode(".png", image)[1].tobytes()
+                return 200, self._png(int(query["number"]))
             if rest == "/annotations":
                 return 200, self._annotations(self.jobs[number], method, query, body)
         return 404, {"detail": "Not found."}
+
+    def _make(self, path, body):
+        """The task with its labels; its photos, one a request; at the end their order, and the only job."""
+        headers = self.headers[-1]
+        if path == "/api/tasks":
+            for label in body["labels"]:
+                self.add_label(label)
+            return 201, {"id": 12}
+        if "Upload-Multiple" in headers:
+            for part in message_from_bytes(f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode() + body).get_payload():
+                if part.get_filename():
+                    image = cv2.imdecode(np.frombuffer(part.get_payload(decode=True), np.uint8), cv2.IMREAD_COLOR)
+                    self.uploads[part.get_filename()] = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            return 200, None
+        if "Upload-Finish" in headers:
+            self.names = body["upload_file_order"]
+            self.photos = [self.uploads[name] for name in self.names]
+            self.jobs = {7: {"first": 0, "last": len(self.photos) - 1, "state": "new"}}
+        return 202, {"rq_id": "making"}
 
     def _page(self, path, query, results):
         number = int(query.get("page", 1))
@@ -187,7 +253,7 @@ class CvatState:
         }  # fmt: skip
 
     def _meta(self):
-        frames = [{"width": p.shape[1], "height": p.shape[0], "name": f"{n}.png"} for n, p in enumerate(self.photos)]
+        frames = [{"width": p.shape[1], "height": p.shape[0], "name": name} for name, p in zip(self.names, self.photos)]
         return {"size": len(frames), "start_frame": 0, "stop_frame": len(frames) - 1, "frames": frames,
                 "deleted_frames": [], "included_frames": None}  # fmt: skip
 
@@ -228,7 +294,8 @@ def serving(cvat, context=None):
                 status, answer = 200, "<!doctype html><html>CVAT</html>"
             else:
                 path = parts.path.removeprefix(prefix)
-                status, answer = cvat(self.command, path, query, json.loads(body) if body else None)
+                is_json = body and "json" in self.headers["Content-Type"]
+                status, answer = cvat(self.command, path, query, json.loads(body) if is_json else body)
             content = answer if isinstance(answer, (bytes, str)) else json.dumps(answer)
             content = content.encode() if isinstance(content, str) else content
             self.send_response(status)
@@ -246,7 +313,7 @@ def serving(cvat, context=None):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield f"{'https' if context else 'http'}://127.0.0.1:{server.server_port}{prefix}"

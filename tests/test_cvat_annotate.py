@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,10 @@ from defectcam.cvat.client import CvatClient
 from defectcam.cvat.shapes import overlaps, stored_shapes
 from defectcam.cvat_labels import labels_with, task_labels
 from defectcam.feedback import harvest
+from defectcam.feedback.shown import names_in
+from defectcam.handler import ModelHandler
 from defectcam.proposal_log import ProposalLog, read_proposal_log
-from model_handler import ModelHandler
+from defectcam.regions import region_of, run_lengths
 from tests.conftest import ROOT
 from tests.cvat_place import function, make, photos, remembering, version, weights  # noqa: F401
 from tests.cvat_state import CvatState, serving
@@ -351,7 +354,7 @@ def test_killed_between_create_and_delete(make):
     assert "1 photos annotated, 1 had proposals of this run" in told
     for frame in (0, 1):
         assert place.names(frame) == place.wanted(frame)
-    names = [harvest.names_in(record) for record in read_proposal_log(place.folder)]
+    names = [names_in(record) for record in read_proposal_log(place.folder)]
     assert set(place.wanted(0)) in names and set(place.wanted(1)) in names
 
 
@@ -395,19 +398,35 @@ def test_cvat_stops_answering(make):
 # ---- masks, photos that cannot be processed, labels that do not fit
 
 
-def test_masks(make, monkeypatch):
-    monkeypatch.setenv("ADVCAM_SHAPE", "mask")
-    place = make()
-    log = ("--defects", "crack", "--log-dir", place.folder)
-    place.annotate(*log)
-    shapes = place.cvat.of(0, "crack")
+@pytest.mark.parametrize("logged", [True, False])
+def test_labels_of_type_mask_get_masks_and_the_rules_hold(make, version, logged, monkeypatch):
+    place = make(is_new=version)
+    cvat, log = place.cvat, ("--log-dir", place.folder) if logged else ()
+    cvat.label("crack")["type"] = "mask"  # the function, which could not read the task, had answered polygons
+    assert "8 new, 8 replaced" in place.annotate(*log)
+    shapes = cvat.of(0, "crack")
     assert len(shapes) == 4 and {shape["type"] for shape in shapes} == {"mask"}
-    answer = place.function(place.cvat.photos[0], 4, ADVCAM_SHAPE="mask")
+    assert {shape["type"] for shape in cvat.of(0, "rust")} == {"polygon"}
     other = CvatState(labels=task_labels(labels_with([])))
-    other.automatic_annotation(0, answer)
-    assert [s["points"] for s in shapes] == [s["points"] for s in other.of(0, "crack")]
-    place.annotate(*log, steps=8)
-    assert [place.cvat.value(shape, "iterations") for shape in place.cvat.of(0, "crack")] == ["8"] * 4
+    other.automatic_annotation(0, place.function(cvat.photos[0], 4, ADVCAM_SHAPE="mask"))
+    assert [(s["points"], cvat.value(s, "proposal")) for s in shapes] == [
+        (s["points"], other.value(s, "proposal")) for s in other.of(0, "crack")
+    ]
+    erased, deleted, covered, untouched = shapes
+    region = region_of("mask", erased["points"], 160, 96)
+    erased["points"] = [float(n) for n in run_lengths(replace(region, mask=region.mask[:-5]))]  # with CVAT's eraser
+    erased["source"] = "semi-auto"
+    cvat.shapes = [shape for shape in cvat.shapes if shape not in (deleted, covered)]
+    cvat.add(0, "crack", covered["points"], "mask")  # with CVAT's brush
+    told = place.annotate("--defects", "crack", *log, steps=8)
+    rejected = 1 if logged else 0
+    assert f"{1 + (not logged)} new, 1 replaced, 2 kept" in told
+    assert f"(2 overlap kept shapes, {rejected} were rejected before)" in told
+    left = [shape for shape in cvat.of(0, "crack") if cvat.value(shape, "iterations") == "8"]
+    assert len(left) == 2 - rejected and {shape["type"] for shape in left} == {"mask"} and untouched not in cvat.shapes
+    monkeypatch.setenv("ADVCAM_SHAPE", "polygon")
+    place.annotate("--defects", "crack", *log, steps=8)
+    assert {cvat.value(s, "iterations"): s["type"] for s in cvat.of(0, "crack")}["8"] == "polygon", "the shape given decides"
 
 
 def test_a_photo_that_cannot_be_processed_keeps_its_shapes(make, monkeypatch):

@@ -29,8 +29,7 @@ from cvat_sdk.auto_annotation.driver import _AnnotationMapper, _DetectionFunctio
 from cvat_sdk.core import Client, Config  # noqa: E402
 from cvat_sdk.masks import decode_mask  # noqa: E402
 
-import cvat_function  # noqa: E402
-import model_handler  # noqa: E402
+from defectcam.cvat import auto_annotation  # noqa: E402
 
 LOG = logging.getLogger("test")
 SPEC = json.loads(yaml.safe_load((ROOT / "function.yaml").read_text())["metadata"]["annotations"]["spec"])
@@ -83,7 +82,7 @@ def attributes(annotation) -> dict[int, str]:
 
 
 def test_shapes_pass_the_drivers_checks_with_their_attributes(photo_rgb):
-    function = cvat_function.create(iterations=1, threshold=0.01)
+    function = auto_annotation.create(iterations=1, threshold=0.01)
     tags, shapes = detected(function, Image.fromarray(photo_rgb))
     assert shapes and not tags
     for shape in shapes:
@@ -94,14 +93,14 @@ def test_shapes_pass_the_drivers_checks_with_their_attributes(photo_rgb):
 
 
 def test_it_answers_what_the_nuclio_handler_answers(photo_rgb):
-    function = cvat_function.create(iterations=0)
+    function = auto_annotation.create(iterations=0)
     _, shapes = detected(function, Image.fromarray(photo_rgb))
     direct = function.model.propose(photo_rgb, function.model.settings)
     assert [shape.points for shape in shapes] == [shape["points"] for shape in direct]
 
 
 def test_conf_threshold_comes_before_every_other(photo_rgb):
-    function, image = cvat_function.create(iterations=0, threshold=0.99), Image.fromarray(photo_rgb)
+    function, image = auto_annotation.create(iterations=0, threshold=0.99), Image.fromarray(photo_rgb)
     assert detected(function, image) == ([], [])
     everything = function.model.predictor.propose(photo_rgb, "crack", 0, threshold=0.0)
     confidences = sorted(proposal.confidence for proposal in everything)
@@ -115,7 +114,7 @@ def test_conf_threshold_comes_before_every_other(photo_rgb):
 
 
 def test_masks_are_masks_and_polygons_where_the_driver_wants_them(photo_rgb):
-    function, image = cvat_function.create(iterations=0, shape="mask"), Image.fromarray(photo_rgb)
+    function, image = auto_annotation.create(iterations=0, shape="mask"), Image.fromarray(photo_rgb)
     _, masks = detected(function, image, labels=task_labels(type="mask"))
     assert masks and {shape.type.value for shape in masks} == {"mask"}
     components = [one.component for one in function.model.predictor.propose(photo_rgb, "crack", 0)]
@@ -128,11 +127,29 @@ def test_masks_are_masks_and_polygons_where_the_driver_wants_them(photo_rgb):
     assert detected(function, image, labels=task_labels(type="any"))[1]
     with pytest.raises(cvataa.BadFunctionError, match="'mask' in the function"):
         detected(function, image, labels=task_labels(type="polygon"))
+    with pytest.raises(cvataa.BadFunctionError, match="'polygon' in the function, but 'mask' in the dataset"):
+        detected(auto_annotation.create(iterations=0, shape="polygon"), image, labels=task_labels(type="mask"))
+
+
+def test_without_a_shape_each_label_gets_what_its_type_in_the_task_holds(photo_rgb, monkeypatch):
+    monkeypatch.delenv("ADVCAM_DEFECTS")
+    function, image = auto_annotation.create(iterations=0, labels="Riss=crack"), Image.fromarray(photo_rgb)
+    labels = task_labels()
+    labels[0] |= {"name": "Riss", "type": "mask"}
+    labels[1]["type"] = "any"
+    _, shapes = detected(function, image, labels=labels)
+    assert {(shape.label_id, shape.type.value) for shape in shapes} == {(40, "mask"), (41, "polygon"), (42, "polygon")}
+    masks = auto_annotation.create(iterations=0, shape="mask", defects="crack", labels="Riss=crack")
+    assert [shape for shape in shapes if shape.label_id == 40] == detected(masks, image, labels=labels)[1]
+    _, shapes = detected(function, image, labels=[{**labels[0], "type": "polygon"}, *labels[1:]])
+    assert {shape.type.value for shape in shapes} == {"polygon"}, "another task"
+    with pytest.raises(cvataa.BadFunctionError, match="'polygon' in the function, but 'rectangle' in the dataset"):
+        detected(function, image, labels=[{**labels[0], "type": "rectangle"}, *labels[1:]])
 
 
 def test_the_spec_is_function_yamls_for_the_defects_there_are(monkeypatch):
     monkeypatch.delenv("ADVCAM_DEFECTS")
-    function = cvat_function.create()
+    function = auto_annotation.create()
     known = {label["name"]: label for label in SPEC}
     assert [label.name for label in function.spec.labels] == [*function.model.defects, "unprocessed"]
     for label in function.spec.labels:
@@ -143,7 +160,7 @@ def test_the_spec_is_function_yamls_for_the_defects_there_are(monkeypatch):
 
 
 def test_a_count_that_the_select_has_not_is_refused_unless_the_task_has_it(photo_rgb):
-    function, image = cvat_function.create(iterations=3, threshold=0.01), Image.fromarray(photo_rgb[:160, :160])
+    function, image = auto_annotation.create(iterations=3, threshold=0.01), Image.fromarray(photo_rgb[:160, :160])
     with pytest.raises(cvataa.BadFunctionError, match="'iterations'"):
         detected(function, image)
     labels = task_labels()
@@ -154,7 +171,7 @@ def test_a_count_that_the_select_has_not_is_refused_unless_the_task_has_it(photo
 
 @pytest.mark.parametrize("more", [["16"], ["16", "auto"], ["3", "12"]])
 def test_a_tasks_select_may_have_more_values_than_the_functions(photo_rgb, more):
-    function, labels = cvat_function.create(iterations=4, threshold=0.01), task_labels()
+    function, labels = auto_annotation.create(iterations=4, threshold=0.01), task_labels()
     labels[0]["attributes"][1]["values"][1:1] = more
     _, shapes = detected(function, Image.fromarray(photo_rgb[:160, :160]), labels=labels)
     assert shapes and all(attributes(shape)[501] == "4" for shape in shapes)
@@ -163,7 +180,7 @@ def test_a_tasks_select_may_have_more_values_than_the_functions(photo_rgb, more)
 
 
 def test_what_else_differs_from_the_functions_attributes_is_refused_as_before(photo_rgb):
-    function, image = cvat_function.create(iterations=4), Image.fromarray(photo_rgb[:160, :160])
+    function, image = auto_annotation.create(iterations=4), Image.fromarray(photo_rgb[:160, :160])
     for place, change in ((1, {"values": ["0", "4", "16"]}), (1, {"input_type": "radio"}), (0, {"values": ["0", "1", "1"]})):
         labels = task_labels()
         labels[0]["attributes"][place] |= change
@@ -179,7 +196,7 @@ def test_a_defect_that_function_yaml_has_no_label_for(photo_rgb, tmp_path, monke
     manifest["defects"][defect] = manifest["defects"]["crack"]
     (weights / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.delenv("ADVCAM_DEFECTS")
-    function = cvat_function.create(weights=str(weights), iterations=1, threshold=0.01)
+    function = auto_annotation.create(weights=str(weights), iterations=1, threshold=0.01)
     crack, own, tag = function.spec.labels
     assert (own.name, own.type, tag.name) == (defect, "polygon", "unprocessed")
     assert own.attributes == crack.attributes
@@ -193,13 +210,13 @@ def test_a_defect_that_function_yaml_has_no_label_for(photo_rgb, tmp_path, monke
 
 def test_a_task_may_call_the_defects_otherwise(photo_rgb, monkeypatch):
     monkeypatch.delenv("ADVCAM_DEFECTS")
-    function = cvat_function.create(iterations=0, threshold=0.01, labels=" Riss = Crack, Abplatzung=spalling,")
+    function = auto_annotation.create(iterations=0, threshold=0.01, labels=" Riss = Crack, Abplatzung=spalling,")
     assert [label.name for label in function.spec.labels] == ["Riss", "Abplatzung", "rust", "unprocessed"]
     labels = task_labels()
     for label, name in zip(labels, ("Riss", "Abplatzung")):
         label["name"] = name
     _, shapes = detected(function, Image.fromarray(photo_rgb), labels=labels)
-    own = detected(cvat_function.create(iterations=0, threshold=0.01), Image.fromarray(photo_rgb))[1]
+    own = detected(auto_annotation.create(iterations=0, threshold=0.01), Image.fromarray(photo_rgb))[1]
     assert shapes == own and {shape.label_id for shape in shapes} == {40, 41, 42}
     with pytest.raises(cvataa.BadFunctionError, match="'Riss' is not in dataset"):
         detected(function, Image.fromarray(photo_rgb))
@@ -216,12 +233,12 @@ def test_a_task_may_call_the_defects_otherwise(photo_rgb, monkeypatch):
 def test_names_of_labels_that_cannot_be_meant_are_refused(monkeypatch, labels, message):
     monkeypatch.delenv("ADVCAM_DEFECTS")
     with pytest.raises(RequestError, match=message):
-        cvat_function.create(labels=labels)
+        auto_annotation.create(labels=labels)
 
 
 def test_a_defect_whose_name_cvat_cannot_take_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="manifest.json: the defect's name 'notice' is the tag .*: give it another name"):
-        cvat_function.create(weights=str(dark_weights(tmp_path, ["notice"])), defects="notice")
+        auto_annotation.create(weights=str(dark_weights(tmp_path, ["notice"])), defects="notice")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
@@ -229,23 +246,23 @@ def test_images_of_any_mode_are_answered(photo_rgb, mode):
     grey = Image.fromarray(photo_rgb[:64, :64]).convert("L")
     image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
     assert image.mode == mode
-    assert detected(cvat_function.create(iterations=0), image)[0] == []
+    assert detected(auto_annotation.create(iterations=0), image)[0] == []
 
 
 def test_a_frame_that_cannot_be_processed_is_a_tag_with_the_reason():
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "PNG")
     image = Image.open(io.BytesIO(buffer.getvalue()[:3000]))  # opened, but its pixels are not there
-    (tag,), shapes = detected(cvat_function.create(), image)
+    (tag,), shapes = detected(auto_annotation.create(), image)
     assert tag.label_id == 43 and "broken" in attributes(tag)[800] and not shapes
 
 
 def test_a_notice_is_printed_and_needs_no_label_of_the_task(photo_rgb, monkeypatch, capsys):
-    function = cvat_function.create(iterations=0, threshold=0.01)
+    function = auto_annotation.create(iterations=0, threshold=0.01)
     _, all_shapes = detected(function, Image.fromarray(photo_rgb))
     proposals = function.model.predictor.propose(photo_rgb, "crack", 0, threshold=0.01)
     lengths = [outline_length_px(proposal.component.mask) for proposal in proposals]
-    monkeypatch.setattr(model_handler, "MAX_OUTLINE_PX", max(lengths) - 1)
+    monkeypatch.setattr("defectcam.handler.MAX_OUTLINE_PX", max(lengths) - 1)
     capsys.readouterr()
     tags, shapes = detected(function, Image.fromarray(photo_rgb))
     assert not tags and capsys.readouterr().err.endswith(": 1 too ragged: crack; raise cam_threshold\n")
@@ -253,9 +270,9 @@ def test_a_notice_is_printed_and_needs_no_label_of_the_task(photo_rgb, monkeypat
 
 
 def test_the_largest_and_surest_are_proposed_where_there_are_too_many(photo_rgb, capsys):
-    _, all_shapes = detected(cvat_function.create(iterations=0), Image.fromarray(photo_rgb))
+    _, all_shapes = detected(auto_annotation.create(iterations=0), Image.fromarray(photo_rgb))
     capsys.readouterr()
-    tags, (shape,) = detected(cvat_function.create(iterations=0, max_proposals=1), Image.fromarray(photo_rgb))
+    tags, (shape,) = detected(auto_annotation.create(iterations=0, max_proposals=1), Image.fromarray(photo_rgb))
     told = f": {len(all_shapes) - 1} more crack; raise threshold or max_proposals\n"
     assert not tags and capsys.readouterr().err.endswith(told)
     assert shape.points == all_shapes[0].points and len(all_shapes) > 1
@@ -276,15 +293,15 @@ def test_the_largest_and_surest_are_proposed_where_there_are_too_many(photo_rgb,
 ])  # fmt: skip
 def test_bad_parameters_are_named(given, error, words):
     with pytest.raises(error) as caught:
-        cvat_function.create(**given)
+        auto_annotation.create(**given)
     assert all(word in str(caught.value) for word in words)
 
 
 def test_parameters_come_before_the_environment_before_the_manifest(monkeypatch):
     monkeypatch.setenv("ADVCAM_ITERATIONS", "2")
     monkeypatch.setenv("ADVCAM_CVAT_URL", "http://cvat")  # belongs to the function that CVAT calls
-    assert cvat_function.create(iterations=8).model.settings.iterations == 8
-    function = cvat_function.create(cam_threshold=0.2, max_proposals=5, hole_share=0.5, tolerance_px=2.0)
+    assert auto_annotation.create(iterations=8).model.settings.iterations == 8
+    function = auto_annotation.create(cam_threshold=0.2, max_proposals=5, hole_share=0.5, tolerance_px=2.0)
     effective = function.model.effective("crack", function.model.settings)
     assert (effective["iterations"], effective["max_proposals"], effective["cam_threshold"]) == (2, 5, 0.2)
     assert (effective["hole_share"], effective["tolerance_px"]) == (0.5, 2.0)
@@ -366,7 +383,7 @@ def server(photo_rgb, tmp_path):
 
 
 def test_the_sdk_annotates_a_whole_task_with_it(server):
-    function = cvat_function.create(iterations=1, threshold=0.3)
+    function = auto_annotation.create(iterations=1, threshold=0.3)
     cvataa.annotate_task(server.client, 7, function, allow_unmatched_labels=False)
     ((path, body),) = server.uploads
     assert path.startswith("/api/tasks/7/annotations") and "action=create" in path

@@ -19,7 +19,7 @@ from PIL import Image
 
 import main
 from defectcam import cvat_runs, cvat_task
-from defectcam.cvat_runs import Run, frames_at
+from defectcam.cvat_runs import Defaults, Run, frames_at
 from defectcam.cvat_task import CvatTask, TaskSetting
 from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.request import RequestError
@@ -79,13 +79,14 @@ def photo(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (30, 40, 3), np.uint8)
 
 
-def labels_with(**default: str) -> dict:
-    """The labels of a task, these with a select `iterations` of that default."""
+def labels_with(masks=(), **default: str) -> dict:
+    """The labels of a task, these with a select `iterations` of that default; `masks`: those of type mask."""
     results = []
     for name in ("crack", "spalling", "unprocessed"):
         own = SELECT | {"name": "iterations", "values": ["0", "1", "2", "8", "auto"]}
         attributes = [own | {"default_value": default[name]}] if name in default else []
-        results.append({"name": name, "type": "polygon", "attributes": [SELECT, *attributes]})
+        kind = "mask" if name in masks else "polygon"
+        results.append({"name": name, "type": kind, "attributes": [SELECT, *attributes]})
     return {"count": len(results), "next": None, "previous": None, "results": results}
 
 
@@ -143,15 +144,21 @@ def task_of(server, function: str = "det-attrs") -> CvatTask:
 
 
 def setting(task: CvatTask, image_rgb: np.ndarray, file: bytes | None = None, default=DEFAULT, seconds=0.0) -> TaskSetting:
-    """What is asked for at a call that is answered at once; `seconds` are left for it."""
-    now = time.monotonic()
+    """What is asked for at a call that is answered at once; `seconds` are left for it. `default`: T, or Defaults."""
+    now, default = time.monotonic(), default if isinstance(default, Defaults) else Defaults(default)
     found = task.setting(file or image_rgb.tobytes(), image_rgb, default, now, now + seconds)
     task.answered(found)
     return found
 
 
+def steps_of(found: TaskSetting) -> dict:
+    """T per defect, where nothing else is asked for."""
+    assert all(set(own) == {"iterations"} for own in found.changes.values())
+    return {defect: own["iterations"] for defect, own in found.changes.items()}
+
+
 def look_up(task: CvatTask, image_rgb: np.ndarray, file: bytes | None = None, default=DEFAULT) -> dict:
-    return setting(task, image_rgb, file, default).iterations
+    return steps_of(setting(task, image_rgb, file, default))
 
 
 def notices(task: CvatTask, photos, **more) -> list[str]:
@@ -167,7 +174,7 @@ def warnings(caplog) -> list[str]:
 
 def test_default_on_the_label_of_the_started_runs_task_is_the_setting(running, caplog):
     found = setting(task_of(running), photo(1), encoded(photo(1)))
-    assert (found.iterations, found.notice) == ({"crack": 8}, "")
+    assert (steps_of(found), found.notice) == ({"crack": 8}, "")
     assert running.asked == [RUNS, LABELS, META, frame_path(1)]
     assert {entry["Authorization"] for entry in running.headers} == {f"Token {TOKEN}"}
     assert not warnings(caplog)
@@ -206,7 +213,7 @@ def test_progress_may_be_any_number(running, progress):
 def test_progress_that_is_no_number_is_told(running, progress):
     running.routes[RUNS] = json.dumps([STARTED | {"progress": progress}]).encode()
     found = setting(task_of(running), photo(1))
-    assert found.iterations == {} and found.notice.startswith("T=0/2 used: CVAT ")
+    assert steps_of(found) == {} and found.notice.startswith("T=0/2 used: CVAT ")
 
 
 def test_labels_are_read_once_per_run_and_again_for_the_next(running):
@@ -247,8 +254,31 @@ def test_labels_on_further_pages_are_read(running):
 def test_a_task_that_changes_nothing_costs_no_frame(running, caplog, labels, default):
     running.routes[LABELS] = labels
     found = setting(task_of(running), photo(1), default=default)
-    assert (found.iterations, found.notice) == ({}, "")
+    assert (steps_of(found), found.notice) == ({}, "")
     assert running.asked == [RUNS, LABELS, META] and not warnings(caplog)
+
+
+def test_labels_of_type_mask_ask_for_masks_unless_a_shape_is_given(running, caplog):
+    running.routes[LABELS] = labels_with(masks=["crack", "unprocessed"], spalling="8")
+    found = setting(task_of(running), photo(1))
+    assert found.changes == {"crack": {"shape": "mask"}, "spalling": {"iterations": 8}} and not found.notice
+    for shape in ("polygon", "mask"):
+        assert look_up(task_of(running), photo(1), default=Defaults(DEFAULT, shape)) == {"spalling": 8}
+    running.routes[LABELS] = labels_with(masks=["crack"], crack="8")
+    task = task_of(running)
+    both = {"crack": {"iterations": 8, "shape": "mask"}}
+    assert setting(task, photo(1)).changes == both
+    running.routes[RUNS] = status(503)
+    assert setting(task, photo(2)).changes == both, "of the run that was under way"
+    running.routes |= {RUNS: [STARTED], LABELS: labels_with(masks=["crack"])}
+    running.asked.clear()
+    assert setting(task_of(running), photo(1), default=Defaults(DEFAULT, "mask")).changes == {}
+    assert running.asked == [RUNS, LABELS, META], "it changes nothing"
+    polygons = "shapes are polygons, whatever the type of the labels"
+    assert setting(task_of(running), photo(9)).notice.endswith(f"not for single frames; {polygons}")
+    running.routes[RUNS] = status(401)
+    assert setting(task_of(running), photo(1)).notice.endswith(f"; {polygons}")
+    assert polygons not in setting(task_of(running), photo(1), default=Defaults(DEFAULT, "mask")).notice
 
 
 # ---- never a wrong task's setting ----
@@ -302,7 +332,7 @@ def test_several_runs_that_have_only_begun_are_told_apart_by_their_frames(two_ru
 def test_several_runs_that_cannot_be_told_apart_get_the_deployments_setting(two_running, caplog):
     two_running.routes[frame_path(2, 9)] = encoded(photo(1))
     found = setting(task_of(two_running), photo(1))
-    assert found.iterations == {} and found.notice.startswith("T=0/2 used: several runs")
+    assert steps_of(found) == {} and found.notice.startswith("T=0/2 used: several runs")
     two_running.routes["/api/labels?task_id=9"] = labels_with(crack="8")
     assert look_up(task_of(two_running), photo(1)) == {"crack": 8}  # they ask for the same
 
@@ -389,7 +419,7 @@ ANSWERS = {
 def test_whatever_cvat_answers_costs_one_log_line_and_is_told(running, caplog, path, name):
     running.routes[path] = ANSWERS[name]
     found = setting(task_of(running), photo(1))
-    assert found.iterations == {}
+    assert steps_of(found) == {}
     no_picture = path == frame_path(1) and not callable(ANSWERS[name])
     assert found.notice.startswith("T=0/2 used: unknown photo" if no_picture else "T=0/2 used: CVAT ")
     (line,) = warnings(caplog)
@@ -471,7 +501,7 @@ DOWN = {
 def test_a_cvat_that_restarts_is_asked_again(running, impatient, name):
     fails_first(running, 3, DOWN[name])
     found = setting(task_of(running), photo(1), seconds=100)
-    assert (found.iterations, found.notice) == ({"crack": 8}, "")
+    assert (steps_of(found), found.notice) == ({"crack": 8}, "")
     assert running.asked.count(RUNS) == 4
 
 
@@ -480,7 +510,7 @@ def test_a_token_that_is_refused_is_not_tried_again(running, code):
     running.routes[RUNS] = status(code)
     found = setting(task_of(running), photo(1), seconds=100)
     assert running.asked == [RUNS]
-    assert found.iterations == {} and found.notice.startswith(f"T=0/2 used: CVAT {code}: the function's token ")
+    assert steps_of(found) == {} and found.notice.startswith(f"T=0/2 used: CVAT {code}: the function's token ")
 
 
 def test_asking_again_ends_and_is_done_once_per_run(running, monkeypatch):
@@ -488,10 +518,10 @@ def test_asking_again_ends_and_is_done_once_per_run(running, monkeypatch):
     monkeypatch.setattr(cvat_runs, "ASK_AGAIN_S", 0.2)
     running.routes[RUNS] = status(503)
     task = task_of(running)
-    assert setting(task, photo(1), seconds=100).iterations == {}
+    assert setting(task, photo(1), seconds=100).changes == {}
     asked = len(running.asked)
     assert 1 < asked <= 6
-    assert setting(task, photo(2), seconds=100).iterations == {}
+    assert setting(task, photo(2), seconds=100).changes == {}
     assert len(running.asked) == asked + 1
 
 
@@ -511,10 +541,10 @@ def test_a_run_keeps_its_t_when_cvat_can_no_longer_be_asked(running, caplog, fai
     running.routes[RUNS] = status(failure)
     for number in range(2, 10):
         found = setting(task, photo(number))
-        assert (found.iterations, found.notice) == ({"crack": 8}, "")
-    assert len(warnings(caplog)) == 8 and f"T of the run so far used: CVAT {failure}" in warnings(caplog)[0]
+        assert (steps_of(found), found.notice) == ({"crack": 8}, "")
+    assert len(warnings(caplog)) == 8 and f"settings of the run so far used: CVAT {failure}" in warnings(caplog)[0]
     found = setting(task, photo(10))  # its frames were ten: this is another run
-    assert found.iterations == {} and found.notice.startswith(f"T=0/2 used: CVAT {failure}")
+    assert steps_of(found) == {} and found.notice.startswith(f"T=0/2 used: CVAT {failure}")
 
 
 def test_a_run_that_asks_for_nothing_else_goes_on_without_a_notice(running):
@@ -554,7 +584,7 @@ def test_a_photo_that_comes_again_is_of_another_run(running):
     running.routes[RUNS] = status(503)
     assert look_up(task, photo(2)) == {"crack": 8}
     found = setting(task, photo(2))
-    assert found.iterations == {} and found.notice
+    assert steps_of(found) == {} and found.notice
 
 
 def test_each_run_has_one_notice_however_many_of_its_frames_fail(running):
@@ -576,7 +606,7 @@ def test_the_notice_of_a_photo_that_is_not_processed_comes_on_the_next(running):
     task = task_of(running)
     running.routes[RUNS] = status(401)
     now = time.monotonic()
-    assert task.setting(b"1", photo(1), DEFAULT, now, now).notice
+    assert task.setting(b"1", photo(1), Defaults(DEFAULT), now, now).notice
     task.answered()
     assert notices(task, [photo(2), photo(3)])[0] and not notices(task, [photo(4)])[0]
 
@@ -586,12 +616,12 @@ def test_a_default_that_is_no_count_is_told_once_per_run_and_the_others_hold(run
     running.routes |= {LABELS: labels_with(crack=text, spalling="8"), RUNS: [STARTED | {"progress": 0}]}
     task = task_of(running)
     first = setting(task, photo(0))
-    assert first.iterations == {"spalling": 8}
+    assert steps_of(first) == {"spalling": 8}
     assert first.notice.startswith("T=0 used: bad T ") and "label crack of task 7" in first.notice
     assert "0 to 50" in first.notice and len(first.notice) < 300 and "instead of T" not in first.notice
     running.routes[RUNS] = [STARTED | {"progress": 33}]
     second = setting(task, photo(1))
-    assert (second.iterations, second.notice) == ({"spalling": 8}, "")
+    assert (steps_of(second), second.notice) == ({"spalling": 8}, "")
     running.routes[RUNS] = [STARTED | {"progress": 0, "id": "next"}]
     assert setting(task, photo(0)).notice == first.notice
 
@@ -685,6 +715,19 @@ def test_the_handler_uses_the_tasks_setting_and_the_requests_own_wins(handled):
     assert len(handled.cvat.asked) == asked  # CVAT is not asked
     handled.cvat.routes[RUNS] = []
     assert values(handled.answer(), "iterations") == {default}
+
+
+def test_the_handler_answers_masks_for_labels_of_type_mask_and_names_and_logs_them_so(handled, tmp_path):
+    handled.model.proposal_log = ProposalLog(tmp_path, LOG)
+    handled.cvat.routes[LABELS] = labels_with(masks=["crack"])
+    polygons, masks = handled.answer(iterations=2), handled.answer()
+    assert {shape["type"] for shape in polygons} == {"polygon"} and {shape["type"] for shape in masks} == {"mask"}
+    assert masks == handled.answer(shape="mask", iterations=2), "down to the proposals' names"
+    assert handled.answer(shape="polygon") == polygons, "the request's shape decides"
+    logged = [record["settings"]["crack"]["shape"] for record in read_proposal_log(tmp_path)]
+    assert logged == ["polygon", "mask", "mask", "polygon"]
+    handled.cvat.routes[RUNS] = []
+    assert handled.answer() == polygons, "no task can be read"
 
 
 def test_auto_on_a_label_of_an_earlier_version_is_the_weights_own_t(handled):

@@ -36,6 +36,7 @@ DEPLOYMENT_TOOLS = ("docker", "nuctl", "kubectl", "curl")  # whose commands a dr
 SECRET = "s3cr3t-t0ken"
 CVAT = {"ADVCAM_CVAT_URL": "http://cvat.example:8080", "ADVCAM_CVAT_TOKEN": SECRET}
 PORTS = 6
+HELPER = "gcr.io/iguazio/alpine:3.17"  # of the container that nuctl keeps its records in
 
 # The function in every image of this world: what it says and proposes depends on its weights and settings.
 MAIN = '''
@@ -111,7 +112,7 @@ def docker_info():
 
 
 def docker_inspect():
-    print("quay.io/nuclio/dashboard:1.14.1-amd64")
+    print({helper!r} if arguments[-1] == "nuclio-local-storage-reader" else "quay.io/nuclio/dashboard:1.14.1-amd64")
 
 
 def docker_build():
@@ -129,7 +130,26 @@ def docker_image():
 
 
 def docker_rmi():
-    path_of("images", arguments[1]).unlink()
+    missing = [tag for tag in arguments[1:] if not path_of("images", tag).exists()]
+    for tag in set(arguments[1:]) - set(missing):
+        path_of("images", tag).unlink()
+    sys.exit(f"no image {{missing}}" if missing else 0)
+
+
+def docker_tag():
+    path_of("images", arguments[2]).write_text(path_of("images", arguments[1]).read_text())
+
+
+def docker_save():
+    tags = [tag for tag in arguments[3:] if tag != {helper!r}]
+    images = {{tag: path_of("images", tag).read_text() for tag in tags}}
+    Path(value("--output")).write_text(json.dumps(images | {{"padding": "0" * 100_000}}))
+
+
+def docker_load():
+    for tag, version in json.load(sys.stdin).items():
+        if tag != "padding":
+            path_of("images", tag).write_text(version)
 
 
 def docker_run():
@@ -147,6 +167,12 @@ def docker_port():
         sys.exit("no such container")
     port = json.loads(function.read_text())["port"]
     print(f"0.0.0.0:{{port}}\n[::]:{{port}}")
+
+
+def docker_exec():
+    name = value("--env").removeprefix("NUCLIO_FUNCTION_NAME=")
+    assert arguments[3:] == ["nuclio-nuclio-" + name, "python", "-m", "defectcam", "doctor"]
+    sys.exit("wrong        token")
 
 
 def docker_logs():
@@ -198,6 +224,12 @@ def kubectl_get():
     print(answers.get(arguments[1], ""))
 
 
+def kubectl_exec():
+    name = arguments[-5].removeprefix("NUCLIO_FUNCTION_NAME=")
+    assert arguments[1:6] == ["--namespace", "nuclio", "deployment/nuclio-" + name, "--", "env"]
+    sys.exit("wrong        token")
+
+
 def kubectl_port_forward():
     assert not Path("/proc/self/fd/9").exists(), "an orphan would hold the lock"
     function = path_of("functions", arguments[3].removeprefix("service/nuclio-"))
@@ -233,7 +265,7 @@ class World:
         self.write_weights(self.repository / "weights", "old")
         (self.folder / "main.py").write_text(MAIN)
         self.faults({})
-        script = STAND_IN.format(python=sys.executable, world=str(self.folder), curl=shutil.which("curl"))
+        script = STAND_IN.format(python=sys.executable, world=str(self.folder), curl=shutil.which("curl"), helper=HELPER)
         for tool in (*DEPLOYMENT_TOOLS, "df"):
             (self.bin / tool).write_text(script)
             (self.bin / tool).chmod(0o755)
@@ -357,7 +389,8 @@ def test_shellcheck_finds_nothing():
 def test_help_names_every_command_and_option():
     done = subprocess.run([ROOT / "deploy.sh", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for word in ("cpu|gpu", "weights DIR", "rollback", "status", "remove", "--iterations", "--presets", "--dry-run"):
+    commands = ("cpu|gpu", "weights DIR", "rollback", "status", "remove", "save FILE", "load FILE")
+    for word in (*commands, "--name", "--weights", "--iterations", "--presets", "--dry-run"):
         assert word in done.stdout
 
 
@@ -374,20 +407,32 @@ def test_help_names_every_command_and_option():
         ("cpu --platform docker", "'docker'"),
         ("cpu --max-replicas 2", "need --platform kube"),
         ("cpu --registry registry.example.org", "need --platform kube"),
-        ("status --platform kube --registry registry.example.org", "belong to cpu and gpu"),
+        ("status --platform kube --registry registry.example.org", "belong to cpu, gpu and load"),
         ("cpu --platform kube --registry --dry-run", "--registry needs a value"),
         ("cpu --platform kube --max-replicas two --registry registry.example.org", "'two'"),
         ("cpu --platform kube", "needs --registry"),
         ("cpu --presets nowhere.txt", "'nowhere.txt'"),
-        ("weights", "needs a folder"),
+        ("weights", "weights needs a path"),
         ("weights nowhere", "'nowhere'"),
         ("rollback", "nothing is deployed"),
         ("status", "nothing is deployed"),
         ("rollback --iterations 2", "belong to cpu and gpu"),
+        ("weights out --weights next", "belong to cpu and gpu"),
+        ("cpu --weights nowhere", "no weights in 'nowhere'"),
+        ("cpu --name Bridge_A", "--name is 'Bridge_A', but must be 1 to 16 lower-case letters"),
+        ("cpu --name a--b", "--name is 'a--b'"),
+        ("status --name bridge-over-river", "--name is 'bridge-over-river'"),
+        ("cpu --name bridge-of-river1 --iterations 2", "CVAT shows 24: shorten it, or --name"),
+        ("weights weights --name bridge-a", "nothing is deployed on local in namespace nuclio with --name bridge-a"),
+        ("save", "save needs a path"),
+        ("save nowhere/release.tar", "cannot write 'nowhere/release.tar'"),
+        ("save release.tar --name bridge-a", "./deploy.sh cpu or gpu --name bridge-a first"),
+        ("load nowhere.tar", "cannot read 'nowhere.tar'"),
+        ("load nowhere.tar --platform kube", "needs --registry"),
     ],
 )
 def test_refuses_what_cannot_be_meant(world, arguments, reason):
-    assert reason in world.refused(*arguments.split())
+    assert reason in world.refused(*arguments.split(), cwd=world.repository)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +497,7 @@ def test_nuclio_version_is_that_of_cvats_compose_file(world):
     compose = write_compose_file(world)
     world.succeed("cpu", "--cvat", world.folder / "cvat")
     builds = [call for call in world.calls if call[:2] == ["docker", "build"]]
-    assert builds and all("NUCLIO_VERSION=1.14.1" in call for call in builds)
+    assert "NUCLIO_VERSION=1.14.1" in builds[0]
     compose.write_text(compose.read_text().replace("1.14.1", "1.15.9"))
     assert "CVAT runs Nuclio 1.15.9" in world.refused("cpu", "--cvat", world.folder / "cvat")
 
@@ -667,6 +712,7 @@ def test_a_token_that_cvat_refuses_is_told_and_ends_no_deployment(world, platfor
     done = world.run("cpu", *platform, **token)
     assert done.returncode == 0, done.stderr
     assert "note: T=0 used: CVAT 401" in done.stderr
+    assert "wrong        token\nnote: the deployment is verified; put right what is marked wrong above" in done.stderr
 
 
 def test_a_proxy_of_the_network_is_not_asked_for_what_runs_here(world):
@@ -855,9 +901,8 @@ def test_a_cpu_s_image_has_pytorch_where_openvino_cannot_run_the_weights(world, 
     manifest = json.dumps({"version": "old", "defects": defects}, indent=indent)
     (world.repository / "weights" / "manifest.json").write_text(manifest)
     builds = [line.split() for line in world.succeed(command, "--dry-run").splitlines() if line.startswith("docker build")]
-    assert len(builds) == 2
-    for build in builds:
-        assert [word for word in build if word.startswith("ENGINE=")] == engine
+    assert len(builds) == 2, "the code, and the weights on it"
+    assert [word for word in builds[0] if word.startswith("ENGINE=")] == engine
 
 
 # Weights
@@ -938,6 +983,119 @@ def run_with_fault_in_new_release(world, fault, new):
         return world.run("weights", new)
     finally:
         (world.bin / "nuctl").write_text(script)
+
+
+# Deployments with a name
+
+
+def test_a_deployment_with_a_name_is_one_of_its_own(world):
+    shutil.copy(ROOT / "interactor.yaml", world.repository)
+    new = write_defects(world.folder / "new", ["crack", "Exposed rebar"])
+    world.succeed("cpu")
+    general = world.functions
+    done = world.run("cpu", "--name", "bridge-a", "--weights", new, "--iterations", "4")
+    assert done.returncode == 0, done.stderr
+    assert "add the label 'Exposed rebar'" in done.stderr and "AdvCAM" not in done.stdout
+
+    def named() -> dict[str, dict]:
+        assert {name: world.functions.get(name) for name in general} == general, "the others are as they were"
+        return {name: function for name, function in world.functions.items() if name not in general}
+
+    assert {name: world.titles[name] for name in named()} == {
+        "advcam-defects--bridge-a": "bridge-a defects",
+        "advcam-defects-t-4--bridge-a": "bridge-a defects T=4",
+        "advcam-click--bridge-a": "bridge-a click",
+    }
+    assert {function["weights"] for function in named().values()} == {"newer"}
+    assert labels_of(named()["advcam-defects--bridge-a"]["config"]) == labels_with(["Exposed rebar"])
+    listed = world.succeed("status")
+    assert "AdvCAM defects" in listed and "\nbridge-a: release " in listed and "bridge-a defects T=4" in listed
+    assert "AdvCAM" not in world.succeed("status", "--name", "bridge-a")
+    assert "--name bridge-b" in world.refused("status", "--name", "bridge-b")
+    assert "no earlier release" in world.refused("rollback"), "the release before is another deployment's"
+
+    world.succeed("weights", world.write_weights(world.folder / "newest", "newest"), "--name", "bridge-a")
+    assert {function["weights"] for function in named().values()} == {"newest"}
+    world.succeed("rollback", "--name", "bridge-a")
+    assert {function["weights"] for function in named().values()} == {"newer"} and len(named()) == 3
+
+    before = named()
+    assert "bridge-a stays: ./deploy.sh remove --name bridge-a" in world.run("remove").stderr
+    assert world.functions == before and "bridge-a defects" in world.succeed("status")
+    assert all((world.folder / "images" / function["image"]).exists() for function in before.values())
+    world.succeed("remove", "--name", "bridge-a")
+    assert world.functions == {} and list((world.folder / "images").iterdir()) == []
+    assert "nothing is deployed" in world.refused("status")
+
+
+# Closed networks
+
+
+def test_a_saved_release_is_deployed_where_there_is_nothing_but_deploy_sh(world):
+    file = world.folder / "release.tar"
+    write_defects(world.repository / "weights", ["crack", "moss"], "better T=4")
+    world.succeed("cpu", "--iterations", "2", **CVAT)
+    before = world.functions
+    images = sorted((world.folder / "images").iterdir())
+    world.faults({"docker save": "SIGINT"})
+    assert world.run("save", file).returncode != 0
+    assert not list(world.folder.glob("release.tar*")), "all of it, or nothing"
+    done = world.run("save", file)
+    assert done.returncode == 0 and "CVAT's address and token are left out" in done.stderr
+    assert sorted((world.folder / "images").iterdir()) == images and world.functions == before
+    assert SECRET.encode() not in file.read_bytes() and CVAT["ADVCAM_CVAT_URL"].encode() not in file.read_bytes()
+    (saved,) = [call for call in world.calls if call[:2] == ["docker", "save"]]
+    assert HELPER in saved, "Nuclio cannot pull it there"
+    assert "is there already" in world.refused("save", file)
+
+    # Another machine.
+    world.succeed("remove")
+    for path in (*world.repository.glob("*.yaml"), world.repository / "Dockerfile"):
+        path.unlink()
+    shutil.rmtree(world.repository / "weights")
+    other = {"ADVCAM_CVAT_URL": "http://cvat.site", "ADVCAM_CVAT_TOKEN": "site-token"}
+    world.succeed("load", file, **other)
+    assert world.titles == {name: f["config"]["metadata"]["annotations"]["name"] for name, f in before.items()}
+    assert world.weights == {"better T=4"}
+    for name, function in world.functions.items():
+        assert function["environ"] == before[name]["environ"]
+        assert labels_of(function["config"]) == labels_of(before[name]["config"])
+        replaced = {key: other.get(key, value) for key, value in variables_of(before[name]["config"]).items()}
+        assert variables_of(function["config"]) == replaced
+    assert len(list((world.folder / "images").iterdir())) == 2
+    world.succeed("weights", world.write_weights(world.folder / "new", "newer"))
+    world.succeed("load", file)
+    assert world.weights == {"better T=4"} and SECRET not in str(world.functions)
+    world.succeed("rollback")
+    assert world.weights == {"newer"}
+    world.succeed("remove")
+    assert list((world.folder / "images").iterdir()) == []
+
+
+def test_a_file_that_is_no_whole_saved_release_changes_nothing(world):
+    file, other = world.folder / "release.tar", world.folder / "other.tar"
+    world.succeed("cpu", "--name", "bridge-a")
+    world.succeed("save", file, "--name", "bridge-a")
+    whole, before = file.read_bytes(), everything(world)
+    subprocess.run(["tar", "-cf", other, "-C", world.repository, "function.yaml"], check=True)
+    place = whole.index(b"padding") + 50_000
+    for content, reason in (
+        (b"", "is not a file of ./deploy.sh save, or was cut off"),
+        (b"not a tar", "is not a file of ./deploy.sh save"),
+        (other.read_bytes(), "is not a file of ./deploy.sh save"),
+        (whole[: len(whole) // 2], "was cut off"),
+        (whole[:-60_000], "(images.tar): copy it again"),
+        (whole[:place] + b"1" + whole[place + 1 :], "damaged or was cut off (images.tar): copy it again"),
+    ):
+        other.write_bytes(content)
+        error = world.refused("load", other, "--name", "bridge-a")
+        assert reason in error and f"'{other}'" in error
+        assert world.calls == []
+    assert "was saved with --name bridge-a" in world.refused("load", file)
+    older = {"docker inspect": "quay.io/nuclio/dashboard:1.13.0-amd64", "nuctl version": "Label: 1.13.0"}
+    world.faults(older)
+    assert "CVAT runs Nuclio 1.13.0 here" in world.refused("load", file, "--name", "bridge-a")
+    assert everything(world) == before
 
 
 # Interruptions
@@ -1077,6 +1235,8 @@ def test_copies_of_the_last_release_may_answer_for_a_while_on_kubernetes(world):
 def test_a_run_does_what_its_dry_run_prints(world, platform):
     new = world.write_weights(world.folder / "new", "newer")
     registry = ["--registry", "registry.example.org/bridges"] if platform == "kube" else []
+    name = ["--name", "bridge-a"] if platform == "kube" else []
+    saved = world.folder / "release.tar"
     interrupted = [
         ({"nuctl deploy advcam-defects-t-4": "SIGKILL"}, ["gpu", "--iterations", "4"]),
         ({}, ["status"]),
@@ -1091,9 +1251,11 @@ def test_a_run_does_what_its_dry_run_prints(world, platform):
         ({}, ["weights", new]),
         ({}, ["rollback"]),
         *(interrupted if platform == "local" else []),
+        ({}, ["save", saved]),
         ({}, ["remove"]),
+        ({}, ["load", saved, *registry]),
     ]:
-        command += ["--platform", platform]
+        command += ["--platform", platform, *name]
         world.faults(faults)
         if faults:
             assert world.run(*command).returncode == -signal.SIGKILL
@@ -1106,7 +1268,7 @@ def test_a_run_does_what_its_dry_run_prints(world, platform):
         calls = [[re.sub(r"^http://localhost:\d+/$", "http://localhost:PORT/", word) for word in call] for call in calls]
         (release,) = {name for name in releases(world) if name not in before} or {""}
         for line in lines:
-            line = line.replace("dry-run", release).replace("VERSION=VERSION", "VERSION=1.14.1")
+            line = line.replace("dry-run", release).replace("VERSION=VERSION", "VERSION=1.14.1").replace(" HELPER", f" {HELPER}")
             if calls and calls[0] == shlex.split(line, comments=True):
                 calls.pop(0)
             else:
@@ -1128,18 +1290,19 @@ def everything(world) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("platform, image", [("local", "advcam-defects:"), ("kube", "REGISTRY/advcam-defects:")])
-@pytest.mark.parametrize("command", ["weights", "rollback", "status", "remove"])
+@pytest.mark.parametrize("command", ["weights", "rollback", "status", "remove", "save"])
 def test_dry_run_without_a_release_says_so_and_goes_on(world, command, platform, image):
     new = [world.write_weights(world.folder / "new", "newer")] if command == "weights" else []
+    new += [world.folder / "release.tar"] if command == "save" else []
     done = world.run(command, *new, "--platform", platform, "--dry-run")
     assert done.returncode == 0 and world.calls == []
     assert f"nothing is deployed on {platform} in namespace nuclio" in done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert {words[0] for words in lines} <= set(DEPLOYMENT_TOOLS)
-    images = [word for words in lines for word in words if "advcam-defects:" in word]
+    images = [word for words in lines for word in words if "advcam-defects:" in word and ":carried" not in word]
     assert all(word.startswith(image) for word in images)
-    assert bool(images) == (command in ("weights", "rollback"))
-    assert (["nuctl", "deploy", "advcam-defects"] in [words[:3] for words in lines]) == bool(images)
+    assert bool(images) == (command in ("weights", "rollback", "save"))
+    assert (["nuctl", "deploy", "advcam-defects"] in [words[:3] for words in lines]) == (command in ("weights", "rollback"))
     # A real run in the same state.
     done = world.run(command, *new, "--platform", platform)
     assert done.returncode == (command != "remove") and "nothing is deployed" in done.stderr
@@ -1246,6 +1409,8 @@ def test_real_tools_know_every_option_that_is_used(world):
         ("weights", new),
         ("rollback",),
         ("status",),
+        ("save", world.folder / "release.tar"),
+        ("load", world.folder / "release.tar"),
         ("remove",),
         ("cpu", *kube),
     ):
@@ -1307,7 +1472,7 @@ def docker_options(command: str) -> dict[str, bool]:
         found[long] = bool(value)
         if short:
             found[short[:2]] = bool(value)
-    assert found or command in ("port", "push"), text
+    assert found or command in ("port", "push", "tag"), text
     return found
 
 

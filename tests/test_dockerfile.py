@@ -1,4 +1,4 @@
-"""Dockerfile, .dockerignore and the function files: the image holds the runtime half, complete, and nothing else."""
+"""Dockerfile, .dockerignore and the function files: the image holds the runtime half, complete, the doctor, and no more."""
 
 import ast
 import json
@@ -18,7 +18,8 @@ from defectcam.request import ITERATIONS_MAX, Settings, parse_request
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SOURCES = [ROOT / "main.py", ROOT / "model_handler.py", *sorted((ROOT / "defectcam").glob("*.py"))]
+DOCTOR = [ROOT / "defectcam" / "cvat" / f"{name}.py" for name in ("__init__", "client", "doctor", "setup", "target")]
+SOURCES = [ROOT / "main.py", ROOT / "model_handler.py", *sorted((ROOT / "defectcam").glob("*.py")), *DOCTOR]
 OWN = {"main", "model_handler", "defectcam"}
 FUNCTION_FILES = [path for path in sorted(ROOT.glob("*.yaml")) if "annotations" in path.read_text()]
 
@@ -59,18 +60,19 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_image_holds_the_runtime_half_and_the_weights_and_nothing_else():
-    weights = {str(path.relative_to(ROOT)) for path in (ROOT / "weights").iterdir()}
+def test_image_holds_the_runtime_half_the_doctor_and_the_weights_and_nothing_else():
+    weights = {str(path.relative_to(ROOT)) for path in (ROOT / "weights").iterdir() if path.is_file()}  # no other weights, no replay pack
     assert in_image() == {str(path.relative_to(ROOT)) for path in SOURCES} | weights
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_import_only_what_the_image_holds(source):
     folders = {path.name for path in (ROOT / "defectcam").iterdir() if path.is_dir()}
     for module in imports(source):
         parts = module.split(".")
-        if parts[0] == "defectcam" and len(parts) > 1:
-            assert parts[1] not in folders, f"{source.name} imports {module} of the offline half"
+        if parts[0] == "defectcam" and len(parts) > 1 and parts[1] in folders:
+            assert source in DOCTOR, f"{source.name} imports {module} of the offline half"
+            assert f"{'/'.join(parts[:3])}.py" in in_image(), f"{source.name} imports {module}, which the image lacks"
 
 
 def not_installed(extra: str, sources: list[Path], imported=imports) -> set[tuple[str, str]]:
@@ -94,18 +96,19 @@ def imports_at_once(path: Path) -> set[str]:
 
 
 def test_third_party_imports_are_runtime_requirements():
-    assert not_installed("runtime", SOURCES) == {("openvino_engine.py", "openvino")}
+    optional = {("openvino_engine.py", "openvino"), ("image.py", "pillow_heif")}
+    assert not_installed("runtime", SOURCES) == optional
 
 
-def test_what_main_imports_at_once_is_installed_for_a_cpu_and_so_is_its_engine():
+def test_what_main_and_the_doctor_import_at_once_is_installed_for_a_cpu_and_so_is_its_engine():
     """tests/test_function.py runs it without the others."""
-    reached, new = set(), {ROOT / "main.py", ROOT / "defectcam" / "openvino_engine.py"}
+    reached, new = set(), {ROOT / "main.py", ROOT / "defectcam" / "openvino_engine.py", ROOT / "defectcam" / "cvat" / "doctor.py"}
     while new:
         reached |= new
         paths = {ROOT / f"{name.replace('.', '/')}.py" for path in new for name in imports_at_once(path)}
         new = {path for path in paths if path.exists()} - reached
     names = {path.name for path in reached}
-    assert {"model_handler.py", "predict.py", "pyramid.py"} <= names and not {"network.py", "torch_engine.py"} & names
+    assert {"handler.py", "predict.py", "pyramid.py"} <= names and not {"network.py", "torch_engine.py"} & names
     assert not_installed("runtime-cpu", sorted(reached), imports_at_once) == set()
     assert not [name for name in PROJECT["optional-dependencies"]["runtime-cpu"] if "torch" in name]
 

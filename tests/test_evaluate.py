@@ -274,10 +274,15 @@ def test_the_table_has_a_row_per_set_method_and_number_of_steps(data_dir, tmp_pa
     assert sum(row["proposals"] for row in table["bins"]) == 3 and table["bins"][-1]["right"] == pytest.approx(2 / 3)
     page = (tmp_path / "out" / "evaluate.html").read_text()
     pictures = sorted(path.name for path in (tmp_path / "out" / "evaluate").iterdir())
-    assert pictures == ["cases_spalling.png", *(f"spalling_{name}.jpg" for name in ("plain_d", "plain_e", "walls_a",
-                                                                                   "walls_b", "walls_c"))]  # fmt: skip
+    names = ("plain_d", "plain_e", "walls_a", "walls_b", "walls_c")
+    assert pictures == ["cases_spalling.png", "precision_recall_spalling.svg", *(f"spalling_{name}.jpg" for name in names)]
     assert all(name in page for name in pictures[1:])
-    assert page.index("plain e: 0.00 saved") < page.index("walls c: 1.00 saved")  # worst first
+    parts = ["<h3>Worst cases", "plain e: 0.00 saved", "<h3>Best cases", "walls b: ", "<h3>All others", "walls c: 1.00 saved"]
+    assert [*map(page.index, parts)] == sorted(map(page.index, parts))
+    plot = (tmp_path / "out" / "evaluate" / "precision_recall_spalling.svg").read_text()
+    assert "walls, ours" in plot and "four" not in plot, "of what proposes nothing there is no precision"
+    assert all(f">{steps}</text>" in plot for steps in STEPS)
+    assert rows["walls", "ours", 0]["recall"] == rows["walls", "ours", 0]["iou"] and rows["walls", "ours", 0]["precision"] == 1
 
 
 @pytest.mark.parametrize("more", [[], ["--mosaics"]], ids=["table", "mosaics"])

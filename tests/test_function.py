@@ -26,16 +26,15 @@ import pytest
 import yaml
 from PIL import Image
 
-import model_handler
-from defectcam import predict, pyramid
+from defectcam import function, predict, pyramid
 from defectcam.deadline import Deadline, Progress, TimeLimitError
-from defectcam.feedback.harvest import proposals_of_record
+from defectcam.feedback.shown import proposals_of_record
+from defectcam.handler import ModelHandler, out_of_memory
 from defectcam.pace import SAMPLE_PX
 from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.proposals import Component, Proposal
 from defectcam.request import Request, RequestError, Settings, parse_request
 from defectcam.tiling import tile_grid
-from model_handler import ModelHandler, out_of_memory
 from tests.conftest import ROOT, dark_wall, dark_weights, late_tiles, running_function
 
 LOG = logging.getLogger("test")
@@ -302,7 +301,7 @@ def test_an_unforeseen_error_costs_the_frame_not_the_run(client, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("model_handler.proposals_for", fail)
+    monkeypatch.setattr("defectcam.handler.proposals_for", fail)
     body = {"image": encoded(sound(8, 8))}
     answer = client.post("", json=body)
     assert answer.status_code == 200
@@ -345,11 +344,9 @@ def test_a_thread_that_finds_no_memory_for_its_stack_is_out_of_memory():
     assert out_of_memory(RuntimeError("can't start new thread")) and not out_of_memory(RuntimeError("a bug"))
 
 
-@pytest.mark.parametrize("place", ["main.parse_request", "main.json.dumps"])
+@pytest.mark.parametrize("place", ["parse_request", "json.dumps"])
 def test_memory_that_ends_while_json_is_read_or_written_costs_the_photo_alone(client, spec, monkeypatch, place):
-    import main
-
-    real = {"main.parse_request": main.parse_request, "main.json.dumps": json.dumps}[place]
+    real = {"parse_request": parse_request, "json.dumps": json.dumps}[place]
     calls = []
 
     def short_of_memory(*arguments, **named):
@@ -359,7 +356,7 @@ def test_memory_that_ends_while_json_is_read_or_written_costs_the_photo_alone(cl
         return real(*arguments, **named)
 
     body = json.dumps({"image": encoded(sound(8, 8))}).encode()
-    monkeypatch.setattr(place, short_of_memory)
+    monkeypatch.setattr(f"defectcam.function.{place}", short_of_memory)
     answer = client.post("", content=body)
     assert answer.status_code == 200
     check_answer(answer.json(), spec, 8, 8)
@@ -372,15 +369,13 @@ def test_memory_that_ends_while_json_is_read_or_written_costs_the_photo_alone(cl
 
 def test_waiting_in_the_queue_counts_as_time(weights):
     """One request holds the worker for longer than the time limit; the next one is told so and costs nothing."""
-    import main
-
     held, body = threading.Event(), {"image": encoded(sound(8, 8)), "iterations": 0}
 
     def handler(context, event):
         if event.path == "/hold":
             held.set()
             time.sleep(9)
-        return main.handler(context, event)
+        return function.handler(context, event)
 
     environ = {"ADVCAM_WEIGHTS": str(weights), "ADVCAM_TIME_LIMIT": "8"}
     with running_function(handler, **environ) as url, ThreadPoolExecutor(1) as pool:
@@ -426,14 +421,12 @@ def test_reasons_say_what_matters_in_what_cvat_shows_of_them_and_name_nothing_th
 
 
 def test_the_time_since_arrival_is_0_where_it_cannot_be_told():
-    from main import waited_s
-
     now = datetime.now(timezone.utc)
     ago = now - timedelta(seconds=20)
-    assert waited_s(ago) == pytest.approx(20, abs=5)
-    assert waited_s(ago.replace(tzinfo=None)) == pytest.approx(20, abs=5)  # as nuclio_sdk gives it
+    assert function.waited_s(ago) == pytest.approx(20, abs=5)
+    assert function.waited_s(ago.replace(tzinfo=None)) == pytest.approx(20, abs=5)  # as nuclio_sdk gives it
     for arrival in (None, 0, "now", now + timedelta(hours=1), now - timedelta(days=1), datetime.fromtimestamp(0)):
-        assert waited_s(arrival) == 0
+        assert function.waited_s(arrival) == 0
 
 
 def answer_and_pixels(model, image_rgb, **settings):
@@ -465,7 +458,7 @@ def slow_model(handler_of, monkeypatch):
 def test_a_photo_that_takes_too_long_is_refused_before_it_is_decoded(slow_model, monkeypatch):
     model = slow_model(1e-3)
     with monkeypatch.context() as patches:
-        patches.setattr(model_handler, "decode_image", lambda *_: pytest.fail("decoded"))
+        patches.setattr("defectcam.handler.decode_image", lambda *_: pytest.fail("decoded"))
         (tag,), seen_px = answer_and_pixels(model, sound(3000, 3000), iterations=0)
     assert re.match(r"too slow \d+>6000 s; about [23] megapixels would fit; use a GPU", reason_of(tag))
     assert seen_px == 0
@@ -552,7 +545,7 @@ def test_work_that_turns_out_to_be_late_is_refused_while_it_is_done(monkeypatch)
 def test_a_photo_that_turns_out_to_be_late_is_refused_while_it_is_done(slow_model, monkeypatch):
     """What was measured says a second; then a tile takes 3000 s, by the clock."""
     clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
-    for module in ("defectcam.deadline.time", "model_handler.time"):
+    for module in ("defectcam.deadline.time", "defectcam.handler.time"):
         monkeypatch.setattr(module, clock)
     monkeypatch.setattr(pyramid, "tile_grid", partial(tile_grid, largest_px=256))
     model = slow_model(1e-6)

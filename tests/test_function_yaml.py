@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FILES = ("function.yaml", "function-gpu.yaml", "interactor.yaml")
 CPU, GPU, CLICK = CONFIGS = [yaml.safe_load((ROOT / name).read_text()) for name in FILES]
 # Not imported: that would load PyTorch.
-MAX_MEGAPIXELS = int(re.search(r"^MAX_MEGAPIXELS = (\d+)", (ROOT / "model_handler.py").read_text(), re.MULTILINE)[1])
+MAX_MEGAPIXELS = int(re.search(r"^MAX_MEGAPIXELS = (\d+)", (ROOT / "defectcam" / "image.py").read_text(), re.MULTILINE)[1])
 LABELS = json.loads(CPU["metadata"]["annotations"]["spec"])
 ATTRIBUTES = [attribute for label in LABELS for attribute in label["attributes"]]
 TRIGGER = CPU["spec"]["triggers"]["myHttpTrigger"]
@@ -127,8 +127,10 @@ def test_serve_has_the_same_limits():
 
 def test_handler_and_init_context_exist():
     module, handler = CPU["spec"]["handler"].split(":")
-    tree = ast.parse((ROOT / f"{module}.py").read_text())  # not imported: that would load PyTorch
-    functions = {node.name: len(node.args.args) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    tree, code = (ast.parse((ROOT / path).read_text()) for path in (f"{module}.py", "defectcam/function.py"))
+    named = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    functions = {node.name: len(node.args.args) for node in code.body if isinstance(node, ast.FunctionDef)}
+    assert {handler, "init_context"} <= named  # neither file is imported: that would load PyTorch
     assert functions[handler] == 2
     assert functions["init_context"] == 1
 

@@ -29,13 +29,15 @@ from defectcam.cvat.client import CvatClient
 from defectcam.deadline import NO_DEADLINE
 from defectcam.feedback import cvat as cvat_module
 from defectcam.feedback import harvest, report
+from defectcam.feedback.costs import Judged, best_threshold
 from defectcam.feedback.cvat import CvatServer
 from defectcam.feedback.regions import edited_share
+from defectcam.feedback.shown import LoggedProposals
 from defectcam.feedback.store import Table
+from defectcam.handler import cvat_shape
 from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
 from defectcam.proposals import Component, Proposal
 from defectcam.regions import region_of, run_lengths
-from model_handler import cvat_shape
 from tests.conftest import DATA, ROOT
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
@@ -72,7 +74,7 @@ def serving(answer):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -235,8 +237,8 @@ def square(left, top, side=20):
     return [left, top, left + side, top, left + side, top + side, left, top + side]
 
 
-def proposal(name, points, label="crack"):
-    attributes = [("confidence", "87"), ("iterations", "2"), ("proposal", name)]
+def proposal(name, points, label="crack", confidence="87"):
+    attributes = [("confidence", confidence), ("iterations", "2"), ("proposal", name)]
     return {"label": label, "type": "polygon", "points": [float(value) for value in points],
             "attributes": [{"name": own, "value": value} for own, value in attributes]}  # fmt: skip
 
@@ -958,6 +960,15 @@ def test_a_snapshot_of_what_cleanup_replaced_is_not_held_against_the_annotator(w
     assert {name: row["outcome"] for name, row in rows.items()} == {C: "accepted", D: "rejected"}
 
 
+def test_a_log_may_lack_the_answers_that_a_second_run_replaced(workplace):
+    place, cvat = workplace, workplace.cvat
+    image, second = cvat.photos[0][1], {"job": 7, "replaced": [B], "rejected": [C]}
+    place.log.append(image_hash(image), 200, 150, "v1", {"crack": {}}, [proposal(A, square(10, 10))], second)
+    cvat.run(0, [proposal(A, square(10, 10))])
+    cvat.state = "completed"
+    assert outcomes_of(place.harvest()) == {A: "accepted"}
+
+
 # ---------------------------------------------------------------- what is a proposal
 
 
@@ -1067,7 +1078,7 @@ def test_a_notice_beside_proposals_is_no_proposal(workplace):
     place.cvat.state = "completed"
     assert outcomes_of(place.harvest()) == {A: "accepted"}
     (record,) = read_proposal_log(place.log_dir)
-    assert record["shapes"][1] == notice and harvest.LoggedProposals([record]).defects == {"crack", "rust"}
+    assert record["shapes"][1] == notice and LoggedProposals([record]).defects == {"crack", "rust"}
 
 
 # ---------------------------------------------------------------- jobs that are not completed
@@ -1216,6 +1227,50 @@ def test_working_time_and_annotator_from_events(workplace):
     assert (job["annotator"], job["working_time_s"]) == ("cleo", 60)
     assert sum(row["working_time_s"] for row in rows.values()) == pytest.approx(60, abs=0.05)
     assert rows[A]["working_time_s"] < rows[B]["working_time_s"] < rows[""]["working_time_s"]
+
+
+def test_a_harvest_tells_counts_minutes_and_the_threshold_of_least_cost(workplace, capsys):
+    """Of each photo two proposals of 80 % are kept and two of 40 % rejected; those of rust are few."""
+    place, cvat = workplace, workplace.cvat
+    rng = np.random.default_rng(2)
+    cvat.photos = [(f"{frame}.png", rng.integers(0, 255, (150, 200, 3), np.uint8)) for frame in range(6)]
+    cvat.sizes = 6 * [(200, 150)]
+    for frame in range(6):
+        names = [f"{frame}000{letter}" for letter in "abcd"]
+        percents = zip(names, ("80", "40", "80", "40"))
+        answer = [proposal(name, square(10 + 45 * n, 10), confidence=own) for n, (name, own) in enumerate(percents)]
+        place.answer(frame, answer)
+        for name in names[1::2]:
+            cvat.shapes.remove(cvat.of(name))
+    place.answer(0, [proposal(A, square(10, 100), "rust")])
+    cvat.add(1, "crack", square(100, 100))
+    cvat.events = events_csv([{"scope": "send:working_time", "user_name": "cleo", "duration": 1_500_000}])
+    cvat.state = "completed"
+    place.harvest()
+    told = capsys.readouterr().out
+    assert "job 7 (cleo): 13 kept, 0 edited, 12 rejected, 1 missed, 25 minutes\n" in told
+    assert (
+        "crack, cleo, weights v1: threshold 0.795 would have cost 12 clicks in place of 36; it hides 12 rejected proposals and 0 "
+        "that were kept\n  line for deploy.sh --presets: AdvCAM crack | defects=crack threshold=0.795\n  for jobs that are not "
+        "completed: defectcam cvat annotate 3 --iterations 2 --defects crack --threshold 0.795\n"
+    ) in told
+    assert "rust, cleo, weights v1: 1 proposals on 1 photos are too few to choose a threshold (20 on 5 are needed)" in told
+
+
+def test_a_threshold_must_save_clicks_on_photos_that_did_not_choose_it():
+    def judged(kept_percents, rejected_percents, photos=6, vertices=8):
+        kept = [Judged((photo,), True, percent, 1, vertices) for photo in range(photos) for percent in kept_percents]
+        return kept + [Judged((photo,), False, percent, 2, 0) for photo in range(photos) for percent in rejected_percents]
+
+    assert best_threshold(judged([50, 70], [30, 60]), 0.3).threshold == 0.495
+    assert not best_threshold(judged([30, 50, 70], [40, 60])).is_clear, "the one that ran is the best"
+    assert best_threshold(judged([], [20, 40, 60, 100])).threshold == 1, "all were wrong"
+    assert best_threshold(judged([50], [60], photos=4)) is None and best_threshold(judged([50], [60])) is None
+    rng = np.random.default_rng(0)
+    chance = [Judged((n % 8,), bool(rng.integers(2)), int(rng.integers(30, 99)), 3, 3 * rng.integers(3)) for n in range(40)]
+    assert best_threshold(chance).clicks < best_threshold(chance).clicks_as_run and not best_threshold(chance).is_clear
+    known_from = best_threshold([*judged([70, 80, 90], [40, 60]), Judged((0,), True, 35, 1, 8)], 0.5)
+    assert (known_from.clicks_as_run, known_from.hidden_rejected) == (8 + 18 + 12, 6)
 
 
 def test_an_outage_of_the_event_log_wipes_nothing(workplace):

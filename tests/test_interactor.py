@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,22 @@ import yaml
 from PIL import Image
 
 from defectcam.deadline import Deadline, TimeLimitError
-from defectcam.interactor import LEAST_REACH_PX, NEAR_PX, OVERLOOKED_RADIUS_PX, ClickSettings, outline_clicked, to_json
+from defectcam.handler import ModelHandler
+from defectcam.interactor import (
+    LEAST_REACH_PX,
+    NEAR_PX,
+    OVERLOOKED_RADIUS_PX,
+    ClickSettings,
+    _clicked,
+    _RegionMap,
+    outline_clicked,
+    to_json,
+)
+from defectcam.postprocess import Cleaning
 from defectcam.predict import find_cores, paste
 from defectcam.proposals import find_components
 from defectcam.pyramid import Pyramid
 from defectcam.request import Clicks, RequestError, Settings, parse_request
-from model_handler import ModelHandler
 from tests.conftest import DATA, ROOT, dark_wall, dark_weights, late_tiles, running_function
 
 LOG = logging.getLogger("test")
@@ -160,6 +171,78 @@ def test_a_negative_click_on_the_same_region_cuts_it(client, photo_rgb, spots):
     assert has(found, positive) and not has(found, negative)
     assert not (found & ~spots[0]).any() and 0 < found.sum() < spots[0].sum()
     assert len(find_components(found)) == 1  # what hangs together with the positive click
+
+
+# ---- the threshold that clicks ask for ----
+
+
+def bumps(height: int, width: int, *xyhr: tuple[float, float, float, float]) -> np.ndarray:
+    """A map (height, width) float32 of -6 with hills: x, y, height, radius."""
+    ys, xs = np.mgrid[:height, :width]
+    hills = [high * np.exp(-((xs - x) ** 2 + (ys - y) ** 2) / radius**2) for x, y, high, radius in xyhr]
+    return (-6 + np.max(hills, axis=0)).astype(np.float32)
+
+
+def chosen_of(logits, positive, negative=(), cleaning=Cleaning(0, 0, 4), slope=1.0, box=None) -> np.ndarray:
+    """The pixels that clicks mean at a theta of 0."""
+    height, width = logits.shape
+    region_map = _RegionMap(logits, box or (0, 0, width, height), 0.0, slope, cleaning, Deadline(600))
+    return _clicked(region_map, positive, negative, LEAST_REACH_PX)
+
+
+@pytest.mark.parametrize("scale", [3, 12])  # the larger one is searched at a fraction of its size
+def test_clicks_lower_and_raise_the_threshold_of_their_region(scale):
+    """Two hills that are joined by a saddle above theta, and a third one by itself."""
+    logits = cv2.resize(bumps(60, 120, (30, 30, 12, 15), (56, 30, 14, 15), (100, 10, 12, 8)), None, fx=scale, fy=scale)
+    middle, other, away, outside, low, far_out = (
+        (x * scale, y * scale) for x, y in ((30, 30), (56, 30), (100, 10), (30, 45), (30, 40), (30, 55))
+    )
+    theta = chosen_of(logits, [middle])
+    assert has(theta, other) and not has(theta, away) and not has(theta, outside)
+    assert np.array_equal(chosen_of(logits, [middle, other, low]), theta), "clicks in one region change nothing"
+    wide, at_click = chosen_of(logits, [middle, outside]), float(logits[outside[::-1]])
+    assert -2 < at_click < 0 and has(wide, outside) and (wide >= theta).all() and not has(wide, away)
+    assert at_click - 0.4 < logits[wide].min() and len(find_components(wide)) == 1, "the highest"
+    assert np.array_equal(chosen_of(logits, [middle, far_out]), theta), "too far below theta"
+    narrow, at_click = chosen_of(logits, [middle], [low]), float(logits[low[::-1]])
+    assert has(narrow, middle) and not has(narrow, low) and (theta >= narrow).all() and len(find_components(narrow)) == 1
+    assert at_click <= logits[narrow].min() < at_click + 0.4, "the lowest"
+    apart = chosen_of(logits, [middle], [other])
+    assert has(apart, middle) and not has(apart, other) and len(find_components(apart)) == 1
+    third = chosen_of(logits, [away])
+    assert np.array_equal(chosen_of(logits, [middle, away], [low]), narrow | third), "every region has its own threshold"
+    assert np.array_equal(chosen_of(logits, [middle, away, outside]), wide | third)
+    both = chosen_of(logits, [middle, outside], [low])
+    assert has(both, middle) and not has(both, low), "no threshold agrees with all of them"
+
+
+def test_where_no_threshold_separates_clicks_what_is_nearer_to_the_negative_one_is_cut_off():
+    logits = np.full((40, 200), -6.0, np.float32)
+    logits[15:25] = 3.0  # a ridge that is as high everywhere
+    found = chosen_of(logits, [(40, 20)], [(120, 20)])
+    assert np.array_equal(np.flatnonzero(found.any(0)), np.arange(81)) and found[15:25, :80].all()
+    logits[:, 100:] += 2  # the negative click lies higher
+    assert np.array_equal(chosen_of(logits, [(40, 20)], [(120, 20)]), found)
+    boxed = chosen_of(logits, [(40, 20)], [(120, 20)], box=(30, 0, 200, 18))
+    assert np.array_equal(boxed, found & (np.arange(200) >= 30) & (np.arange(40) < 18)[:, None])
+
+
+def test_clicks_narrow_an_outline_of_the_function_without_reading_more(model, photo_rgb, spots):
+    """At a low theta the two spots are one region; a click between them parts them."""
+    low = {"crack": replace(PLAIN["crack"], cam_threshold=1e-4)}
+    first, second = middle_xy(spots[0]), middle_xy(spots[1])
+
+    def outline(positive, negative=()):
+        clicks = Clicks(tuple(map(tuple, positive)), tuple(map(tuple, negative)), None)
+        with seen_px(model) as seen:
+            answer, _ = outline_clicked(model.predictor, photo_rgb, clicks, low)
+        return check_answer(json.loads(to_json(answer)), *photo_rgb.shape[:2]), sum(seen)
+
+    whole, seen_once = outline([first])
+    assert has(whole, second)
+    parted, seen_twice = outline([first], [second])
+    assert has(parted, first) and not has(parted, second) and (whole >= parted).all()
+    assert seen_twice == seen_once == model.predictor.plain_pixels(*photo_rgb.shape[:2], "crack", [(1, 1)], 1000)
 
 
 def test_a_box_ends_the_outline(client, photo_rgb, spots):

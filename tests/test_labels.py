@@ -10,8 +10,8 @@ from PIL import Image
 
 from defectcam.evaluation.photos import labelled_photos
 from defectcam.feedback.audit import photos_of_sets
+from defectcam.image import ImageError, decode_image
 from defectcam.proposals import Component
-from defectcam.request import ImageError, decode_image
 from defectcam.training.clicks import photo_path, simulate_clicks
 from defectcam.training.labels import read_photo_rgb
 from defectcam.training.labels import UNKNOWN, LabelledSet, photo_size, read_own_mask

@@ -124,7 +124,7 @@ import resource, sys
 import numpy as np
 from defectcam.memory import _bytes_of, keep_freed_memory
 from defectcam.openvino_engine import OpenVinoEngine
-from model_handler import out_of_memory
+from defectcam.handler import out_of_memory
 
 keep_freed_memory()
 engine = OpenVinoEngine(open(sys.argv[1], "rb").read(), 16, 96)

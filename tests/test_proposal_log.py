@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from defectcam.deadline import NO_DEADLINE
+from defectcam.handler import cvat_shape
 from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
 from defectcam.proposals import Component, Proposal
 from defectcam.regions import region_of
-from model_handler import cvat_shape
 from tests.conftest import ROOT
 
 LOGGER = logging.getLogger("test")

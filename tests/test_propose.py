@@ -2,17 +2,20 @@
 
 import base64
 import contextlib
+import csv
 import hashlib
 import io
 import json
 import os
 import secrets
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,17 +24,19 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from shapely import Polygon
 
 pytest.importorskip("cvat_sdk", reason="cvat-sdk is not installed: pip install '.[bulk]'")
 
 from cvat_sdk.masks import decode_mask  # noqa: E402
 
-import model_handler  # noqa: E402
 from defectcam.bulk import propose  # noqa: E402
 from defectcam.bulk.exports import region_of_answer, write_coco, write_cvat_xml  # noqa: E402
+from defectcam.bulk.parts import parts_of  # noqa: E402
 from defectcam.credentials import SECRETS  # noqa: E402
 from defectcam.deadline import NO_DEADLINE  # noqa: E402
 from defectcam.feedback.cvat import CvatExport  # noqa: E402
+from defectcam.handler import cvat_shape  # noqa: E402
 from defectcam.proposals import Proposal, find_components  # noqa: E402
 from defectcam.regions import region_of  # noqa: E402
 from defectcam.request import parse_request  # noqa: E402
@@ -112,7 +117,7 @@ def record(out: Path, name: str) -> dict:
 def test_every_photo_gets_the_functions_answer_and_a_picture(original, finished, proposer):
     out, printed, errors = finished
     names = {f"{name}.json" for name in NAMES} | {f"overlays/{name}.jpg" for name in NAMES if name != BROKEN}
-    assert set(files(out)) == names | {"cvat.xml", "coco.json", "labels.json", "summary.json"}
+    assert set(files(out)) == names | {"cvat.xml", "coco.json", "labels.json", "shapes.csv", "summary.json"}
     for name in NAMES:
         body = {"image": base64.b64encode((original / name).read_bytes()).decode(), "iterations": 1}
         request = parse_request(body, proposer.model.settings, proposer.model.defects)
@@ -124,7 +129,9 @@ def test_every_photo_gets_the_functions_answer_and_a_picture(original, finished,
     reason = record(out, BROKEN)["shapes"][0]["attributes"][0]["value"]
     summary = json.loads((out / "summary.json").read_text())
     count = sum(len(record(out, name)["shapes"]) for name in NAMES if name != BROKEN)
-    assert summary == {"photos": 4, "proposals": {"crack": count}, "unprocessed": {BROKEN: reason}, "notice": {}}
+    assert summary == {
+        "photos": 4, "proposals": {"crack": count}, "unprocessed": {BROKEN: reason}, "notice": {}, "not read": {}
+    }  # fmt: skip
     assert f"{count} crack" in printed and "same.*" in printed
     assert f"{BROKEN}: {reason}" in errors and "cut off" in reason
 
@@ -254,16 +261,20 @@ def test_without_ray_the_remedy_is_named(folder, tmp_path, monkeypatch):
     (["{}/photos", "--iterations", "51"], ["ITERATIONS", "51", "0 to 50"]),
     (["{}/photos", "--defects", "moss"], ["DEFECTS", "moss", "crack"]),
     (["{}/photos", "--workers", "0"], ["--workers", "'0'", "from 1 on"]),
+    (["{}/photos", "--mm-per-px", "0"], ["--mm-per-px", "'0'", "above 0"]),
+    (["{}/raw"], ["no photo below", "not read: 1 DNG", "save it as JPEG"]),
 ])  # fmt: skip
 def test_bad_input_is_named(folder, tmp_path, capsys, given, words):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "DJI_0001.DNG").write_bytes(b"II*\0")
     assert run(*(argument.format(tmp_path) for argument in given)) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
 
 
 def test_what_was_left_out_is_told_beside_the_proposals(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(model_handler, "MAX_OUTLINE_PX", 230)  # the largest spot's is longer
+    monkeypatch.setattr("defectcam.handler.MAX_OUTLINE_PX", 230)  # the largest spot's is longer
     (folder / BROKEN).unlink()
     out = tmp_path / "out"
     assert run(folder, "--out", out, "--iterations", 0) == 0, "the photo is processed"
@@ -312,7 +323,97 @@ def test_results_within_the_folder_are_no_photos(folder):
     out = folder / "results"
     (out / "overlays").mkdir(parents=True)
     shutil.copy(folder / TWIN, out / "overlays" / "old.jpg")
-    assert [photo.name for photo in propose.find_photos(folder, out)] == NAMES
+    photos, others = propose.find_photos(folder, out)
+    assert [photo.name for photo in photos] == NAMES and others == []
+
+
+def shown(out: Path, name: str) -> np.ndarray:
+    """Where a photo of `out` has proposals, (H, W) bool."""
+    photo = record(out, name)
+    regions = [region_of_answer(shape, photo["width"], photo["height"]) for shape in photo["shapes"] if "points" in shape]
+    mask = np.zeros((photo["height"], photo["width"]), bool)
+    for region in regions:
+        x0, y0, x1, y1 = region.box_xyxy
+        mask[y0 : y1 + 1, x0 : x1 + 1] |= region.mask
+    return mask
+
+
+@pytest.mark.parametrize("shape", ["polygon", "mask"])
+def test_a_photo_larger_than_the_function_takes_is_processed_in_parts(finished, original, tmp_path, monkeypatch, shape):
+    """The large spot lies across the parts and is one shape; all files have the photo in its full size."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(original / CRACKED, folder / "large.jpg")
+    monkeypatch.setenv("ADVCAM_MAX_MEGAPIXELS", "0.015")  # the photo has 0.032
+    monkeypatch.setenv("ADVCAM_SHAPE", shape)
+    monkeypatch.setenv("ADVCAM_LOG_DIR", str(tmp_path / "log"))
+    assert run(folder, "--out", out, "--iterations", 1) == 0
+    whole, parts = shown(finished[0], CRACKED), shown(out, "large.jpg")
+    assert (whole & parts).sum() / (whole | parts).sum() > 0.8
+    assert len(record(out, "large.jpg")["shapes"]) == len(record(finished[0], CRACKED)["shapes"])
+    names = [attribute["value"] for one in record(out, "large.jpg")["shapes"] for attribute in one["attributes"]][2::3]
+    assert len(set(names)) == len(names)
+    image = ElementTree.parse(out / "cvat.xml").find("image")
+    assert (image.get("width"), image.get("height")) == ("200", "160") and image.find(shape) is not None
+    assert cv2.imread(str(out / "overlays" / "large.jpg.jpg")).shape == (160, 200, 3)
+    (line,) = "".join(path.read_text() for path in (tmp_path / "log").iterdir()).splitlines()
+    assert json.loads(line)["width"] == 200, "the log has the photo, not its parts"
+
+
+def test_parts_cover_a_photo_and_overlap():
+    for height, width, most in ((160, 200, 15_000), (9000, 21_000, 64_000_000), (300, 100_000, 1_000_000), (7, 1000, 100)):
+        boxes = parts_of(height, width, most)
+        covered = np.zeros((height, width), np.uint8)
+        for x0, y0, x1, y1 in boxes:
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and (x1 - x0) * (y1 - y0) <= most
+            covered[y0:y1, x0:x1] += 1
+        assert covered.min() == 1 and len(boxes) < 4 * height * width / most + 4
+        assert covered.max() > 1
+
+
+def test_photos_beyond_all_limits_and_files_that_are_not_read_are_told(tmp_path, capsys, monkeypatch):
+    """A header of 400 megapixels without pixels, as a panorama that was cut off: its frame in CVAT gets the tag."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    head = struct.pack(">IIBBBBB", 40_000, 10_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    (folder / "panorama.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 99) + b"IDAT")
+    for name in ("DJI_1.DNG", "DJI_2.dng", "map.jp2"):
+        (folder / name).write_bytes(b"x")
+    (folder / "._IMG_1.jpg").write_bytes(b"what macOS puts beside photos")
+    with monkeypatch.context() as patch:
+        patch.setattr(propose, "check_memory", lambda *_: None)  # a test machine may have less
+        patch.setattr(propose, "LARGEST_PX", 10**8)  # nor is it to be decoded here
+        assert run(folder, "--out", out, "--iterations", 0) == 1
+    image = ElementTree.parse(out / "cvat.xml").find("image")
+    assert (image.get("name"), image.get("width"), image.get("height")) == ("panorama.png", "40000", "10000")
+    assert image.find("tag").get("label") == "unprocessed"
+    errors = capsys.readouterr().err
+    assert f"not read in {folder}: 2 DNG, 1 JP2: save it as JPEG, PNG or TIFF" in errors
+    assert json.loads((out / "summary.json").read_text())["not read"] == {".dng": 2, ".jp2": 1}
+    table = (out / "shapes.csv").read_text(encoding="utf-8-sig").splitlines()
+    assert table[1:] == ["panorama.png,unprocessed,,,,,,"]
+
+
+def test_the_table_has_every_shape_in_px_and_mm(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, "--out", out, "--iterations", 0, "--mm-per-px", 0.5)
+    rows = list(csv.DictReader((out / "shapes.csv").read_text(encoding="utf-8-sig").splitlines()))
+    shapes = [(name, shape) for name in NAMES for shape in record(out, name)["shapes"]]
+    assert len(rows) == len(shapes) > 3
+    for row, (name, shape) in zip(rows, shapes):
+        assert (row["photo"], row["defect"]) == (name, shape["label"])
+        if shape["type"] == "tag":
+            assert name == BROKEN and set(list(row.values())[2:]) == {""}
+            continue
+        photo = record(out, name)
+        area = region_of_answer(shape, photo["width"], photo["height"]).area_px
+        assert int(row["area_px"]) == area and float(row["area_mm2"]) == area / 4
+        assert float(row["largest_width_mm"]) == pytest.approx(float(row["largest_width_px"]) / 2, abs=0.03)
+        assert 0 < float(row["mean_width_px"]) <= float(row["largest_width_px"]) and row["proposal"] and row["confidence"]
+        assert float(row["length_mm"]) == pytest.approx(float(row["length_px"]) / 2, abs=0.03)
+    run(folder, "--out", out, "--iterations", 0)
+    assert "mm" not in (out / "shapes.csv").read_text(), "the scale is no part of an answer"
 
 
 # ---- the files for CVAT, read by other readers ----
@@ -333,7 +434,7 @@ def exported(request, tmp_path, proposer):
     components = find_components(ring_mask())
     settings = {"iterations": 4, "shape": request.param, "tolerance_px": 1.0, "hole_share": 0.0}
     shapes = [
-        model_handler.cvat_shape(Proposal(component, 0.8), "crack", f"{rank:08x}", settings, (90, 120), NO_DEADLINE)
+        cvat_shape(Proposal(component, 0.8), "crack", f"{rank:08x}", settings, (90, 120), NO_DEADLINE)
         for rank, component in enumerate(components)
     ]
     reason = {"name": "reason", "value": 'too large: 70 MP & "more"'}
@@ -395,12 +496,14 @@ def test_coco_is_the_same_region_for_another_reader(exported):
         truth = np.zeros((90, 120), bool)
         x0, y0, x1, y1 = component.box_xyxy
         truth[y0 : y1 + 1, x0 : x1 + 1] = component.mask
-        if kind == "mask":
+        has_hole = len(find_components(np.pad(~component.mask, 1, constant_values=True))) > 1
+        if kind == "mask" or has_hole:
             runs = annotation["segmentation"]
             assert runs["size"] == [90, 120] and sum(runs["counts"]) == 90 * 120
             values = np.repeat(np.arange(len(runs["counts"])) % 2, runs["counts"])
             painted = values.reshape(120, 90).T > 0
         else:
+            assert Polygon(np.reshape(annotation["segmentation"][0], (-1, 2))).is_valid
             picture = Image.new("1", (120, 90))
             ImageDraw.Draw(picture).polygon(annotation["segmentation"][0], fill=1, outline=1)
             painted = np.asarray(picture)

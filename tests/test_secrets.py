@@ -74,7 +74,7 @@ def server(answer):
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever)
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{http.server_port}", asked
@@ -103,6 +103,11 @@ def upload(method, path, query, headers, body):
     return status, {}, content
 
 
+def about(method, path, query, headers, body):
+    known = {"/api/server/about": {"version": "2.73.0"}, "/api/server/plugins": {}, "/api/lambda/functions": []}
+    return (200, {}, known[path]) if path in known else (404, {}, {"detail": f"for {headers['Authorization']}"})
+
+
 uploads = UploadCvat()
 
 
@@ -123,13 +128,15 @@ def places(tmp_path, weights_dir, monkeypatch):  # noqa: F811
     photos = tmp_path / "photos"
     return {
         "harvest": ("--snapshot", "--csv", tmp_path / "csv"),
+        "adapt": ("--defect", "crack", "--weights", weights_dir, "--cvat-task", 3, "--out", tmp_path / "adapted"),
         "next-images": (photos, "--weights", weights_dir, "--cvat-task", "pier", "--out", tmp_path / "next"),
         "weak-labels": ("--photos", photos, "--out", tmp_path / "feedback"),
         "report": ("--out", tmp_path / "report.html"),
+        "doctor": ("--task", "12", "--function", "http://127.0.0.1:9"),
     }
 
 
-WITH_TOKEN, WITH_DATABASE = ("harvest", "next-images"), ("harvest", "weak-labels", "report")
+WITH_TOKEN, WITH_DATABASE = ("harvest", "adapt", "next-images", "doctor"), ("harvest", "weak-labels", "report")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -189,13 +196,18 @@ def test_a_running_function_whose_token_is_refused(places, capfd, tmp_path):
 ])  # fmt: skip
 def test_commands_that_ask_cvat(command, answer, reason, places, capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("ADVCAM_CVAT_TOKEN", f"\t{TOKEN}\r\n")
-    good = {"harvest": completed_job, "next-images": upload}[command]
+    good, done = {
+        "harvest": (completed_job, "new snapshots"),
+        "adapt": (completed_job, "no photo of task 3 is labelled yet"),
+        "next-images": (upload, "task 7"),
+        "doctor": (about, "version 2.73.0"),
+    }[command]
     with server(answer or good) as (url, asked):
         told = run(capfd, command, *places[command], "--url", url, *(("--db", tmp_path / "f.db") if command == "harvest" else ()))
     assert reason in told and MARK not in told and not files_with_a_secret(tmp_path)
     assert {headers["Authorization"] for headers in asked} == {f"Bearer {TOKEN}"}, "without the white space"
     if answer is None:
-        assert "new snapshots" in told if command == "harvest" else "task 7" in told
+        assert done in told
 
 
 @pytest.mark.parametrize("command", WITH_TOKEN)
@@ -206,7 +218,7 @@ def test_another_server_gets_no_token(command, places, capfd, monkeypatch, tmp_p
         with server(lambda *_: redirected) as (url, _):
             told = run(capfd, command, *places[command], "--url", url, *(("--db", tmp_path / "f.db") if command == "harvest" else ()))
     assert not any("Authorization" in headers for headers in asked)
-    assert bool(asked) == (command == "harvest"), "a question is asked again there, a change is not"
+    assert bool(asked) == (command != "next-images"), "a question is asked again there, a change is not"
     assert asked or f"it sends to {elsewhere}; give that address as --url" in told
     assert MARK not in told
 

@@ -282,30 +282,9 @@ def test_failing_init_context_ends_the_start():
     assert failure.traceback[-1].name == "init_context"
 
 
-def test_load_main_takes_the_one_beside_the_package_then_the_working_directory(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setitem(sys.modules, "main", None)  # so that afterwards the real one is back
-    monkeypatch.setattr(serve, "__file__", str(tmp_path / "package" / "serve.py"))
-    monkeypatch.chdir(ROOT)
-    (tmp_path / "main.py").write_text("handler = 'beside the package'")
-    del sys.modules["main"]
-    assert serve.load_main().handler == "beside the package"
-
-    (tmp_path / "main.py").unlink()
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "main.py").write_text("handler = 'here'")
-    monkeypatch.chdir(tmp_path / "here")
-    del sys.modules["main"]
-    assert serve.load_main().handler == "here"
-
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="repository's root"):
-        serve.load_main()
-
-
 def test_command_serves_and_fails_with_the_traceback(tmp_path):
-    def command(*arguments):
-        code = f"from defectcam import serve; serve.__file__ = {str(tmp_path / 'p' / 'x.py')!r}; serve.main()"
+    def command(handler, *arguments):
+        code = f"import sys\nfrom defectcam import serve\n{handler}\nserve.function = sys.modules['__main__']\nserve.main()"
         return subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
             cwd=tmp_path,
@@ -315,10 +294,9 @@ def test_command_serves_and_fails_with_the_traceback(tmp_path):
             text=True,
         )
 
-    assert "example:" in command("--help").communicate(timeout=30)[0]
+    assert "example:" in command("", "--help").communicate(timeout=30)[0]
 
-    (tmp_path / "main.py").write_text("def handler(context, event): return 'hello'")
-    server = command("--port", "0")
+    server = command("def handler(context, event): return 'hello'", "--port", "0")
     lines = []
     try:
         for line in server.stderr:
@@ -331,9 +309,7 @@ def test_command_serves_and_fails_with_the_traceback(tmp_path):
         server.terminate()
         server.communicate(timeout=30)
 
-    failing = "def handler(): pass\ndef init_context(context): raise OSError('no weights')"
-    (tmp_path / "main.py").write_text(failing)
-    server = command("--port", "0")
+    server = command("def handler(): pass\ndef init_context(context): raise OSError('no weights')", "--port", "0")
     assert "OSError: no weights" in server.communicate(timeout=30)[1]
     assert server.returncode == 1
 

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from defectcam import serve
+from defectcam import function, serve
 from tests.conftest import ROOT, dark_wall, dark_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Nuclio's processor runs on Linux only")
@@ -30,8 +30,9 @@ WRAPPER = """
 import asyncio, json, logging, signal, sys
 import nuclio_sdk
 import main
+from defectcam import function
 
-main.LAST_ANSWER_S = float(sys.argv[1])
+function.LAST_ANSWER_S = float(sys.argv[1])
 
 async def wrapper():
     loop, reader = asyncio.get_running_loop(), asyncio.StreamReader(limit=1 << 30)
@@ -119,30 +120,29 @@ def test_a_worker_gives_a_short_answer_before_it_ends(weights):
 
 
 def test_the_container_is_gone_before_docker_kills_it():
-    import main
-
     processor_s, docker_s = 5, 10
-    assert main.LAST_ANSWER_S + processor_s < docker_s and serve.LAST_ANSWER_S < docker_s
+    assert function.LAST_ANSWER_S + processor_s < docker_s and serve.LAST_ANSWER_S < docker_s
 
 
 SLOW = """
-import threading
+import sys, threading
+from defectcam import serve
 stop = threading.Event()
 def handler(context, event):
     print("begun", flush=True)
     stop.wait({seconds})
     return "done"
+serve.function = sys.modules["__main__"]
+serve.main()
 """
 
 
 @contextmanager
 def served(folder, seconds: float):
     """`defectcam serve` of a handler that takes so long: its process and URL."""
-    (folder / "main.py").write_text(SLOW.format(seconds=seconds))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-    code = f"from defectcam import serve; serve.__file__ = {str(folder / 'package' / 'serve.py')!r}; serve.main()"
-    command = [sys.executable, "-c", code, "--port", port]
+    command = [sys.executable, "-c", SLOW.format(seconds=seconds), "--port", port]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

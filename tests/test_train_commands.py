@@ -36,10 +36,11 @@ from defectcam.training.calibrate import (
     regions_with_features,
     spread,
 )
+from defectcam.training.click_judge import fit_of_clicks
 from defectcam.training.confidence import reliability_of
 from defectcam.training.config import TrainConfig
 from defectcam.training.dark_lines import dark_lines
-from defectcam.training.labels import UNKNOWN
+from defectcam.training.labels import UNKNOWN, read_photo_rgb
 from defectcam.training.pseudo_labels import pseudo_mask
 from defectcam.training.sources import regions_without
 from defectcam.training.start import start_network
@@ -264,6 +265,41 @@ def test_calibrated_weights_load_and_say_how_they_were_made(trained):
         files = {"manifest.json", "spalling-reliability.png", fact.file, fact.graph} - {""}
         assert {path.name for path in (trained / f"weights-{name}").iterdir()} == files
         assert cv2.imread(str(trained / f"weights-{name}" / "spalling-reliability.png")) is not None
+
+
+def test_clicks_alone_calibrate_weights_that_find_what_was_clicked_on(trained, data_dir, tmp_path, monkeypatch):
+    """Neither sets nor masks are named; of what lies between the clicks nothing is known."""
+    monkeypatch.setattr(calibrate, "ENCODERS_WITH_GRAPH", ())
+    masks = data_dir / "walls" / "masks" / "spalling"
+    lines, truths = ["image,x,y,defect,patch_px"], {}
+    for stem in json.loads((data_dir / "splits.json").read_text())["walls"]["val"]:
+        photo = data_dir / "walls" / "images" / f"{stem}.png"
+        truths[photo] = cv2.imread(str(masks / f"{stem}.png"), cv2.IMREAD_GRAYSCALE) > 127
+        ys, xs = np.nonzero(truths[photo])
+        far = np.argwhere(cv2.distanceTransform((~truths[photo]).astype(np.uint8), cv2.DIST_C, 3) > 20)
+        lines += [f"{photo},{xs[len(xs) // 2]},{ys[len(ys) // 2]},spalling,", f"{photo},{far[0][1]},{far[0][0]},none,30"]
+    (tmp_path / "val.csv").write_text("\n".join(lines))
+    run("calibrate", "--defect", "spalling", "--network", trained / "outlines", "--val-clicks", tmp_path / "val.csv",
+        "--out", tmp_path / "weights")  # fmt: skip
+    predictor = Predictor(load_weights(tmp_path / "weights"), "cpu", "eager")
+    found = [painted([one.component for one in predictor.propose(read_photo_rgb(photo), "spalling", steps=0)], truth.shape)
+             for photo, truth in truths.items()]  # fmt: skip
+    assert np.mean([iou(mask, truth) for mask, truth in zip(found, truths.values())]) > 0.3
+    with pytest.raises(SystemExit, match="no negative click"):
+        (tmp_path / "val.csv").write_text("\n".join([lines[0], *lines[1::2]]))
+        calibrate.main(["--defect=spalling", f"--network={trained / 'outlines'}", f"--val-clicks={tmp_path / 'val.csv'}",
+                        f"--out={tmp_path / 'second'}"])  # fmt: skip
+
+
+def test_the_fit_of_clicks_is_the_harmonic_mean_of_hit_clicks_and_free_patches():
+    truth = np.zeros((60, 60), bool)
+    truth[10, 10] = truth[40, 40] = True
+    photos = [SimpleNamespace(truth=truth, patches_xyxy=((20, 0, 40, 20), (0, 30, 20, 50))),
+              SimpleNamespace(truth=None, patches_xyxy=((0, 0, 60, 60), (5, 5, 10, 10)))]  # fmt: skip
+    masks = [np.zeros((60, 60), bool) for _ in photos]
+    assert fit_of_clicks(photos, masks) == 0
+    masks[0][5:15, 5:15] = masks[1][30:35, 30:35] = True  # one of two clicks, one of four patches
+    assert fit_of_clicks(photos, masks) == pytest.approx(2 * 0.5 * 0.75 / 1.25)
 
 
 def calibration_of(trained, data_dir, arm):

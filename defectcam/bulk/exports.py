@@ -1,15 +1,18 @@
-"""Proposals of many photos as one file that CVAT imports: "CVAT 1.1" (XML) and "COCO 1.0" (JSON).
+"""Proposals of many photos as one file: "CVAT 1.1" (XML) and "COCO 1.0" (JSON), which CVAT imports, and a table (CSV).
 
 In: the records that `defectcam propose` keeps for each photo, in the order of their names, read one by one and as
 often as needed, since all of them may not fit into memory. Points and attributes are those of the function's answer.
 
 Areas and boxes in the COCO file are those of the region that a polygon stands for, border included (see
 `defectcam.proposals`). Readers that rasterise polygons by pixel centres, pycocotools among them, lose part of thin
-cracks: with shape "mask" the file has exact run lengths instead.
+cracks: with shape "mask" the file has exact run lengths instead. A polygon with holes has run lengths too: its bridges
+make its ring invalid for shapely and others.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +22,9 @@ from typing import BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
+from shapely import Polygon
 
+from defectcam.bulk.measures import ShapeSize
 from defectcam.proposals import Component
 from defectcam.regions import region_of, run_lengths
 
@@ -81,6 +86,35 @@ def write_coco(path: Path, labels: Sequence[dict], records: Callable[[], Iterabl
         file.write(b"\n]}\n")
 
 
+def write_table(path: Path, records: Iterable[dict], mm_per_px: float | None = None) -> None:
+    """Write a CSV table with a line per shape: photo, defect, proposal, confidence, and what `ShapeSize` has.
+
+    A photo that was not processed, or of which something was left out, has a line with that label and without sizes.
+
+    Args:
+        path: of the file; UTF-8 with a mark, so that spreadsheets show all names right.
+        records: as for `write_cvat_xml`, with {"sizes"}: the fields of a `ShapeSize` for each shape, None for tags.
+        mm_per_px: for four columns more, in mm² and mm.
+    """
+    header = ["photo", "defect", "proposal", "confidence", "area_px", "length_px", "mean_width_px", "largest_width_px"]
+    if mm_per_px:
+        header += ["area_mm2", "length_mm", "mean_width_mm", "largest_width_mm"]
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        table = csv.writer(text)
+        table.writerow(header)
+        for record in records:
+            for shape, size in zip(record["shapes"], record["sizes"], strict=True):
+                values = {attribute["name"]: attribute["value"] for attribute in shape["attributes"]}
+                row = [record["name"], shape["label"], values.get("proposal"), values.get("confidence")]
+                if size:
+                    area, *lengths = size
+                    row += [area, *(round(value, 1) for value in lengths)]
+                    row += [round(value, 2) for value in ShapeSize(*size).in_mm(mm_per_px)] if mm_per_px else []
+                table.writerow(row + [None] * (len(header) - len(row)))
+        text.detach()
+
+
 def region_of_answer(shape: dict, width: int, height: int) -> Component:
     """The pixels of a polygon or mask of the function's answer on a photo of width x height px."""
     if shape["type"] != "mask":
@@ -111,7 +145,7 @@ def _image(number: int, record: dict) -> ElementTree.Element:
     width, height = record["width"], record["height"]
     image = ElementTree.Element("image", id=str(number), name=record["name"], width=str(width), height=str(height))
     for shape in record["shapes"]:
-        common = {"label": shape["label"], "source": "auto"}
+        common = {"label": shape["label"], "source": shape.get("source", "auto")}
         if shape["type"] == "tag":
             element = ElementTree.SubElement(image, "tag", common)
         else:
@@ -138,7 +172,7 @@ def _coco_annotations(records: Iterable[dict], categories: dict[str, int]) -> It
                 continue
             region = region_of_answer(shape, record["width"], record["height"])
             left, top, right, bottom = region.box_xyxy
-            exact = shape["type"] == "mask"
+            exact = shape["type"] == "mask" or not Polygon(np.reshape(shape["points"], (-1, 2))).is_valid
             yield {
                 "image_id": image_id,
                 "category_id": categories[shape["label"]],

@@ -6,8 +6,12 @@ for characters that not every file system takes:
 <photo>.json             the function's own answer with the photo's size and what it was made with
 overlays/<photo>.jpg     the shapes drawn onto the photo
 cvat.xml, coco.json      all shapes, to be imported into CVAT as "CVAT 1.1" or "COCO 1.0" (docs/cvat.md has the clicks)
+shapes.csv               a table: area, length, mean and largest width of every shape, in px and by --mm-per-px in mm
 labels.json              the labels that CVAT's task must have, for the tab Raw of its label editor
-summary.json             how many proposals there are, why photos were not processed, and what was left out on others
+summary.json             how many proposals there are, why photos were not processed, what was left out on others, and how
+                         many files were not read because of their format
+
+A photo larger than ADVCAM_MAX_MEGAPIXELS is processed in parts that overlap; a defect across parts becomes one shape.
 
 The same command once more goes on where a run ended. It leaves out photos that have an answer, unless the photo's size
 in bytes or time of change, the weights or a setting are others now; photos that could not be processed are tried again.
@@ -20,7 +24,7 @@ need FOLDER and this repository under the same paths.
 Exit status: 0 if all photos were processed, 1 if not, 2 for a wrong command, 130 if interrupted.
 
 Example:
-    defectcam propose photos --out out/propose --iterations 4
+    defectcam propose photos --out out/propose --iterations 4 --mm-per-px 0.25
     RAY_ADDRESS=auto defectcam propose /mnt/photos --out out/propose --workers 8
 """
 
@@ -28,34 +32,40 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import cv2
-from PIL import ExifTags, Image
+import numpy as np
 from tqdm import tqdm
 
-import cvat_function
 from defectcam import __version__
-from defectcam.bulk.exports import replacing, write_coco, write_cvat_xml
+from defectcam.bulk.exports import region_of_answer, replacing, write_coco, write_cvat_xml, write_table
+from defectcam.bulk.measures import shape_size
+from defectcam.bulk.parts import propose_in_parts
 from defectcam.command_line import command_parser
 from defectcam.credentials import SECRETS
+from defectcam.cvat import auto_annotation
 from defectcam.cvat_labels import NOTICE, UNPROCESSED, task_labels
+from defectcam.image import PHOTO_SUFFIXES, ImageError, decode_image, upright_size
+from defectcam.memory import check_memory
 from defectcam.overlay import draw_shapes
-from defectcam.paths import relative_path
-from defectcam.request import FORMATS, Request, RequestError, decode_image
+from defectcam.paths import not_read, photo_files, relative_path
+from defectcam.request import Request, RequestError
 from defectcam.weights import WeightsError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")  # of the formats in FORMATS
+LARGEST_PX = 4_000_000_000  # of a photo in parts
+DECODED_BYTES_PER_PX = 20  # of a photo in parts: Pillow's pixels, ours, and three copies for the overlay
+JPEG_SIDE_PX = 65_500  # the longest that JPEG allows
 INTERRUPTED = 130  # what shells report for Ctrl-C
-ROOT = Path(cvat_function.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]  # where the package lies
 LOG = logging.getLogger("defectcam.propose")
 
 
@@ -80,17 +90,17 @@ class Photo:
 
 
 class Proposer:
-    """The function of `cvat_function` for photos of a folder, one after another; every worker makes its own.
+    """The function of `auto_annotation` for photos of a folder, one after another; every worker makes its own.
 
     Args:
-        given: the parameters of `cvat_function.create` that were chosen.
+        given: the parameters of `auto_annotation.create` that were chosen.
 
     Raises:
-        RequestError, WeightsError: as `cvat_function.create`.
+        RequestError, WeightsError: as `auto_annotation.create`.
     """
 
     def __init__(self, given: Mapping[str, str]) -> None:
-        function = cvat_function.create(**given)
+        function = auto_annotation.create(**given)
         self.model = function.model
         self.labels = task_labels(function.labels.values())
         defects = self.model.settings.defects or self.model.defects
@@ -110,23 +120,33 @@ class Proposer:
         Returns:
             name; record, the text of its JSON file; overlay, a JPEG file, empty if the photo was not processed.
         """
-        size, overlay = None, b""
+        size, overlay, sizes = None, b"", [None]
         try:
             source = Path(photo["path"]).read_bytes()
             size = _size_px(source)
-            shapes = self.model.answer(Request(source, self.model.settings, ()))
+            if size and size[0] * size[1] > self.model.max_pixels:
+                check_memory(size[1], size[0], DECODED_BYTES_PER_PX)
+                image_rgb = decode_image(source, LARGEST_PX)
+                shapes = propose_in_parts(self.model, image_rgb)
+                if not _unprocessed(shapes):
+                    self.model.log(image_rgb, self.model.settings, {}, shapes)
+            else:
+                shapes = self.model.answer(Request(source, self.model.settings, ()))
+                if not _unprocessed(shapes):
+                    image_rgb = decode_image(source, self.model.max_pixels)
             if not _unprocessed(shapes):
-                image_rgb = decode_image(source, self.model.max_pixels)
                 size = image_rgb.shape[1::-1]
-                drawn = cv2.cvtColor(draw_shapes(image_rgb, shapes), cv2.COLOR_RGB2BGR)
-                overlay = cv2.imencode(".jpg", drawn)[1].tobytes()
+                overlay, sizes = _overlay(image_rgb, shapes), [_size_of(shape, *size) for shape in shapes]
+        except (ImageError, MemoryError) as error:
+            shapes = self.model.unprocessed(self.model.reason(error))
         except OSError as error:
             shapes = self.model.unprocessed(f"cannot be read: {error.strerror or error}")
         except Exception as error:  # one photo must never cost a run over thousands
             LOG.exception(photo["name"])
             shapes = self.model.unprocessed(f"internal error: {error!r}")
         width, height = size or (None, None)
-        record = {**_without_path(photo), "width": width, "height": height, "made_with": self.made_with, "shapes": shapes}
+        made = {"made_with": self.made_with, "shapes": shapes, "sizes": sizes}
+        record = {**_without_path(photo), "width": width, "height": height, **made}
         return {"name": photo["name"], "record": json.dumps(record, separators=(",", ":")), "overlay": overlay}
 
 
@@ -159,18 +179,27 @@ class Results:
         try:
             record = self.read(photo.name)
             wanted = {**_without_path(vars(photo)), "made_with": made_with}
-            return all(record[key] == value for key, value in wanted.items()) and not _unprocessed(record["shapes"])
+            known = "sizes" in record and all(record[key] == value for key, value in wanted.items())
+            return known and not _unprocessed(record["shapes"])
         except (OSError, ValueError, LookupError, TypeError):
             return False
 
-    def assemble(self, photos: Sequence[Photo], labels: Sequence[dict]) -> dict:
-        """Write the files of all photos together; returns the summary."""
+    def assemble(
+        self, photos: Sequence[Photo], labels: Sequence[dict], others: Sequence[Path] = (), mm_per_px: float | None = None
+    ) -> dict:
+        """Write the files of all photos together; returns the summary.
+
+        Args:
+            others: files that are not read.
+            mm_per_px: for the table's columns in mm.
+        """
 
         def records() -> Iterator[dict]:
             return (self.read(photo.name) for photo in photos)
 
         write_cvat_xml(self.folder / "cvat.xml", labels, records())
         write_coco(self.folder / "coco.json", labels, records)
+        write_table(self.folder / "shapes.csv", records(), mm_per_px)
         proposals, reasons = Counter(), {UNPROCESSED: {}, NOTICE: {}}
         for record in records():
             for shape in record["shapes"]:
@@ -179,7 +208,8 @@ class Results:
                 else:
                     proposals[shape["label"]] += 1
         counts = {label["name"]: proposals[label["name"]] for label in labels if label["type"] != "tag"}
-        summary = {"photos": len(photos), "proposals": counts, **reasons}
+        formats = Counter(path.suffix.lower() for path in others)
+        summary = {"photos": len(photos), "proposals": counts, **reasons, "not read": dict(sorted(formats.items()))}
         for name, content in (("labels.json", labels), ("summary.json", summary)):
             with replacing(self.folder / name) as file:
                 file.write(json.dumps(content, indent=1).encode() + b"\n")
@@ -189,8 +219,8 @@ class Results:
         return self.folder / relative_path(name, ".json")
 
 
-def find_photos(folder: Path, out: Path) -> list[Photo]:
-    """The photos below a folder, sorted by name; hidden files and what lies in `out` are none.
+def find_photos(folder: Path, out: Path) -> tuple[list[Photo], list[Path]]:
+    """The photos below a folder, sorted by name, and files that are not read; hidden files and what lies in `out` are none.
 
     Raises:
         ProposeError: no folder, no photo in it, an `out` that would hold the photos themselves, or a name that CVAT's
@@ -202,18 +232,19 @@ def find_photos(folder: Path, out: Path) -> list[Photo]:
     if folder.is_relative_to(out):
         raise ProposeError(f"--out {out} is or holds the folder of the photos; give a folder of its own")
     photos = []
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if hidden or path.is_relative_to(out) or path.suffix.lower() not in SUFFIXES or not path.is_file():
+    found, others = ([path for path in paths if not path.is_relative_to(out)] for paths in photo_files(folder))
+    for path in found:
+        if not path.is_file():
             continue
+        name = path.relative_to(folder).as_posix()
         if not name.isprintable():
             raise ProposeError(f"the photo's name {name!r} has characters that CVAT's files cannot hold; rename it")
         status = path.stat()
         photos.append(Photo(name, str(path), status.st_size, status.st_mtime_ns))
     if not photos:
-        raise ProposeError(f"no photo below {folder}; photos end in {', '.join(SUFFIXES)}")
-    return sorted(photos, key=lambda photo: photo.name)
+        also = f" (not read: {not_read(others)})" if others else ""
+        raise ProposeError(f"no photo below {folder}{also}; photos end in {', '.join(PHOTO_SUFFIXES)}")
+    return sorted(photos, key=lambda photo: photo.name), others
 
 
 def made_by_ray(photos: Sequence[Photo], given: Mapping[str, str], workers: int) -> Iterator[dict]:
@@ -276,11 +307,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("out/propose"), help="folder to write to (default: %(default)s)")
     parser.add_argument("--iterations", help="climbing steps, 0 to 50 (default: each defect's own)")
     parser.add_argument("--defects", help="comma separated, of those with weights (default: all)")
+    parser.add_argument("--mm-per-px", type=_millimetres, metavar="MM",
+                        help="how many mm of the structure a pixel shows: shapes.csv then has sizes in mm, too")  # fmt: skip
     parser.add_argument("--workers", type=_positive, metavar="N", help="processes of Ray (default: this one, without Ray)")
     args = parser.parse_args(argv)
     given = {key: getattr(args, key) for key in ("iterations", "defects") if getattr(args, key) is not None}
     try:
-        photos = find_photos(args.folder, args.out)
+        photos, others = find_photos(args.folder, args.out)
         proposer = Proposer(given)
     except (ProposeError, RequestError, WeightsError) as error:
         parser.error(str(error))
@@ -296,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in tqdm(made, total=len(todo), unit="photo", disable=None):
             results.store(row)
             left -= 1
-        summary = results.assemble(photos, proposer.labels)
+        summary = results.assemble(photos, proposer.labels, others, args.mm_per_px)
     except KeyboardInterrupt:
         print(f"\ninterrupted with {left} of {len(photos)} photos left; the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -305,6 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"cannot write to {args.out}: {error}; make room or give another --out, the same command goes on")
     report(summary, photos, args.out)
+    if others:
+        print(f"not read in {args.folder}: {not_read(others)}", file=sys.stderr)
     sys.exit(1 if summary[UNPROCESSED] else 0)
 
 
@@ -314,6 +349,7 @@ def report(summary: dict, photos: Sequence[Photo], out: Path) -> None:
     print(f"proposals: {counts}")
     print(f"for CVAT:  {(out / 'cvat.xml').resolve()}")
     print(f"           {(out / 'coco.json').resolve()}")
+    print(f"table:     {(out / 'shapes.csv').resolve()}")
     print(f"pictures:  {(out / 'overlays').resolve()}")
     stems = Counter(str(Path(photo.name).with_suffix("")) for photo in photos)
     for stem in (stem for stem, count in stems.items() if count > 1):
@@ -330,11 +366,24 @@ def _size_px(source: bytes) -> tuple[int, int] | None:
     CVAT makes frames of the photos that have one, and refuses files that name any other.
     """
     try:
-        with Image.open(io.BytesIO(source), formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size[::-1] if turned else image.size
-    except Exception:  # on hostile bytes Pillow's plug-ins raise whatever their parsing runs into
+        height, width = upright_size(source, None)
+    except ImageError:
         return None
+    return width, height
+
+
+def _size_of(shape: dict, width: int, height: int) -> tuple | None:
+    """The fields of a shape's `ShapeSize`; None for a tag."""
+    return None if shape["type"] == "tag" else astuple(shape_size(region_of_answer(shape, width, height)))
+
+
+def _overlay(image_rgb: np.ndarray, shapes: Sequence[dict]) -> bytes:
+    """The shapes drawn onto the photo, (H, W, 3) uint8, as a JPEG file; smaller where JPEG allows no such size."""
+    drawn = cv2.cvtColor(draw_shapes(image_rgb, shapes), cv2.COLOR_RGB2BGR)
+    factor = JPEG_SIDE_PX / max(drawn.shape)
+    if factor < 1:
+        drawn = cv2.resize(drawn, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", drawn)[1].tobytes()
 
 
 def _unprocessed(shapes: Sequence[dict]) -> bool:
@@ -344,6 +393,16 @@ def _unprocessed(shapes: Sequence[dict]) -> bool:
 def _without_path(photo: Mapping) -> dict:
     """The fields by which a photo is known again, wherever its folder lies."""
     return {key: photo[key] for key in ("name", "size_bytes", "modified_ns")}
+
+
+def _millimetres(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0: how many mm of the structure a pixel shows")
+    return value
 
 
 def _positive(text: str) -> int:

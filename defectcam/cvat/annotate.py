@@ -13,8 +13,8 @@ proposals are stored, and only then the old ones deleted. The rules:
 The same command goes on where a run ended: frames that have proposals of this run are not computed again. Annotators should
 reload the job afterwards; what they save from a page opened before comes on top.
 
-Every other setting is the function's own: its ADVCAM_* variables count (README), only the time limit is off unless
-ADVCAM_TIME_LIMIT sets one.
+Labels of type mask get masks, all others polygons, unless ADVCAM_SHAPE names one shape for all. Every other setting is the
+function's own: its ADVCAM_* variables count (README), only the time limit is off unless ADVCAM_TIME_LIMIT sets one.
 
 Exit status: 0 if all photos were processed, 1 if not, 2 for a wrong command, 130 if interrupted.
 
@@ -56,17 +56,18 @@ from defectcam.cvat.shapes import (
 )
 from defectcam.cvat.target import task_id
 from defectcam.cvat_labels import NOTICE, UNPROCESSED
-from defectcam.cvat_runs import ATTRIBUTE
+from defectcam.cvat_runs import ATTRIBUTE, MASK
 from defectcam.deadline import NO_TIME_LIMIT_S
 from defectcam.feedback.cvat import UNTOUCHED, CvatServer, Frame, Job, LeftOut, proposal_name
-from defectcam.feedback.harvest import LoggedProposals
+from defectcam.feedback.shown import LoggedProposals
+from defectcam.handler import ModelHandler
+from defectcam.image import ImageError, decode_image
 from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
-from defectcam.request import ImageError, Request, RequestError, decode_image
+from defectcam.request import Request, RequestError
 from defectcam.weights import WeightsError
-from model_handler import ModelHandler
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
-LABEL_TYPES = ("polygon", "mask", "any")
+LABEL_TYPES = ("polygon", MASK, "any")
 LOG = logging.getLogger("defectcam.cvat")
 
 
@@ -90,8 +91,7 @@ class SecondRun:
         self, server: CvatServer, task: int, model: ModelHandler, log: LoggedProposals, proposal_log: ProposalLog | None
     ) -> None:
         self.server, self.task, self.model, self.log, self.proposal_log = server, task, model, log, proposal_log
-        wanted = model.settings.defects or model.defects
-        self.in_force = {defect: model.effective(defect, model.settings) for defect in wanted}
+        self.in_force: dict[str, dict] = {}  # settings of every defect, once the task's labels are known
         self.counts: Counter = Counter()
         self.notes: list[str] = []
 
@@ -127,12 +127,15 @@ class SecondRun:
             tqdm.write(f"job {job.id}, frame {photo.number}, {photo.name}: {told}")
 
     def check_labels(self) -> None:
-        """Refuse a task of which a label cannot hold the proposals, before anything is done.
+        """Learn the types of the task's labels; refuse one that cannot hold the proposals, before anything is done.
 
         Raises:
             CvatError: names label, attribute and remedy.
         """
-        labels = {label["name"]: label for label in self.server.labels(self.task).values()}
+        model, labels = self.model, {label["name"]: label for label in self.server.labels(self.task).values()}
+        model.masks = frozenset(name for name, label in labels.items() if label["type"] == MASK)
+        wanted = model.settings.defects or model.defects
+        self.in_force = {defect: model.effective(defect, model.settings) for defect in wanted}
         for defect, effective in self.in_force.items():
             remedy = f"run defectcam cvat setup task:{self.task}"
             label = labels.get(defect)

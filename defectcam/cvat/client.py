@@ -36,6 +36,9 @@ class CvatClient:
         token: of a user who may see the tasks: a key of CVAT's login or a personal access token.
         organisation: short name of the organisation to work in, "" for whatever the user may see.
 
+    Attributes:
+        has_login_key: whether the token is a key of CVAT's login.
+
     Raises:
         RequestError: url, token or organisation cannot be one; the message does not show a token.
     """
@@ -44,7 +47,8 @@ class CvatClient:
         self.url = checked_url(url, "--url")
         self._token = token = checked_token(token)
         # Keys of CVAT's own login are 40 hex digits; personal access tokens, which newer servers have, are not.
-        scheme = "Token" if re.fullmatch("[0-9a-f]{40}", token) else "Bearer"
+        self.has_login_key = bool(re.fullmatch("[0-9a-f]{40}", token))
+        scheme = "Token" if self.has_login_key else "Bearer"
         headers = {"Authorization": f"{scheme} {token}", "Accept": "application/vnd.cvat+json, application/json, */*"}
         if organisation:
             if not re.fullmatch(r"[\w.-]+", organisation, re.ASCII):
@@ -118,6 +122,14 @@ class CvatClient:
         """CVAT's answer to a PATCH, a JSON object; arguments and errors as of `json`."""
         return self._object(path, self.checked("PATCH", path, 200, json=body), keys)
 
+    def objects(self, path: str, response: httpx.Response) -> list[dict]:
+        """The JSON list of objects that an answer of status 200 holds; errors as of `json`."""
+        self.check(path, response, 200)
+        answer = self._parsed(path, response)
+        if not isinstance(answer, list) or not all(isinstance(one, dict) for one in answer):
+            raise CvatError(f"{self.url}{path} answers {self._shown(response):.60}, no list: is this CVAT's address?")
+        return answer
+
     def pages(self, path: str) -> list[dict]:
         """All results of a list, page by page.
 
@@ -143,18 +155,21 @@ class CvatClient:
         path = parts.path.removeprefix(urlsplit(self.url).path)
         return f"{path}?{parts.query}" if parts.query else path
 
-    def _object(self, path: str, response: httpx.Response, keys: tuple[str, ...]) -> dict:
-        where = f"{self.url}{path} answers"
+    def _parsed(self, path: str, response: httpx.Response) -> Any:
         try:
-            answer = response.json()
+            return response.json()
         except ValueError:
             html = "html" in response.headers.get("Content-Type", "") or response.text.lstrip().startswith("<")
             what = "a web page and no JSON" if html else "no JSON"
-            raise CvatError(f"{where} {what} ({self._shown(response)!r:.60}): is this CVAT's address?") from None
+            shown = f"{self._shown(response)!r:.60}"
+            raise CvatError(f"{self.url}{path} answers {what} ({shown}): is this CVAT's address?") from None
+
+    def _object(self, path: str, response: httpx.Response, keys: tuple[str, ...]) -> dict:
+        answer = self._parsed(path, response)
         missing = [key for key in keys if not isinstance(answer, dict) or key not in answer]
         if not isinstance(answer, dict) or missing:
             lacks = f" without {missing[0]!r}" if missing else ", no object"
-            raise CvatError(f"{where} {self._shown(response):.60}{lacks}: is this CVAT's address?")
+            raise CvatError(f"{self.url}{path} answers {self._shown(response):.60}{lacks}: is this CVAT's address?")
         return answer
 
     def _shown(self, response: httpx.Response) -> str:

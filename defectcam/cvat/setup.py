@@ -30,8 +30,7 @@ from defectcam.cvat.client import CvatClient, CvatError, add_server_options, cli
 from defectcam.cvat.target import Target, target
 from defectcam.cvat_labels import COLOURS, labels_with, task_labels
 from defectcam.request import RequestError
-from defectcam.weights import WeightsError, read_manifest
-from model_handler import WEIGHTS_DIR
+from defectcam.weights import WeightsError, read_manifest, weights_folder
 
 PALE = 0.6  # saturation (0..1) below which a thin crack is hard to see; CVAT's own colours have about 0.3
 LABEL_TYPES = {"polygon": ("polygon", "mask", "any"), "tag": ("tag", "any")}  # types of a task's label that can hold ours
@@ -143,15 +142,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam cvat setup`."""
     parser = command_parser("cvat setup", __doc__)
     parser.add_argument("target", type=target, metavar="TASK|PROJECT", help="task:12 or project:3")
-    weights = Path(os.environ.get("ADVCAM_WEIGHTS") or WEIGHTS_DIR)
     parser.add_argument(
-        "--weights", type=Path, default=weights, help="weights folder, whose defects get labels (default: %(default)s)"
+        "--weights", type=Path, help="weights folder, whose defects get labels (default: $ADVCAM_WEIGHTS or weights)"
     )
     add_server_options(parser)
     args = parser.parse_args(argv)
     try:
         setup = Setup(client_of(args), args.target)
-        wanted = task_labels(labels_with(read_manifest(args.weights)[1]))
+        _, facts = read_manifest(args.weights or weights_folder(os.environ))
+        wanted = task_labels(labels_with(facts))
     except RequestError as error:
         parser.error(str(error))
     except (WeightsError, ValueError) as error:

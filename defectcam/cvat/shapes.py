@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
 from defectcam.bulk.exports import region_of_answer
 from defectcam.feedback.cvat import UNTOUCHED, Shape, shape_of
-from defectcam.feedback.harvest import LoggedProposals, names_in, proposals_of_record
 from defectcam.feedback.match import match
 from defectcam.feedback.regions import common_px
+from defectcam.feedback.shown import LoggedProposals, names_in, proposals_of_record
 from defectcam.feedback.store import ACCEPTED, REJECTED
+from defectcam.handler import ModelHandler, photo_key
 from defectcam.polygons import mask_crop
 from defectcam.proposals import Component, proposal_id
 from defectcam.regions import AREA_TYPES, region_of, run_lengths
-from model_handler import ModelHandler, photo_key
+from defectcam.request import SHAPES
 
 OVERLAP = 0.5  # common pixels over those of the smaller region: from then on two regions are about the same thing
 OURS = ("confidence", "iterations", "proposal")  # the attributes that a proposal comes with
@@ -85,10 +87,11 @@ class PhotoNames:
         if steps not in self._defects:
             here = self._model.settings
             names: dict[str, str] = {}
-            for defect in self._model.defects:
-                for settings in (here, replace(here, threshold=None)):  # this run's, and those of a function without options
-                    effective = self._model.effective(defect, replace(settings, iterations=int(steps)))
-                    names |= dict.fromkeys(self._names(defect, effective), defect)
+            for defect, threshold, kind in product(self._model.defects, {here.threshold, None}, SHAPES):
+                # This run's threshold, and that of a function without options; the label's shape, and that of a function
+                # which cannot read the task.
+                settings = replace(here, iterations=int(steps), threshold=threshold, shape=kind)
+                names |= dict.fromkeys(self._names(defect, self._model.effective(defect, settings)), defect)
             self._defects[steps] = names
         return self._defects[steps].get(shape.proposal)
 

@@ -7,7 +7,7 @@ that T = 0 has at the lower theta of equal recall; both extend the same regions 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +17,11 @@ from defectcam.engine import Engine
 from defectcam.evaluation.figures import painted
 from defectcam.evaluation.measures import bootstrap_sums, interval_95, iou
 from defectcam.evaluation.photos import LabelledPhoto
-from defectcam.predict import Predictor, extended, proposals_for
+from defectcam.predict import STEPS, Predictor, extended, proposals_for
 from defectcam.proposals import Proposal, logit, probability
 from defectcam.pyramid import PhotoMaps, Pyramid
+from defectcam.weights import DefectWeights
 
-STEPS = (0, 1, 2, 4, 8)
 STILL_STEPS = (1, 2)  # the image does not move at all, so more steps would only repeat the same map
 LOWER_LOGITS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)  # of theta, below the shipped one
 LEAST_RISE = 0.08  # of recall from T = 0 to 8
@@ -59,7 +59,7 @@ def _counts(mask: np.ndarray, truth: np.ndarray) -> list[int]:
     return [np.count_nonzero(mask & truth), np.count_nonzero(mask), np.count_nonzero(truth)]
 
 
-def _figures(counts: list[list[int]]) -> dict:
+def _figures(counts: Sequence[list[int]]) -> dict:
     """precision, recall and iou of the pixels of all photos, each with its interval `<name>_95`."""
     table = np.array(counts, float)
     values, draws = _ratios(table.sum(axis=0)), _ratios(bootstrap_sums(table))
@@ -75,6 +75,24 @@ def _ratios(counts: np.ndarray) -> dict[str, np.ndarray]:
         "recall": both / np.maximum(true, 1),
         "iou": both / np.maximum(proposed + true - both, 1),
     }
+
+
+def counts_at_lower_theta(
+    maps: PhotoMaps, fact: DefectWeights, accepted: list[Proposal], truth: np.ndarray
+) -> list[list[int]]:
+    """What a lower theta does in place of T: of a photo's proposals at T = 0, extended at each theta of LOWER_LOGITS.
+
+    Args:
+        accepted: the proposals at T = 0.
+        truth: (H, W) bool.
+
+    Returns:
+        Per theta the numbers of pixels: both, proposed, true.
+    """
+    if not accepted:
+        return [_counts(np.zeros_like(truth), truth)] * len(LOWER_LOGITS)
+    thetas = [float(probability(logit(fact.cam_threshold) - lower)) for lower in LOWER_LOGITS]
+    return [_counts(_mask(extended(maps, fact, 0, accepted, theta), truth.shape), truth) for theta in thetas]
 
 
 def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPhoto]) -> dict:
@@ -96,7 +114,7 @@ def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPho
     still = replace(fact.reading, climbs=tuple(climb and replace(climb, xi=0.0) for climb in fact.reading.climbs))
     wanted = sorted({*STEPS, fact.iterations})
     by_steps: dict[int, list[list[int]]] = {steps: [] for steps in wanted}
-    by_lower: dict[float, list[list[int]]] = {lower: [] for lower in LOWER_LOGITS}
+    by_theta: list[list[list[int]]] = []  # of every photo
     shuffled: list[list[int]] = []
     judged = proposed = differing = moved = 0
     for photo in photos:
@@ -109,15 +127,12 @@ def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPho
         masks = {steps: _mask(found[steps], shape) for steps in wanted}
         for steps in wanted:
             by_steps[steps].append(_counts(masks[steps], photo.truth))
+        by_theta.append(counts_at_lower_theta(maps, fact, found[0], photo.truth))
         if not found[0]:
-            for counts in (*by_lower.values(), shuffled):
-                counts.append(by_steps[0][-1])
+            shuffled.append(by_steps[0][-1])
             continue
         proposed += 1
         differing += bool((masks[0] != masks[max(STEPS)]).any())
-        for lower, counts in by_lower.items():
-            theta = float(probability(logit(fact.cam_threshold) - lower))
-            counts.append(_counts(_mask(extended(maps, fact, 0, found[0], theta), shape), photo.truth))
         of_shuffled = PhotoMaps(ShuffledEngine(engine), fact.reading, pyramid, predictor.batch)
         last = proposals_for(of_shuffled, fact, [max(STEPS)])[max(STEPS)]
         shuffled.append(_counts(_mask(last, shape), photo.truth))
@@ -126,7 +141,7 @@ def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPho
     if not judged:
         raise ValueError(f"no val photo with {defect} in these sets: name others with --sets")
     rows = [{"T": steps, **_figures(by_steps[steps])} for steps in wanted]
-    lower = [_figures(counts) for counts in by_lower.values()]
+    lower = [_figures(counts) for counts in zip(*by_theta)]
     for row in rows:
         row["threshold_precision"] = _precision_at(row["recall"], lower)
     shuffled_recall = _figures(shuffled)["recall"]

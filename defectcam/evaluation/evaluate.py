@@ -1,4 +1,5 @@
-"""Judge weights on val photos: one table of all measures, and a page of overlays with the worst cases first.
+"""Judge weights on val photos: one table of all measures, and a page with the worst and the best cases of every defect and
+a plot of precision against recall over T.
 
 For every defect and set, on the same photos: what the function proposes for T = 0, 1, 2, 4, 8; the plain class activation
 map (T = 0) and the paper's setting (T = 2), both of the whole photo at one scale, with theta 0.1 of the photo's maximum,
@@ -24,24 +25,23 @@ import numpy as np
 
 from defectcam.climb import PaperClimb
 from defectcam.command_line import command_parser
-from defectcam.evaluation.dial import dial_lines, measure_dial
+from defectcam.evaluation.dial import counts_at_lower_theta, dial_lines, measure_dial
 from defectcam.evaluation.figures import PhotoFigures, painted, photo_figures, set_figures
 from defectcam.evaluation.kept import ArrayFile, KeptPhoto
 from defectcam.evaluation.measures import match_instances, reliability
 from defectcam.evaluation.mosaics import MOSAICS, measure_mosaics, mosaics_lines
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
-from defectcam.evaluation.report import draw_case, good_and_bad, page, table_lines
+from defectcam.evaluation.report import draw_case, good_and_bad, page, precision_recall_plot, table_lines
 from defectcam.evaluation.scale import measure_scale, scale_lines
 from defectcam.paths import file_name, write_image
 from defectcam.postprocess import Cleaning, regions
-from defectcam.predict import Predictor, device_and_engine, find_cores, proposals_for
+from defectcam.predict import STEPS, Predictor, device_and_engine, find_cores, proposals_for
 from defectcam.proposals import Component, find_components
 from defectcam.pyramid import PhotoMaps, Pyramid, Reading
 from defectcam.training.config import names
 from defectcam.training.labels import add_label_option
 from defectcam.weights import WeightsError, load_weights
 
-STEPS = (0, 1, 2, 4, 8)
 PAPER_STEPS = 2
 PAPER_THETA = 0.1  # of the map's maximum
 PAPER_READING = Reading(1.0, 1, 1.0, (PaperClimb(0.08, 7.0, 0.5),))  # the photo as it is; xi, lambda, tau
@@ -74,11 +74,12 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     """Rows of the table, defect by defect; writes evaluate.json, evaluate.html and the pictures to `args.out`."""
     predictors = {name: open_weights(folder) for name, folder in [("", args.weights), *args.compare]}
     pictures = args.out / "evaluate"
-    rows, confidence, cases = [], [], []
+    rows, confidence, cases, plots = [], [], [], {}
     for defect in args.defects or predictors[""].defects:
         sets, healthy_sets = sets_of(args, predictors[""], defect)
         of_rows: dict[tuple[str, str, int], list[PhotoFigures]] = {}
         of_confidence: dict[str, list[tuple[float, bool]]] = {}
+        of_theta: dict[tuple[str, str], list[list[list[int]]]] = {}
         for photo in labelled_photos(args.data, sets, healthy_sets, "val", defect, args.photos, args.label_names):
             for name, predictor in predictors.items():
                 if defect not in predictor.defects:
@@ -86,6 +87,10 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
                 fact = predictor.weights.facts[defect]
                 maps = predictor.maps(Pyramid(photo.image_rgb), defect)
                 of_confidence.setdefault(name, []).extend(judged_confidences(predictor, maps, photo, defect))
+                if photo.set_name in sets:
+                    truth = np.zeros(photo.image_rgb.shape[:2], bool) if photo.truth is None else photo.truth
+                    counts = counts_at_lower_theta(maps, fact, proposals_for(maps, fact, [0])[0], truth)
+                    of_theta.setdefault((photo.set_name, method_name(name, "ours")), []).append(counts)
                 for method, steps, proposals in answers(predictor, maps, defect):
                     found = photo_figures(defect, photo, proposals, fact.hole_share)
                     of_rows.setdefault((photo.set_name, method_name(name, method), steps), []).append(found)
@@ -97,11 +102,16 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
             for name, predictor in predictors.items()
             if defect in predictor.defects
         }
-        rows += [
+        of_defect = [
             {"defect": defect, "set": set_name, "method": method, "T": steps,
              "is_default": defaults.get(method) == steps, **set_figures(photos)}
             for (set_name, method, steps), photos in of_rows.items()
         ]  # fmt: skip
+        rows += of_defect
+        plot = precision_recall_plot(defect, of_defect, {key: np.sum(counts, axis=0) for key, counts in of_theta.items()})
+        if plot:
+            plots[defect] = f"{pictures.name}/{file_name(f'precision_recall_{defect}', '.svg')}"
+            (args.out / plots[defect]).write_text(plot, encoding="utf-8")
         for name, pairs in of_confidence.items():
             if pairs:
                 bins, error = reliability(*zip(*pairs))
@@ -111,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
             picture = cv2.cvtColor(good_and_bad(drawn), cv2.COLOR_RGB2BGR)
             write_image(pictures / file_name(f"cases_{defect}", ".png"), picture)
     write_json(args.out / "evaluate.json", {"rows": rows, "confidence": confidence})
-    (args.out / "evaluate.html").write_text(page(rows, confidence, cases), encoding="utf-8")
+    (args.out / "evaluate.html").write_text(page(rows, confidence, cases, plots), encoding="utf-8")
     return rows
 
 

@@ -30,6 +30,8 @@ from defectcam.proposals import Component, find_components
 RATIOS = {
     "iou": ("both_px", "either_px"),
     "iou_photo_mean": ("iou", "photos"),
+    "precision": ("both_px", "proposed_px"),
+    "recall": ("both_px", "true_px"),
     "f1_2px": ("f1", "photos"),
     "cl_iou": ("centreline_found", "centreline_all"),
     "cl_iou_photo_mean": ("cl_iou", "photos"),
@@ -53,6 +55,8 @@ COLUMNS = {
     "photos": "photos with the defect",
     "instances": "their ground-truth components of at least 30 px",
     "iou": "intersection over union of the pixels of all photos",
+    "precision": "share of the proposed pixels that are within ground truth, over all photos",
+    "recall": "share of the pixels of ground truth that are proposed, over all photos",
     "f1_2px": "F1 of pixels with 2 px tolerance, mean over photos with the defect",
     "cl_iou": "cracks: intersection over union of skeletons with 4 px tolerance, over all photos",
     "found_recall": "share of instances that a proposal finds: IoU >= 0.5; cracks: >= 0.7 of the skeleton within 2 px",

@@ -73,7 +73,7 @@ class KeptPhoto:
     """A `LabelledPhoto` whose pixels and mask lie in a file."""
 
     def __init__(self, photo: LabelledPhoto, file: ArrayFile) -> None:
-        self.set_name, self.stem, self._file = photo.set_name, photo.stem, file
+        self.set_name, self.stem, self.patches_xyxy, self._file = photo.set_name, photo.stem, photo.patches_xyxy, file
         self._image = file.append(photo.image_rgb)
         self._truth = None if photo.truth is None else file.append(photo.truth)
 

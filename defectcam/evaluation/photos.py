@@ -20,12 +20,15 @@ class LabelledPhoto:
 
     Attributes:
         stem: its name in the set; of a finished part of a photo with the box behind it, such as "pier_1 (100,200,900,1000)".
+        patches_xyxy: half-open boxes without the defect, px, where clicks are all that is known of the photo; `truth` is
+            then true around the positive clicks. None where every pixel is known.
     """
 
     set_name: str
     stem: str
     image_rgb: np.ndarray
     truth: np.ndarray | None
+    patches_xyxy: tuple[Box, ...] | None = None
 
 
 def labelled_photos(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import jinja2
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from defectcam.evaluation.figures import COLUMNS, HEADLINES
 from defectcam.evaluation.measures import relative_time_saving_of_groups
@@ -28,7 +31,9 @@ SHORT = ("iou", "f1_2px", "cl_iou", "found_recall", "found_precision", "pieces",
 OF_CRACKS = ("f1_2px", "cl_iou")  # what other defects' outlines are not placed finely enough for
 OVERLAY_PX = 480
 THUMBNAIL_PX = 200
-CASES_SHOWN = 5
+CASES_SHOWN = 5  # of the best, and of the worst
+CASES_TITLES = "Worst cases", "Best cases", "All others, worst first"
+PLOT_MARGIN = 0.04  # around the points of the plot, in precision and recall
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +99,61 @@ def good_and_bad(cases: Sequence[Case]) -> np.ndarray:
     return np.vstack(rows)
 
 
+def worst_and_best(cases: Sequence[Case]) -> tuple[list[Case], list[Case], list[Case]]:
+    """A few of the worst and of the best cases of a defect, from both ends, and all others, the worst first.
+
+    The best are photos with the defect: without it, most are perfect and show nothing.
+    """
+    cases = sorted(cases, key=lambda case: case.saved)
+    with_defect = [case for case in cases if case.thumbnail is not None]
+    best = with_defect[::-1][: min(CASES_SHOWN, len(with_defect) // 2)]
+    worst = [case for case in cases if case.saved < 1 and case not in best][:CASES_SHOWN]
+    return worst, best, [case for case in cases if case not in worst and case not in best]
+
+
+def precision_recall_plot(
+    defect: str, rows: Sequence[dict], lower_theta: Mapping[tuple[str, str], np.ndarray]
+) -> str | None:
+    """Precision against recall of pixels over T, beside a lower theta at T = 0, for every set and method; as SVG.
+
+    Args:
+        rows: of the table, of this defect.
+        lower_theta: (set, method) -> per theta, from high to low, the pixels that are both, proposed, true; (n, 3).
+
+    Returns:
+        None where nothing was proposed.
+    """
+    points = {}
+    for key in lower_theta:
+        own = [row for row in rows if (row["set"], row["method"]) == key and "precision" in row and "recall" in row]
+        if own:
+            points[key] = [(row["recall"], row["precision"], row["T"]) for row in sorted(own, key=lambda row: row["T"])]
+    if not points:
+        return None
+    # Names are anything people type: no formulas, and letters that the browser's fonts have.
+    with matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        lines = []
+        for key, some in points.items():
+            recalls, precisions, steps = zip(*some)
+            lines += axes.plot(recalls, precisions, "o-")
+            for recall, precision, T in some:
+                axes.annotate(f"{T}", (recall, precision), (4, 5), textcoords="offset points", fontsize="small")
+            both, proposed, true = lower_theta[key].T
+            axes.plot(both / np.maximum(true, 1), both / np.maximum(proposed, 1), "--", lw=1, color=lines[-1].get_color())
+        of_all = np.array([point for some in points.values() for point in some])[:, :2]
+        ends = np.clip((of_all.min(axis=0) - PLOT_MARGIN, of_all.max(axis=0) + PLOT_MARGIN), 0, 1.01)
+        axes.set(xlim=ends[:, 0], ylim=ends[:, 1], xlabel="recall of pixels", ylabel="precision of pixels")
+        axes.set_title(f"{defect}: T, and a lower theta (dashed)")
+        axes.grid(alpha=0.3)
+        names = [", ".join(key) for key in points]  # not the lines' own: those do not show if they begin with "_"
+        axes.legend(lines, names, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        file = io.StringIO()
+        figure.savefig(file, format="svg")
+    return file.getvalue()
+
+
 PAGE = jinja2.Template(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Evaluation on val photos</title>
@@ -106,42 +166,49 @@ PAGE = jinja2.Template(
 <h1>Evaluation on val photos</h1>
 <p>Thresholds were chosen on these photos, so on new ones expect less. Bold: the default T. Small: 95 % bootstrap interval
  over photos. Eq. 3 of the paper's Table 2 from its counts: {{ table_2 }}.</p>
-{% for defect, of_defect, shown, cases, tables in defects %}<h2>{{ defect }}</h2>
+{% for defect, of_defect, shown, cases, tables, plot in defects %}<h2>{{ defect }}</h2>
 <table><tr><th>set<th>method<th>T{% for column in shown %}<th title="{{ columns[column] }}">{{ column }}{% endfor %}</tr>
 {% for row in of_defect %}<tr{% if row.is_default %} class="default"{% endif %}><td>{{ row.set }}<td>{{ row.method }}<td>{{ row.T }}
  {%- for column in shown %}<td>{% if column in row %}{{ row[column] }}
  {%- if row[column ~ "_95"] %} <small>{{ row[column ~ "_95"]|join("-") }}</small>{% endif %}{% endif %}{% endfor %}</tr>
 {% endfor %}</table>
-{% for table in tables %}<h3>Confidence, {{ table.method }}: is it the share of right proposals?</h3>
+{% if plot %}<h3>Precision and recall over T</h3>
+<p>Of the pixels of all photos of a set; a number is T. Dashed: T = 0 with a lower theta, which extends the same proposals. Where
+ the line lies above the dashed one, T is better than a lower theta of the same recall.</p>
+<img src="{{ plot|urlencode }}" alt="{{ defect }}: precision against recall over T" loading="lazy">
+{% endif %}{% for table in tables %}<h3>Confidence, {{ table.method }}: is it the share of right proposals?</h3>
 <p>All regions of T = 0 on all photos, those below the minimum confidence too. Expected calibration error
  {{ "%.3f"|format(table.error) }}.</p>
 <table><tr><th>confidence<th>proposals<th>mean confidence<th>share of right ones</tr>
 {% for bin in table.bins %}<tr><td>{{ bin.from }} - {{ bin.to }}<td>{{ bin.proposals }}<td>{{ "%.2f"|format(bin.confidence) }}
 <td>{{ "%.2f"|format(bin.right) }}</tr>
 {% endfor %}</table>
-{% endfor %}<h3>Worst cases first: photo, and overlay (missed green, too much red, right yellow)</h3>
-{% for case in cases %}<figure><img src="{{ case.file|urlencode }}" alt="{{ case.name }}" loading="lazy">
+{% endfor %}<p>Cases: photo, and overlay at the default T (missed green, too much red, right yellow).</p>
+{% for title, some in cases if some %}<h3>{{ title }}</h3>
+{% for case in some %}<figure><img src="{{ case.file|urlencode }}" alt="{{ case.name }}" loading="lazy">
  <figcaption>{{ case.name }}: {{ "%.2f"|format(case.saved) }} saved</figcaption></figure>
-{% endfor %}{% endfor %}<h2>Columns</h2>
+{% endfor %}{% endfor %}{% endfor %}<h2>Columns</h2>
 <ul>{% for column in columns %}<li><b>{{ column }}</b>: {{ columns[column] }}</li>{% endfor %}</ul>
 """,
     autoescape=True,
 )
 
 
-def page(rows: Sequence[dict], confidence: Sequence[dict], cases: Sequence[Case]) -> str:
+def page(rows: Sequence[dict], confidence: Sequence[dict], cases: Sequence[Case], plots: Mapping[str, str]) -> str:
     """The HTML page.
 
     Args:
         rows: of the table, each with defect, set, method, T, is_default and figures.
         confidence: per defect and method {"defect", "method", "bins", "error"} of `reliability`.
+        plots: defect -> its `precision_recall_plot`, relative to the page.
     """
     defects = []
     for defect in dict.fromkeys(row["defect"] for row in rows):
         own = [row for row in rows if row["defect"] == defect]
-        worst_first = sorted((case for case in cases if case.defect == defect), key=lambda case: case.saved)
+        shown_cases = worst_and_best([case for case in cases if case.defect == defect])
+        titled = list(zip(CASES_TITLES, shown_cases, strict=True))
         tables = [table for table in confidence if table["defect"] == defect]
-        defects.append((defect, own, shown_columns(COLUMNS, own), worst_first, tables))
+        defects.append((defect, own, shown_columns(COLUMNS, own), titled, tables, plots.get(defect)))
     return PAGE.render(defects=defects, columns=COLUMNS, table_2=table_2())
 
 

@@ -4,7 +4,8 @@ A campaign is one bridge, one camera, one light. A few of its photos teach what 
 
 1. Training from the running weights on the labelled photos. BatchNorm statistics stay as they are. A defect that covers much
    of the photos is drawn as it lies there, since crops around it would teach that everything is the defect.
-2. Averaging: the new weights are mixed with the running ones, so that old sites are not forgotten.
+2. Nothing is forgotten: REPLAY_SHARE of what is drawn comes from the weights' replay pack, where they have one (`defectcam
+   replay`), and the new weights are mixed with the running ones.
 3. Two folds, from two outlined photos on: each half of the photos judges weights that learnt from the other half. They choose
    theta and give the verdict: better, same or worse. With fewer photos it is "unchecked". Their training is half as long, so
    the weights that are written have learnt a little more than the figures say.
@@ -14,12 +15,18 @@ OUT/before_after.jpg                        photos that were not learnt from: ph
 OUT/rejected/                               all of this instead, where the verdict is "worse"
 OUT/work/                                   checkpoints; may be deleted afterwards
 
-Photos and labels are laid out as for `defectcam train`. Without splits.json all photos of a set are taken. The exit status is
-0 if the new weights may be deployed, 3 if they are worse, and 1 or 2 where something was wrong.
+Photos and labels come from tasks of CVAT (--cvat-task), or are laid out as for `defectcam train`; without splits.json all photos
+of a set are taken. Of a task the photos of completed jobs are finished. Of its other jobs the photos count on which a person has
+corrected something, in part. With --log, the ADVCAM_LOG_DIR of the function, rejected proposals teach, too. Labels may be clicks
+alone: then the running weights tell how far a clicked defect reaches, theta stays, and nothing can judge the new weights.
+
+The exit status is 0 if the new weights may be deployed, 3 if they are worse, and 1 or 2 where something was wrong.
 
 Example:
-    defectcam adapt --defect crack --data campaign --sets mine --out out/next && ./deploy.sh weights out/next
-    defectcam adapt --defect crack --data campaign --sets mine --masks out/feedback/masks/crack --out out/next
+    export ADVCAM_CVAT_URL=http://localhost:8080 ADVCAM_CVAT_TOKEN=...
+    defectcam adapt --defect crack --cvat-task 12 --log /data/proposals --out out/next && ./deploy.sh weights out/next
+    defectcam adapt --defect crack --cvat-task 12 --cvat-task 13 --label Riss=crack --out out/next
+    defectcam adapt --defect crack --data campaign --sets mine --out out/next
 """
 
 from __future__ import annotations
@@ -31,8 +38,10 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
@@ -41,28 +50,42 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from defectcam.command_line import command_parser
+from defectcam.cvat.client import CvatError, add_server_options
+from defectcam.cvat.target import task_id
 from defectcam.evaluation.measures import f1_2px
 from defectcam.evaluation.report import compared
+from defectcam.feedback.cvat import server_of
+from defectcam.feedback.replay import read_pack
 from defectcam.feedback.retrain import NOT_PROMOTED, assemble, publish
+from defectcam.feedback.shown import LoggedProposals
+from defectcam.feedback.task_labels import TaskLabels
 from defectcam.paths import write_image
 from defectcam.postprocess import regions
+from defectcam.proposal_log import read_proposal_log
 from defectcam.proposals import probability
 from defectcam.training.calibrate import say
+from defectcam.training.clicks import patch_bounds
 from defectcam.training.config import LABELS, TrainConfig, names
 from defectcam.training.dataset import PhotoLabels, on_disk
 from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
 from defectcam.training.hard_negatives import merged_map
 from defectcam.training.labels import UNKNOWN, add_label_option
-from defectcam.training.sources import gather, labels_sha256, read_all
+from defectcam.training.sources import check_kinds, gather, labels_sha256, read_all
 from defectcam.training.train import crops_of, fit
-from defectcam.weights import DefectWeights, WeightsError, load_weights, sha256_of, write_defect
+from defectcam.weights import DefectWeights, Weights, WeightsError, load_weights, sha256_of, write_defect
 
 STEPS = 200  # two minutes on two cores
 LR = 3e-4
 CROP_PX, BATCH = 192, 8
 SCALES = (0.7, 1.4)  # a campaign has one camera
-MOST_COVERED = 0.03  # of the known pixels are the defect; beyond that it is drawn as it lies
-SHARE = 0.3  # of the new weights in the mixture; half gains the campaign little and costs the old sites much
+MOST_COVERED = 0.03  # of the pixels are the defect; beyond that it is drawn as it lies
+# Of a photo with clicks alone: the disc that a positive click stands for, and where around it nothing is known.
+CLICK_REACH_PX, AROUND_CLICK_PX = 2, 16
+SURE_LOGITS = 2.0  # so far below theta the running weights are believed that the defect is not there
+REPLAY_SHARE = 0.4  # of the crops with the defect
+# Of the new weights in the mixture. Of cracks half gains the campaign little and costs the old sites much. What covers much of
+# the photos is learnt more slowly; where a replay pack keeps the old sites, more of the new weights can be taken.
+SHARE, SHARE_OF_COVERING = 0.3, 0.5
 # Of theta, as logits of the merged map: photos full of a defect teach to see more of it. A lower theta would cost old sites.
 SHIFTS = (0.5, 1.0, 1.5, 2.0)
 CLEAR = 0.01  # of fit: less is chance
@@ -113,10 +136,37 @@ def mixed(before: Tensors, after: Tensors, share: float) -> Tensors:
 
 
 def covered_share(photos: Sequence[PhotoLabels]) -> float:
-    """Share of the known pixels of outlined photos that is the defect."""
+    """Share of the pixels of outlined photos that is known to be the defect."""
     outlines = [photo.outline for photo in photos if photo.outline is not None]
-    known = sum(np.count_nonzero(outline != UNKNOWN) for outline in outlines)
-    return sum(np.count_nonzero(outline == 255) for outline in outlines) / max(known, 1)
+    covered = sum(np.count_nonzero(outline == 255) for outline in outlines)
+    return covered / max(sum(outline.size for outline in outlines), 1)
+
+
+def outline_of_clicks(photo: PhotoLabels, found: np.ndarray, without: np.ndarray) -> np.ndarray:
+    """`PhotoLabels.outline` of a photo of which only clicks are known.
+
+    Clicks alone would teach wide outlines: they do not tell where a defect ends. So what the running weights found and a
+    person clicked on is the defect, as is a disc at each positive click. Patches of negative clicks are not. Where the running
+    weights are sure that there is nothing, and no positive click is near, it is not either. All else is unknown.
+
+    Args:
+        found: (H, W) bool, what the running weights propose.
+        without: (H, W) bool, where they are sure that the defect is not.
+    """
+    height, width = found.shape
+    discs, around = np.zeros((2, height, width), np.uint8)
+    for click in photo.positive:
+        cv2.circle(discs, (click.x, click.y), CLICK_REACH_PX, 1, -1)
+        cv2.circle(around, (click.x, click.y), AROUND_CLICK_PX, 1, -1)
+    _, labels = cv2.connectedComponents(found.astype(np.uint8), connectivity=8)
+    outline = np.where(without & (around == 0), np.uint8(0), np.uint8(UNKNOWN))
+    outline[np.isin(labels, np.setdiff1d(labels[discs > 0], 0))] = 255
+    for click in photo.negative:
+        side_px = click.patch_px or CROP_PX
+        (x0, x1), (y0, y1) = patch_bounds(click.x, side_px, width), patch_bounds(click.y, side_px, height)
+        outline[y0:y1, x0:x1] = 0
+    outline[discs > 0] = 255
+    return outline
 
 
 def overlap(defect: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -144,10 +194,19 @@ def window_of(photo: PhotoLabels, seed: int) -> tuple[slice, slice]:
 
 
 class Adaptation:
-    """One defect's running weights and the labelled photos of a campaign."""
+    """One defect's running weights, the labelled photos of a campaign, and the replay pack."""
 
-    def __init__(self, fact: DefectWeights, before: Tensors, config: TrainConfig, photos: Sequence[PhotoLabels], work: Path):
-        self.fact, self.before, self.config, self.photos, self.work = fact, before, config, photos, work
+    def __init__(
+        self,
+        fact: DefectWeights,
+        before: Tensors,
+        config: TrainConfig,
+        photos: Sequence[PhotoLabels],
+        work: Path,
+        pack: Sequence[PhotoLabels] = (),
+    ) -> None:
+        self.fact, self.before, self.config, self.photos, self.work, self.pack = fact, before, config, photos, work, pack
+        self.share = SHARE_OF_COVERING if pack and config.on_defect_share == 0 else SHARE
         self.outlined = [index for index, photo in enumerate(photos) if photo.outline is not None]
 
     def trained(self, name: str, photos: Sequence[PhotoLabels], steps: int) -> Tensors:
@@ -156,9 +215,24 @@ class Adaptation:
         network = self.fact.build_network()
         network.load_state_dict(self.before)
         config = dataclasses.replace(self.config, steps=steps, val_every=steps)
-        facts = {"labels_sha256": labels_sha256(photos)}
+        facts = {"labels_sha256": labels_sha256([*photos, *self.pack])}
+        # What shows the defect, a photo or a click, is drawn as often as any other, so the campaign's are there several times.
+        shown = sum(1 if photo.shows_defect else len(photo.positive) for photo in photos)
+        times = max(1, round((1 / REPLAY_SHARE - 1) * len(self.pack) / max(shown, 1)))
+        photos = [*photos] * times + [*self.pack]
         fit(config, out, network, crops_of(config, photos), None, "steps", facts)
         return load_file(out / "best.safetensors")
+
+    def outline_clicked(self) -> None:
+        """Give the photos of which only clicks are known what the running weights make of them: see `outline_of_clicks`."""
+        least = self.fact.least_logit(self.fact.cam_threshold)
+
+        def outlined(photo: PhotoLabels) -> PhotoLabels:
+            logits = self.maps(self.before, photo.image_rgb)
+            outline = outline_of_clicks(photo, regions(logits, least, self.fact.cleaning), logits < least - SURE_LOGITS)
+            return dataclasses.replace(photo, outline=outline)
+
+        self.photos = [photo if photo.outline is not None else outlined(photo) for photo in self.photos]
 
     def maps(self, tensors: Tensors, image_rgb: np.ndarray) -> np.ndarray:
         """The merged map of T = 0, (H, W) float32."""
@@ -183,7 +257,7 @@ class Adaptation:
         for number, (learnt, judging) in enumerate(self.folds()):
             say(f"fold {number + 1}: {len(learnt)} photos teach, {len(judging)} judge")
             teaching = [self.photos[index] for index in learnt]
-            after = mixed(self.before, self.trained(f"fold{number}", teaching, max(1, self.config.steps // 2)), SHARE)
+            after = mixed(self.before, self.trained(f"fold{number}", teaching, max(1, self.config.steps // 2)), self.share)
             for index in judging:
                 photo = self.photos[index]
                 part = window_of(photo, index)
@@ -226,60 +300,93 @@ def picture_of(adaptation: Adaptation, judged: Sequence[Judged], choice: Choice)
     return np.vstack(rows)
 
 
-def config_of(args: argparse.Namespace, fact: DefectWeights) -> TrainConfig:
-    """The training of a campaign, but for what its labels decide."""
-    return TrainConfig(
-        defect=args.defect, data=args.data, sets=tuple(args.sets), none_sets=tuple(args.none_sets), labels=args.labels,
-        clicks=args.clicks, masks=args.masks, label_names=args.label_names, encoder=fact.encoder, decoder=fact.decoder_channels,
-        downsamplings=fact.downsamplings, pooling=fact.pooling, encoder_weights=None, init=args.weights / fact.file,
-        scales=SCALES, crop_px=CROP_PX, batch=BATCH, lr=LR, steps=args.steps, seed=args.seed, frozen_batchnorm=True,
+def campaign_config(config: TrainConfig, fact: DefectWeights, init: Path) -> TrainConfig:
+    """The training of a campaign: labels, steps and seed of `config`, everything else is fixed or that of the network."""
+    return dataclasses.replace(
+        config, encoder=fact.encoder, decoder=fact.decoder_channels, downsamplings=fact.downsamplings, pooling=fact.pooling,
+        encoder_weights=None, init=init, scales=SCALES, crop_px=CROP_PX, batch=BATCH, lr=LR, frozen_batchnorm=True,
     )  # fmt: skip
 
 
-def adapt(args: argparse.Namespace) -> Choice:
-    """Run all stages as the arguments say; returns what came out.
+def running_weights(folder: Path, defect: str, out: Path) -> Weights:
+    """The weights to start from; refuses what can be refused before anything is read.
+
+    Raises:
+        WeightsError, ValueError: they cannot be loaded, or lack the defect; `out` is not empty.
+    """
+    weights = load_weights(folder)
+    if defect not in weights.facts:
+        raise ValueError(f"{folder} has no weights for {defect!r}, only for {list(weights.facts)}: use defectcam train")
+    if out.is_file() or any(path.is_file() for path in out.rglob("*")):
+        raise ValueError(f"{out} exists and is not empty: choose another --out, or remove it")
+    return weights
+
+
+def read_tasks(args: argparse.Namespace, folder: Path) -> None:
+    """Write the labels of tasks of CVAT to a folder, and put it into the arguments as if it had been given.
+
+    Raises:
+        WeightsError, CvatError, ValueError: as `running_weights`, `TaskLabels.write` and `client_of`.
+    """
+    defects = running_weights(args.weights, args.defect, args.out).facts
+    log = LoggedProposals(record for log in args.log for record in read_proposal_log(log))
+    found = TaskLabels(server_of(args, args.cvat_task), args.defect, defects, log, args.label_names, folder).write()
+    for note in found.notes:
+        say(note)
+    say(f"{', '.join(found.sets)}: {found.finished} finished photos, {found.unfinished} that are known in part")
+    args.data, args.sets, args.masks, args.clicks = found.data, found.sets, found.masks, found.clicks
+
+
+def adapt(labels: TrainConfig, weights_dir: Path, out: Path) -> Choice:
+    """New weights of one defect in `out`; see the top of this module.
+
+    Args:
+        labels: the defect, its labels, the steps and the seed; its other fields are not used.
+        weights_dir: the running weights.
+        out: an empty folder, or one that is not there yet.
 
     Raises:
         WeightsError, ValueError, FileNotFoundError: bad input, named with the remedy.
     """
-    weights = load_weights(args.weights)
-    if args.defect not in weights.facts:
-        raise ValueError(f"{args.weights} has no weights for {args.defect!r}, only for {list(weights.facts)}: use defectcam train")
-    if args.out.is_file() or any(path.is_file() for path in args.out.rglob("*")):
-        raise ValueError(f"{args.out} exists and is not empty: choose another --out, or remove it")
-    fact, started = weights.facts[args.defect], time.monotonic()
-    config, work = config_of(args, fact), args.out / "work"
+    defect, weights = labels.defect, running_weights(weights_dir, labels.defect, out)
+    fact, started = weights.facts[defect], time.monotonic()
+    config, work = campaign_config(labels, fact, weights_dir / fact.file), out / "work"
     sources = gather(config, "train")
+    check_kinds(config, sources, "train")
     work.mkdir(parents=True, exist_ok=True)
     photos = on_disk(read_all(sources, "photos"), work)
     config = dataclasses.replace(config, on_defect_share=0.0 if covered_share(photos) > MOST_COVERED else 0.5)
     crops_of(config, photos)  # refuses labels that teach nothing before any training
-    adaptation = Adaptation(fact, load_file(args.weights / fact.file), config, photos, work)
-    say(f"{args.defect}: {len(photos)} photos, training of {config.steps} steps")
+    pack = read_pack(weights_dir, defect)
+    adaptation = Adaptation(fact, load_file(weights_dir / fact.file), config, photos, work, pack)
+    adaptation.outline_clicked()
+    photos = adaptation.photos
+    say(f"{defect}: {len(photos)} photos, {len(pack)} crops of the replay pack, training of {config.steps} steps")
     after = adaptation.trained("all", photos, config.steps)
     minutes = (time.monotonic() - started) / 60
     judged = adaptation.judged() if len(adaptation.outlined) > 1 else []
     choice = adaptation.choose(judged)
-    folder = args.out if choice.verdict != "worse" else args.out / "rejected"
+    folder = out if choice.verdict != "worse" else out / "rejected"
     folder.mkdir(exist_ok=True)
     if judged:
         write_image(folder / "before_after.jpg", cv2.cvtColor(picture_of(adaptation, judged, choice), cv2.COLOR_RGB2BGR))
     record = {
         "parent": weights.version, "command": "defectcam " + shlex.join(sys.argv[1:]), "photos": len(photos),
         "labels_sha256": labels_sha256(photos), "minutes": round(minutes, 1),
-        "minutes_of_all": round((time.monotonic() - started) / 60, 1), "share": SHARE, "shift": choice.shift,
-        "fit_before": choice.fit_before, "fit_after": choice.fit_after, "verdict": choice.verdict, "config": config.record(),
+        "minutes_of_all": round((time.monotonic() - started) / 60, 1), "replay": len(pack), "share": adaptation.share,
+        "shift": choice.shift, "fit_before": choice.fit_before, "fit_after": choice.fit_after,
+        "verdict": choice.verdict, "config": config.record(),
     }  # fmt: skip
-    tensors = mixed(adaptation.before, after, SHARE)
-    write_defect(work / "weights", args.defect, entry_of(args, fact, choice, record), save(tensors), graph_for(fact, tensors))
-    parent = {"version": weights.version, "manifest_sha256": sha256_of(args.weights / "manifest.json")}
-    publish(assemble(args.weights, {args.defect: work / "weights"}, parent, work / "candidate"), folder)
+    tensors = mixed(adaptation.before, after, adaptation.share)
+    entry = entry_of(json.loads((weights_dir / "manifest.json").read_text())["defects"][defect], fact, choice, record)
+    write_defect(work / "weights", defect, entry, save(tensors), graph_for(fact, tensors))
+    parent = {"version": weights.version, "manifest_sha256": sha256_of(weights_dir / "manifest.json")}
+    publish(assemble(weights_dir, {defect: work / "weights"}, parent, work / "candidate"), folder)
     return choice
 
 
-def entry_of(args: argparse.Namespace, fact: DefectWeights, choice: Choice, record: dict) -> dict:
-    """The manifest entry of the new weights: that of the running ones, theta moved, with the record of this run."""
-    entry = json.loads((args.weights / "manifest.json").read_text())["defects"][args.defect]
+def entry_of(entry: dict, fact: DefectWeights, choice: Choice, record: dict) -> dict:
+    """The manifest entry of the new weights: `entry` of the running ones, theta moved, with the record of this run."""
     entry = {name: value for name, value in entry.items() if name not in ("file", "sha256", "graph", "graph_sha256")}
     slope, intercept = fact.platt
     least = fact.least_logit(fact.cam_threshold) + choice.shift
@@ -302,6 +409,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("adapt", __doc__)
     parser.add_argument("--defect", required=True)
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="the running weights (default: %(default)s)")
+    parser.add_argument(
+        "--cvat-task", type=task_id, action="append", default=[], metavar="TASK",
+        help="a task of CVAT, in place of --data; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--log", type=Path, action="append", default=[],
+        help="with --cvat-task: the function's ADVCAM_LOG_DIR; may be given several times",
+    )  # fmt: skip
+    add_server_options(parser)
     parser.add_argument("--data", type=Path, help="folder of sets")
     parser.add_argument("--sets", type=names, default=[], help="sets of labelled photos of the campaign")
     parser.add_argument("--none-sets", type=names, default=[], help="sets without the defect")
@@ -313,11 +429,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new weights")
     args = parser.parse_args(argv)
-    if not args.sets and not args.clicks:
-        parser.error("labels are missing: give --data and --sets, or --clicks")
+    given = [name for name in ("data", "sets", "none_sets", "clicks", "masks") if getattr(args, name)]
+    given += ["labels clicks"] if args.labels == "clicks" else []
+    if args.cvat_task and given:
+        parser.error(f"--cvat-task gives photos and labels: leave out --{given[0].replace('_', '-')}")
+    if args.log and not args.cvat_task:
+        parser.error("--log says what was rejected in tasks of CVAT: give --cvat-task too")
+    if not (args.sets or args.clicks or args.cvat_task):
+        parser.error("labels are missing: give --cvat-task, or --data and --sets, or --clicks")
+    for folder in args.log:
+        if not folder.is_dir():
+            parser.error(f"--log {folder} is no folder; give what the function has as ADVCAM_LOG_DIR")
     try:
-        choice = adapt(args)
-    except (WeightsError, ValueError, FileNotFoundError) as error:
+        with ExitStack() as cleanup:
+            if args.cvat_task:
+                read_tasks(args, Path(cleanup.enter_context(TemporaryDirectory(prefix="defectcam-"))))
+            labels = TrainConfig(
+                defect=args.defect, data=args.data, sets=tuple(args.sets), none_sets=tuple(args.none_sets), labels=args.labels,
+                clicks=args.clicks, masks=args.masks, label_names=args.label_names, steps=args.steps, seed=args.seed,
+            )  # fmt: skip
+            choice = adapt(labels, args.weights, args.out)
+    except (WeightsError, CvatError, ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     fits = "" if choice.fit_before is None else f": fit {choice.fit_before:.3f} before, {choice.fit_after:.3f} after"
     say(f"verdict: {choice.verdict}{fits} (theta moved by {choice.shift:+g})")

@@ -35,12 +35,12 @@ from defectcam.evaluation.measures import f1_2px
 from defectcam.feedback.cvat import CvatError, CvatExport
 from defectcam.feedback.labels import PhotoError, PhotoFolder, set_and_stem, size_on_disk
 from defectcam.feedback.regions import common_px
+from defectcam.image import ImageError
 from defectcam.paths import write_image
 from defectcam.predict import Predictor, device_and_engine, proposals_for
 from defectcam.proposals import Component, component_confidence, component_features, find_components
 from defectcam.pyramid import Pyramid
 from defectcam.regions import AREA_TYPES, merged, on_one_crop, region_of, resized
-from defectcam.request import ImageError
 from defectcam.training.clicks import split_stems
 from defectcam.training.finished import Box
 from defectcam.training.labels import LabelledSet, add_label_option, photo_size, read_photo_rgb

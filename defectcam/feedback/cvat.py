@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import time
 import zipfile
@@ -431,11 +432,14 @@ class CvatExport:
         return JobEvents()
 
     def photo_bytes(self, job: Job, frame: Frame) -> bytes | None:
-        """The photo's file where the export was made with images.
+        """The photo's file where the export was made with images, or where they lie in images/ beside the XML.
 
         Raises:
             CvatError: the zip is broken there.
         """
+        beside = self.path.parent / "images" / Path(frame.name).name
+        if not self._zip:
+            return beside.read_bytes() if os.path.isfile(beside) else None
         names, images = self._zip.namelist() if self._zip else [], self._task_of(job).images
         wanted = [f"images/{images[frame.number].get('subset')}/{frame.name}", f"images/{frame.name}"]
         found = [name for name in wanted if name in names]

@@ -8,6 +8,9 @@ each automatic annotation, before anybody edits.
 Jobs that are not completed are named and left alone, and so is the database where nothing has changed.
 docs/feedback.md describes the tables.
 
+Of each job it prints how many proposals were kept, edited and rejected, and how many shapes were missed; the minutes, where
+CVAT keeps events; and, where there are enough proposals to tell, the `threshold` that would have cost the annotator least.
+
 Exit status: 0 if a job was harvested, 3 if none was, 1 or 2 if something was wrong.
 
 Example:
@@ -22,8 +25,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,18 +38,10 @@ from tqdm import tqdm
 
 from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatError, add_server_options
-from defectcam.feedback.cvat import (
-    UNTOUCHED,
-    CvatExport,
-    Frame,
-    Job,
-    JobEvents,
-    LeftOut,
-    Shape,
-    proposal_name,
-    server_of,
-)
+from defectcam.feedback.costs import harvest_summary
+from defectcam.feedback.cvat import UNTOUCHED, CvatExport, Frame, Job, JobEvents, LeftOut, Shape, proposal_name, server_of
 from defectcam.feedback.match import Interaction, Proposal, match
+from defectcam.feedback.shown import LoggedProposals, shown_proposals, with_model_labels
 from defectcam.feedback.store import (
     ACCEPTED,
     MISS,
@@ -62,271 +57,15 @@ from defectcam.feedback.store import (
     open_store,
     without_secrets,
 )
+from defectcam.image import ImageError, decode_image, pixel_limit
 from defectcam.proposal_log import image_hash, read_proposal_log
-from defectcam.request import ImageError, RequestError, decode_image
+from defectcam.request import RequestError
 from defectcam.training.labels import add_label_option
-from defectcam.training.names import LabelNames, check_label_names, meaning
+from defectcam.training.names import LabelNames, check_label_names
 
 NOTHING_HARVESTED = 3
 OUTCOMES = (ACCEPTED, MODIFIED, REJECTED, MISS)
-MAPPED_SHARE = 0.75  # of a label's untouched shapes: annotators relabel some
 T = TypeVar("T")
-
-
-class LoggedProposals:
-    """A proposal log by photo and by proposal.
-
-    Args:
-        records: answers in any order; equal ones (photo, weights, settings, proposals) become one, with all its "times".
-    """
-
-    def __init__(self, records: Iterable[dict]) -> None:
-        answers: dict[tuple, dict] = {}
-        self.replaced: set[tuple[int, str]] = set()  # (job, proposal), by second runs: `defectcam cvat annotate`
-        self.earlier: dict[tuple[int, str], set[str]] = defaultdict(set)  # (job, photo) -> proposals from before second runs
-        self.second_runs: dict[tuple[int, str], dict] = {}  # (job, photo) -> record of the last one
-        for record in records:
-            if second := record.get("second_run"):
-                key = second["job"], record["image"]
-                self.replaced |= {(second["job"], name) for name in second["replaced"]}
-                self.earlier[key] |= {*second["replaced"], *second["rejected"]}
-                if key not in self.second_runs or at(record["time"]) > at(self.second_runs[key]["time"]):
-                    self.second_runs[key] = record
-                if not record["shapes"]:
-                    continue
-            settings, names = repr(record.get("settings")), frozenset(names_in(record))
-            answer = answers.setdefault(
-                (record["image"], record.get("weights"), settings, names), {**record, "times": []}
-            )
-            answer["times"].append(record["time"])
-        self.by_image: dict[str, list[dict]] = defaultdict(list)
-        self.by_name: dict[str, list[dict]] = defaultdict(list)
-        self.label_of: dict[str, str] = {}
-        self.defects: set[str] = set()
-        for record in answers.values():
-            self.by_image[record["image"]].append(record)
-            self.defects |= {*record.get("settings", ()), *(proposal.label for proposal in proposals_of_record(record))}
-            self.label_of |= {proposal.name: proposal.label for proposal in proposals_of_record(record)}
-            for name in names_in(record):
-                self.by_name[name].append(record)
-
-    def without_replaced(
-        self, frames: Sequence[Frame], images: dict[int, str], snapshot: SnapshotRow
-    ) -> dict[str, list[dict]]:
-        """A snapshot's frames but for those on which a shape names an answer that was first given after it."""
-        kept = dict(snapshot.frames)
-        for frame in frames:
-            named = [record for shape in frame.shapes for record in self.by_name.get(shape.proposal, ())]
-            named = [record for record in named if images.get(frame.number, record["image"]) == record["image"]]
-            if any(min(map(at, record["times"])) > at(snapshot.taken) for record in named):
-                kept.pop(str(frame.number), None)
-        return kept
-
-    def meanings(self, job: Job, frames: Sequence[Frame], snapshot: dict[str, list[dict]]) -> dict[str, str]:
-        """What labels of the job mean to which the function's were mapped: {"Riss": "crack"}.
-
-        A label means a defect if nearly all untouched shapes of it were proposed as that defect, which the job has no
-        label for; it is the label that most of them have. So a job that has the defect's own label is never renamed.
-        """
-        untouched = {(shape.proposal, shape.label) for frame in frames for shape in frame.shapes if shape.source in UNTOUCHED}
-        untouched |= {(proposal_name(shape["attributes"]), shape["label"]) for own in snapshot.values() for shape in own}
-        pairs = Counter((label, self.label_of[name]) for name, label in untouched if name in self.label_of)
-        label_of_defect: dict[str, str] = {}
-        for (label, defect), _ in sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0])):
-            if defect not in job.labels and label not in self.defects:
-                label_of_defect.setdefault(defect, label)
-        of_label: Counter = Counter()
-        for (label, _), count in pairs.items():
-            of_label[label] += count
-        return {
-            label: defect
-            for defect, label in label_of_defect.items()
-            if pairs[label, defect] >= MAPPED_SHARE * of_label[label]
-        }
-
-    def of_unseen_photos(
-        self, names_of: dict[int, set[str]], sizes: dict[int, tuple[int, int]], seen: set[str]
-    ) -> dict[int, list[dict]]:
-        """The answers shown on photos whose pixels cannot be had, by the names of the proposals found there.
-
-        A propagated shape carries the name of another photo's proposal, so every photo of the log is taken for the
-        frame that has most of its names (size and order deciding between equals), and for no other; the photos
-        `seen` are taken already.
-        """
-        pairs = []
-        for frame, names in names_of.items():
-            images = Counter(image for name in names for image in {r["image"] for r in self.by_name.get(name, ())})
-            for image, count in images.items():
-                record = self.by_image[image][0]
-                other_size = (record["width"], record["height"]) != sizes[frame]
-                pairs.append((-count, other_size, at(record["time"]), frame, image))
-        found: dict[int, list[dict]] = {}
-        taken = set(seen)
-        for _, _, _, frame, image in sorted(pairs):
-            if frame not in found and image not in taken:
-                taken.add(image)
-                found[frame] = [r for r in self.by_image[image] if names_of[frame] & names_in(r)]
-        return found
-
-
-def last_during(job: Job, records: Iterable[dict], after: str = "") -> list[dict]:
-    """The last of some answers that was given between the job's creation, or `after`, and its last change; else []."""
-    given = [(at(time), record) for record in records for time in record["times"]]
-    during = [(time, record) for time, record in given if max(at(job.created), at(after)) <= time <= at(job.updated)]
-    return [max(during, key=lambda pair: pair[0])[1]] if during else []
-
-
-def of_other_functions(
-    job: Job, records: Iterable[dict], known: Sequence[dict], alive: set[frozenset[str]]
-) -> list[dict]:
-    """The last answer about defects that those `known` are not about: of it every proposal was rejected.
-
-    It must be younger than they are, or proposals of its kind are still in the job: else the later run may have
-    cleaned it away.
-
-    Args:
-        alive: the defects of every kind of answer of which the job has a proposal.
-    """
-    defects = defects_of(*known)
-    youngest = max(at(time) for record in known for time in record["times"])
-    others = [
-        record
-        for record in records
-        if (own := defects_of(record))
-        and not own & defects
-        and (own in alive or max(map(at, record["times"])) > youngest)
-    ]
-    return last_during(job, others)
-
-
-def defects_of(*records: dict) -> frozenset[str]:
-    """What some answers were asked for; empty of those whose settings are not known."""
-    return frozenset(defect for record in records for defect in record.get("settings", ()))
-
-
-def newest(records: Sequence[dict]) -> list[dict]:
-    """The last of some answers, [] of none."""
-    return sorted(records, key=lambda record: max(map(at, record["times"])))[-1:]
-
-
-def names_in(record: dict) -> set[str]:
-    """Names of the proposals of a logged answer."""
-    return {name for shape in record["shapes"] if (name := proposal_name(attributes_of(shape)))}
-
-
-def attributes_of(shape: dict) -> dict[str, str]:
-    return {attribute["name"]: attribute["value"] for attribute in shape.get("attributes", ())}
-
-
-def at(time: str) -> datetime:
-    """A time in ISO 8601; one that is unknown lies before all others."""
-    moment = datetime.fromisoformat(time) if time else datetime.min
-    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-
-
-def proposals_of_record(record: dict) -> list[Proposal]:
-    """The proposals of a logged answer; tags are none."""
-    found = []
-    for shape in record["shapes"]:
-        attributes = attributes_of(shape)
-        if not (name := proposal_name(attributes)):
-            continue
-        is_mask = shape["type"] == "mask"
-        found.append(
-            Proposal(
-                name=name,
-                label=shape["label"],
-                kind=shape["type"],
-                points=tuple(shape["mask"] if is_mask else shape["points"]),
-                outline=tuple(shape.get("points", ())) if is_mask else (),
-                width=record["width"],
-                height=record["height"],
-                confidence=attributes.get("confidence", ""),
-                iterations=attributes.get("iterations", ""),
-                weights=record.get("weights", ""),
-                settings=record.get("settings", {}).get(shape["label"]),
-            )
-        )
-    return found
-
-
-def proposals_of_snapshot(shapes: Sequence[dict], frame: Frame) -> list[Proposal]:
-    """The proposals that a snapshot has on a frame; shapes of one name are one proposal."""
-    found: dict[str, Proposal] = {}
-    for shape in shapes:
-        attributes = shape["attributes"]
-        if not (name := proposal_name(attributes)):  # snapshots of earlier versions have shapes that are no proposals
-            continue
-        proposal = Proposal(
-            name=name,
-            label=shape["label"],
-            kind=shape["type"],
-            points=tuple(shape["points"]),
-            width=shape.get("width", frame.width),
-            height=shape.get("height", frame.height),
-            confidence=attributes.get("confidence", ""),
-            iterations=attributes.get("iterations", ""),
-        )
-        found.setdefault(name, proposal)
-    return list(found.values())
-
-
-def shown_proposals(
-    frames: Sequence[Frame],
-    images: dict[int, str],
-    job: Job,
-    events: JobEvents,
-    log: LoggedProposals,
-    snapshot: dict[str, list[dict]] | None,
-    snapshot_taken: str = "",
-) -> tuple[dict[int, list[Proposal]], set[int]]:
-    """The proposals that were shown on every frame of a job, and the frames of which no answer is known.
-
-    Args:
-        images: frame number -> hash of its pixels, where known.
-        snapshot: of the job, None without one.
-        snapshot_taken: when. What is not in the snapshot was not there then, but may have been proposed since.
-    """
-    taken = {frame.number: (snapshot or {}).get(str(frame.number), []) for frame in frames}
-    names_of, told_by_events = {}, set()
-    for frame in frames:
-        names = {shape.proposal for shape in frame.shapes}
-        names |= {proposal_name(shape["attributes"]) for shape in taken[frame.number]}
-        names = {name for name in names if name in log.by_name}
-        if not names:  # all were rejected; events also have those that a later run has cleaned away
-            names = {name for number, name in events.shown if number == frame.number and name in log.by_name}
-            told_by_events.add(frame.number)
-        names_of[frame.number] = names | log.earlier.get((job.id, images.get(frame.number, "")), set())
-    named = [record for names in names_of.values() for name in names for record in log.by_name[name]]
-    alive = {defects_of(record) for record in named}
-    seen = {number: image for number, image in images.items() if image in log.by_image}
-    unseen = {number: names for number, names in names_of.items() if number not in seen}
-    sizes = {frame.number: (frame.width, frame.height) for frame in frames}
-    records = log.of_unseen_photos(unseen, sizes, set(seen.values()))
-    for number, image in seen.items():
-        # Names of other photos' proposals, which came with propagated shapes, are no evidence.
-        records[number] = [r for r in log.by_image[image] if names_of[number] & names_in(r)]
-        if not records[number] and not taken[number]:
-            records[number] = last_during(job, log.by_image[image], snapshot_taken)
-        elif records[number]:
-            records[number] += of_other_functions(job, log.by_image[image], records[number], alive)
-    for number in told_by_events & records.keys():
-        records[number] = last_during(job, records[number]) or newest(records[number])
-    unknown = set() if snapshot is not None else {n for n in names_of if not records.get(n)}
-    # CVAT drops proposals of labels that the run did not map to one of the job's: nobody saw them.
-    arrived = {log.label_of[name] for names in names_of.values() for name in names} | set(job.labels)
-    shown = {}
-    for frame in frames:
-        logged = [p for record in records.get(frame.number, ()) for p in proposals_of_record(record)]
-        logged = [proposal for proposal in logged if proposal.label in arrived]
-        by_name = {proposal.name: proposal for proposal in logged}
-        for proposal in proposals_of_snapshot(taken[frame.number], frame):
-            # A shape propagated before the snapshot is no proposal of this frame where the log knows better.
-            if not logged or proposal.name not in log.by_name:
-                by_name.setdefault(proposal.name, proposal)
-        present = {shape.proposal for shape in frame.shapes}
-        shown[frame.number] = [p for name, p in by_name.items() if name in present or (job.id, name) not in log.replaced]
-    return shown, unknown
 
 
 class Harvest:
@@ -349,17 +88,16 @@ class Harvest:
         self.notes: list[str] = []
         self.failed = False
 
-    def run(self) -> tuple[Counter, int, int]:
+    def run(self) -> tuple[Counter, list[int], int]:
         """Harvest all completed jobs; the others become notes.
 
         Returns:
-            Number of interactions per outcome; number of jobs that were harvested, and of all jobs.
+            Number of interactions per outcome; the ids of the jobs that were harvested; and the number of all jobs.
 
         Raises:
             CvatError: there are no jobs; nothing can be read; or a name of `label_names` is none of theirs.
         """
-        outcomes, harvested = Counter(), 0
-        jobs = self._jobs()
+        outcomes, harvested, jobs = Counter(), [], self._jobs()
         try:
             there = {label for job in jobs for label in job.labels}
             check_label_names(self.label_names, there, self.source.name, self.log.defects)
@@ -374,9 +112,10 @@ class Harvest:
                     else f"job {job.id} is not among --completed and was left alone: add it there if CVAT has it as completed"
                 )
                 continue
-            of_job = self._unless_odd(self._job, job)
+            of_job = self._skip_unreadable(self._job, job)
             if of_job is not None:
-                outcomes, harvested = outcomes + of_job, harvested + 1
+                outcomes += of_job
+                harvested.append(job.id)
         return outcomes, harvested, len(jobs)
 
     def snapshot(self) -> tuple[int, int]:
@@ -385,7 +124,7 @@ class Harvest:
         waiting = [job for job in jobs if job.state != "completed"]
         if not waiting:
             self.notes.append(f"all {len(jobs)} jobs are completed: take a snapshot before the first edit")
-        found = [self._unless_odd(self._job_snapshot, job) for job in waiting]
+        found = [self._skip_unreadable(self._job_snapshot, job) for job in waiting]
         taken = [proposals for proposals in found if proposals is not None]
         return len(taken), sum(taken)
 
@@ -395,8 +134,8 @@ class Harvest:
             raise CvatError(f"{self.source.name} shows this user no annotation jobs: check --tasks, and whose token it is")
         return jobs
 
-    def _unless_odd(self, work: Callable[[Job], T], job: Job) -> T | None:
-        """Do some work on a job; whatever is odd about it becomes a note, for the other jobs are none the worse."""
+    def _skip_unreadable(self, work: Callable[[Job], T], job: Job) -> T | None:
+        """What some work on a job returns. A job that cannot be read becomes a note and does not stop the others: None."""
         try:
             return work(job)
         except LeftOut as reason:
@@ -440,12 +179,10 @@ class Harvest:
             events = remembered(events, session.get(JobRow, (self.source.name, job.id)))
             images, last = self._images(session, job, frames), self._snapshot(session, job)
             snapshot = self.log.without_replaced(frames, images, last) if last else None
-            said = {label: meaning(label, self.label_names, self.log.defects) for label in job.labels}
-            job, frames, snapshot = in_the_functions_words(said, job, frames, snapshot)
-            meanings = self.log.meanings(job, frames, snapshot or {})
-            if meanings:
-                self.notes.append(f"job {job.id}: labels taken for the function's: {meanings}")
-                job, frames, snapshot = in_the_functions_words(meanings, job, frames, snapshot)
+            job, frames, snapshot, notes = with_model_labels(
+                job, frames, snapshot, self.log, self.label_names, self.log.defects
+            )
+            self.notes += notes
             for defect in sorted(self.log.defects):
                 for label in set(LabelNames(defect, self.label_names).nearly(job.labels)) - self.log.defects:
                     self.notes.append(
@@ -459,7 +196,7 @@ class Harvest:
                     "no proposal of it is known; give the function's log (--log), or take a --snapshot right after the "
                     "automatic annotation"
                 )
-            told = self._told_before(session, job, unknown)
+            told = self._stored_interactions(session, job, unknown)
             unknown -= {row.frame for row in told}
             if unknown:
                 self.notes.append(
@@ -470,7 +207,7 @@ class Harvest:
             self._store(session, job, frames, images, events, rows)
             return Counter(row.outcome for row in rows)
 
-    def _told_before(self, session: Session, job: Job, frames: set[int]) -> list[InteractionRow]:
+    def _stored_interactions(self, session: Session, job: Job, frames: set[int]) -> list[InteractionRow]:
         """What is known already of frames whose answer was known once: logs may be deleted once they are harvested."""
         own = (InteractionRow.server == self.source.name, InteractionRow.job == job.id)
         rows = session.scalars(select(InteractionRow).where(*own).order_by(InteractionRow.id)).all()
@@ -498,7 +235,7 @@ class Harvest:
                 if not photo:
                     gone.append(frame.name)
                 else:
-                    images[frame.number] = image_hash(decode_image(photo, max_pixels=10**9))
+                    images[frame.number] = image_hash(decode_image(photo, pixel_limit()))
             except ImageError as error:
                 self.notes.append(f"job {job.id}: photo {frame.name}: {error}")
         if gone and images:
@@ -623,24 +360,6 @@ def remembered(events: JobEvents, known: JobRow | None) -> JobEvents:
     return events
 
 
-def in_the_functions_words(
-    meanings: dict[str, str], job: Job, frames: Sequence[Frame], snapshot: dict[str, list[dict]] | None
-) -> tuple[Job, list[Frame], dict[str, list[dict]] | None]:
-    """Job, frames and snapshot with the defects' names in place of the labels they were mapped to."""
-
-    def meant(label: str) -> str:
-        return meanings.get(label, label)
-
-    job = replace(job, labels=tuple(sorted({meant(label) for label in job.labels})))
-    frames = [
-        replace(frame, shapes=tuple(replace(shape, label=meant(shape.label)) for shape in frame.shapes))
-        for frame in frames
-    ]
-    if snapshot is not None:
-        snapshot = {n: [{**own, "label": meant(own["label"])} for own in shapes] for n, shapes in snapshot.items()}
-    return job, frames, snapshot
-
-
 def snapshot_shape(shape: Shape, frame: Frame) -> dict:
     """A shape as snapshots keep it: with its attributes and the size of the photo, which may change."""
     own = stored_shape(shape)
@@ -711,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{error}; or give --export")
     except CvatError as error:
         sys.exit(str(error))
-    harvested = 1  # snapshots are no harvest
+    is_done = True  # for snapshots
     try:
         engine = open_store(args.db)
         place = without_secrets(engine.url)
@@ -723,8 +442,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{snapshots} new snapshots with {proposals} proposals in {place}")
         else:
             outcomes, harvested, jobs = harvest.run()
+            is_done = bool(harvested)
+            print(*harvest_summary(engine, source.name, harvested), sep="\n", end="\n" * is_done)
             counts = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in OUTCOMES)
-            print(f"{counts}, from {harvested} of {jobs} jobs, in {place}")
+            print(f"{counts}, from {len(harvested)} of {jobs} jobs, in {place}")
         if args.csv:
             export_csv(engine, args.csv)
             print(f"tables: {args.csv.resolve()}")
@@ -734,6 +455,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(note, file=sys.stderr)
     if harvest.failed:
         sys.exit(1)
-    if not harvested:
+    if not is_done:
         print("nothing was harvested; the lines above say why, job by job", file=sys.stderr)
         sys.exit(NOTHING_HARVESTED)

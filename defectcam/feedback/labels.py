@@ -39,11 +39,11 @@ from tqdm import tqdm
 from defectcam.command_line import command_parser
 from defectcam.feedback.regions import innermost_xy
 from defectcam.feedback.store import FrameRow, InteractionRow, JobRow, StoreError, add_store_option, open_store
+from defectcam.image import ImageError, decode_image, pixel_limit
 from defectcam.paths import file_name, inside, write_image
 from defectcam.proposal_log import image_hash
 from defectcam.proposals import Component, find_components
 from defectcam.regions import AREA_TYPES, region_of, resized
-from defectcam.request import ImageError, decode_image
 from defectcam.training.clicks import Click, patch_bounds, write_clicks
 from defectcam.training.labels import add_label_option, read_photo_rgb
 from defectcam.training.names import check_label_names, meaning
@@ -96,7 +96,7 @@ class PhotoFolder:
 def _pixels_hash(photo: Path) -> str:
     """A photo's `image_hash`, "" if it cannot be read."""
     try:
-        return image_hash(decode_image(photo.read_bytes(), max_pixels=10**9))
+        return image_hash(decode_image(photo.read_bytes(), pixel_limit()))
     except ImageError:
         return ""
 

@@ -1,384 +1,258 @@
-"""Does the loop teach anything? Two rounds with simulated annotators on photos with known outlines (paper, Fig. 1).
+"""What a few finished photos of a campaign bring: the proof of `defectcam adapt`.
 
-1. Of every set the first half of the train photos teaches round 1: clicks, then calibration on val.
-2. Round 1's function proposes on photos of the other half, which it never saw. Simulated annotators treat the
-   proposals (below); what they leave goes through `harvest`, its database and `weak-labels`, as from a real CVAT.
-3. Round 2 goes on from round 1's network, every arm's with the same number of steps:
-   same_clicks     round 1's clicks alone: what more steps are worth
-   plain_clicks    and as many positive and none-clicks, given on the same photos without proposals
-   loop            and the clicks from what annotators did: hard negatives where they rejected
-   loop_outlines   and, instead of those clicks, the finished outlines, read per pixel
-4. All arms are calibrated on the same val photos and compared.
+A campaign is a set that the weights never saw. Its val photos judge, and finished photos are drawn from its train photos.
+A set without train photos gives every second val photo to be drawn.
 
-Simulated annotators know the true outlines. A proposal on a defect that saves them 95 % of the clicks they accept, one
-that saves anything they correct to the true outline, others they delete and draw the defect by hand; a proposal
-away from all defects they reject. With the probability --error they overlook a defect that nothing was proposed for,
-and accept a false proposal.
+1. before         the weights as they are.
+2. outlines, k    adapted with k finished photos, for every draw. A draw's fewer photos are among its more.
+3. clicks, k      adapted with the same photos, of which only clicks are known: one on each defect, and some beside it.
+4. proposed, k    adapted with the k photos that `defectcam next-images` puts first.
+5. all            other weights, which trained on all train photos of the campaign, where --all-weights names some.
 
-OUT/loop.md, loop.json, loop.png    what came out; the rest of OUT is the work, not needed once it is done. A run that
-was cut off goes on when the same command is given again.
+All are judged at T = 0 on photos that are spread evenly over val, of the campaign and of the sets that the weights knew
+before. Of those the loss matters. It is the mean over photos of the difference to the weights before, with the 95 % interval
+of a bootstrap over photos.
+
+OUT/DEFECT-SET.json, loop.md, loop.png    what came out; the page shows all campaigns of the folder. OUT/work may be deleted
+afterwards. A run that was cut off goes on when the same command is given again.
 
 Example:
-    defectcam loop --defect crack --data ../shared/data --sets deepcrack --none-sets phinet_labelled,cis_corrosion \\
-        --out out/loop
+    defectcam loop --defect crack --weights out/weights-before --data ../shared/data --campaign uav_kaggle315 \\
+        --old-sets deepcrack,uav75 --all-weights weights --out out/loop
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
-import math
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import jinja2
 import matplotlib
 import numpy as np
-from tqdm import tqdm
 
-from defectcam.bulk.exports import region_of_answer
 from defectcam.command_line import command_parser
-from defectcam.evaluation.figures import photo_figures, set_figures
-from defectcam.evaluation.measures import SMALLEST_COMPONENT_PX, TOUCHING_PX, relative_time_saving
+from defectcam.evaluation.figures import PhotoFigures, photo_figures, set_figures
+from defectcam.evaluation.measures import bootstrap_sums, interval_95
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
-from defectcam.feedback.cvat import Frame, Job, JobEvents, Shape
-from defectcam.feedback.harvest import Harvest, LoggedProposals, attributes_of
-from defectcam.feedback.labels import PhotoFolder, write_weak_labels
-from defectcam.feedback.regions import common_px, saved_share
-from defectcam.feedback.store import InteractionRow, open_store
-from defectcam.paths import file_name
+from defectcam.feedback.adapt import STEPS, adapt
+from defectcam.feedback.next_images import look_at_all, ranked
 from defectcam.predict import Predictor, device_and_engine
-from defectcam.proposal_log import ProposalLog, read_proposal_log
-from defectcam.proposals import Component, find_components
-from defectcam.regions import merged, on_one_crop, run_lengths
-from defectcam.request import Request, Settings
-from defectcam.training import train
-from defectcam.training.calibrate import calibrate, say
-from defectcam.training.clicks import Click, photo_path, read_clicks, simulate_clicks, split_stems, write_clicks
+from defectcam.training.calibrate import say
+from defectcam.training.clicks import photo_path, split_stems
 from defectcam.training.config import TrainConfig, names
-from defectcam.training.dataset import PhotoLabels
-from defectcam.training.labels import read_own_mask, read_photo_rgb
-from defectcam.weights import load_weights
-from model_handler import ModelHandler
+from defectcam.training.labels import LabelledSet, photo_size
+from defectcam.weights import WeightsError, load_weights
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
-from sqlalchemy import select  # noqa: E402
-from sqlalchemy.orm import Session  # noqa: E402
 
-ACCEPTED_FROM = 0.95  # share of clicks saved: Eq. 3's best group
-ARMS = ("round_1", "same_clicks", "plain_clicks", "loop", "loop_outlines")
-FIGURES = ("iou", "f1_2px", "mean_saved", "eq3", "false_components", "quiet_share")
-LR, HEAD_LR = 5e-4, 5e-3
-ITERATIONS = 2  # T of the function, the paper's
-LOG = logging.getLogger("defectcam.loop")
+SHOWN = {"iou": "IoU", "f1_2px": "F1 at 2 px", "found_recall": "found instances", "eq3": "Eq. 3"}
+KINDS = {"outlines": "o-", "clicks": "s", "proposed": "^"}  # and how they are drawn
+CAMPAIGN, OLD = "campaign", "old"
 
 
-@dataclass(frozen=True)
-class Annotator:
-    """A simulated annotator.
-
-    Attributes:
-        error: probability of overlooking what nothing was proposed for, and of accepting a false proposal.
-        seed: fixes what is overlooked.
-    """
-
-    error: float
-    seed: int
-
-    def shapes(self, photo: LabelledPhoto, proposed: Sequence[dict], defect: str) -> list[Shape]:
-        """The shapes left on a photo.
-
-        Args:
-            photo: with its truth, None without the defect.
-            proposed: the function's answer, tags left out.
-            defect: label of what is drawn by hand.
-        """
-        rng = np.random.default_rng((self.seed, *photo.stem.encode()))
-        height, width = photo.image_rgb.shape[:2]
-        truth = np.zeros((height, width), bool) if photo.truth is None else photo.truth
-        proposals = [(shape, region_of_answer(shape, width, height)) for shape in proposed]
-        left: dict[int, Shape] = {}  # by the proposal's index
-        drawn = []
-        touching_any: set[int] = set()
-        components = [one for one in find_components(truth) if one.area_px >= SMALLEST_COMPONENT_PX]
-        near = [_grown(one) for one in components]
-        for component, around in zip(components, near):
-            touching = [i for i, (_, region) in enumerate(proposals) if common_px(region, around)]
-            touching_any |= set(touching)
-            free = [i for i in touching if i not in left]
-            if not touching:
-                if rng.random() >= self.error:
-                    drawn.append(component)
-                continue
-            before = merged([proposals[i][1] for i in touching])
-            saved = saved_share(before, component, defect, width, height)
-            if saved >= ACCEPTED_FROM:
-                left |= {i: _kept(*proposals[i], defect) for i in free}
-            elif saved > 0 and free:
-                largest = max(free, key=lambda i: proposals[i][1].area_px)
-                left[largest] = replace(_kept(*proposals[largest], defect), kind="mask", points=_points(component))
-            else:
-                drawn.append(component)
-        for index, (shape, region) in enumerate(proposals):
-            if index not in touching_any and rng.random() < self.error:
-                left[index] = _kept(shape, region, defect)
-        by_hand = [Shape(f"drawn {i}", defect, "mask", _points(one)) for i, one in enumerate(drawn)]
-        return [*left.values(), *by_hand]
+def spread_evenly(stems: Sequence[str], count: int) -> list[str]:
+    """`count` of some names at even distances, all of them if there are fewer."""
+    return [stems[index] for index in np.unique(np.linspace(0, len(stems) - 1, count).astype(int))] if stems else []
 
 
-def _grown(component: Component) -> Component:
-    """A component with all pixels from which a proposal counts as touching it."""
-    (mask,), left, top = on_one_crop([component], TOUCHING_PX)
-    return Component(cv2.dilate(mask.astype(np.uint8), np.ones((2 * TOUCHING_PX + 1,) * 2, np.uint8)) > 0, left, top)
+def campaign_photos(data: Path, set_name: str, defect: str, judged: int) -> tuple[list[str], list[str]]:
+    """Names of the photos that may be drawn, which all show the defect, and of those that judge."""
+    pool, val = split_stems(data, set_name, "train"), split_stems(data, set_name, "val")
+    if not pool:
+        pool, val = val[::2], val[1::2]
+    files = LabelledSet(data, set_name, defect)
+    masks = ((stem, files.read_mask(stem, *photo_size(files.photo(stem)))) for stem in pool)
+    return [stem for stem, mask in masks if mask is not None and mask.any()], spread_evenly(val, judged)
 
 
-def _points(region: Component) -> tuple[float, ...]:
-    return tuple(map(float, run_lengths(region)))
-
-
-def _kept(shape: dict, region: Component, defect: str) -> Shape:
-    """A proposal as CVAT stores it."""
-    name = attributes_of(shape)
-    points = _points(region) if shape["type"] == "mask" else tuple(shape["points"])
-    return Shape(f"auto {name['proposal']}", defect, shape["type"], points, "auto", name)
-
-
-class Campaign:
-    """A completed job of simulated annotators, read by `Harvest` as it reads CVAT.
-
-    Args:
-        handler: the function, with its proposal log.
-        annotator: who treats its proposals.
-        data: folder of sets.
-        photos: of the job.
-        defect: the job's only label.
-    """
-
-    name = "simulated"
-
-    def __init__(
-        self, handler: ModelHandler, annotator: Annotator, data: Path, photos: Sequence[LabelledPhoto], defect: str
-    ) -> None:
-        self.data, self.photos, self.defect = data, photos, defect
-        self.left = []
-        for photo in tqdm(photos, desc="campaign", unit="photo"):
-            request = Request(self._path(photo).read_bytes(), Settings(defects=(defect,)), ())
-            answer = [shape for shape in handler.answer(request) if shape["type"] != "tag"]
-            self.left.append(tuple(annotator.shapes(photo, answer, defect)))
-
-    def _path(self, photo: LabelledPhoto) -> Path:
-        return photo_path(self.data / photo.set_name, photo.stem)
-
-    def jobs(self) -> Iterator[Job]:
-        """The one job."""
-        yield Job(1, 1, 0, len(self.photos) - 1, "completed", "simulated", "2000-01-01", "2100-01-01", (self.defect,))
-
-    def frames(self, job: Job) -> list[Frame]:
-        """All photos with the shapes left on them."""
-        return [
-            Frame(number, str(self._path(photo).relative_to(self.data)), *photo.image_rgb.shape[1::-1], shapes)
-            for number, (photo, shapes) in enumerate(zip(self.photos, self.left))
-        ]
-
-    def events(self, job: Job) -> JobEvents:
-        """None: simulated annotators take no time."""
-        return JobEvents()
-
-    def photo_bytes(self, job: Job, frame: Frame) -> bytes:
-        """The photo's file."""
-        return (self.data / frame.name).read_bytes()
-
-
-def half_data(data: Path, sets: Sequence[str], folder: Path, second: bool) -> Path:
-    """A data folder with the first or second half of every set's train photos and all val photos."""
+def view_of(data: Path, folder: Path, sets: dict[str, dict[str, list[str]]]) -> Path:
+    """A data folder that has some photos of some sets; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    splits = {}
     for name in sets:
-        stems = split_stems(data, name, "train")
-        half = len(stems) // 2
-        splits[name] = {"train": stems[half:] if second else stems[:half], "val": split_stems(data, name, "val")}
         if not (folder / name).is_symlink():
             (folder / name).symlink_to((data / name).resolve())
-    (folder / "splits.json").write_text(json.dumps(splits))
+    (folder / "splits.json").write_text(json.dumps(sets))
     return folder
 
 
-def as_many(clicks: Sequence[Click], wanted: Sequence[Click], seed: int) -> list[Click]:
-    """Of the clicks as many positive and as many none-clicks as there are of `wanted`, at random, if there are."""
-    rng, chosen = np.random.default_rng(seed), []
-    for is_none in (False, True):
-        own = [click for click in clicks if (click.defect == "none") == is_none]
-        count = sum((click.defect == "none") == is_none for click in wanted)
-        chosen += [own[index] for index in rng.permutation(len(own))[:count]]
-    return chosen
-
-
 class Experiment:
-    """The arguments and the folders of one run; every stage that is done already is not done again."""
+    """One campaign: the arguments and the folder of the work. What is done already is not done again."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.work = args, args.out
-        facts = {name: str(value) for name, value in vars(args).items() if name != "out"}
+        self.args = args
+        self.name = f"{args.defect}-{args.campaign}"
+        self.work = args.out / "work" / self.name
+        facts = {name: str(value) for name, value in vars(args).items() if name not in ("out", "draws")}
         written = self.work / "arguments.json"
         if written.exists() and json.loads(written.read_text()) != facts:
-            sys.exit(f"{args.out} holds a run with other arguments, see {written}: choose another --out, or remove it")
+            raise ValueError(f"{self.work} holds a run with other arguments, see {written}: choose another --out, or remove it")
         self.work.mkdir(parents=True, exist_ok=True)
         written.write_text(json.dumps(facts, indent=1))
-        sets = [*args.sets, *args.none_sets]
-        self.first = half_data(args.data, sets, self.work / "first", second=False)
-        self.second = half_data(args.data, sets, self.work / "second", second=True)
-
-    def train(self, arm: str, init: Path | None, clicks: Path | None, steps: int) -> Path:
-        """Train a network on round 1's clicks and those of a file; returns the run's folder."""
-        folder = self.work / arm / "network"
-        if not (folder / "record.json").exists():
-            train.train(self._config(init, steps, clicks), folder)
-        return folder
-
-    def train_outlines(self, arm: str, init: Path, masks: Path) -> Path:
-        """Train a network on round 1's clicks and on finished outlines; returns the run's folder."""
-        folder = self.work / arm / "network"
-        if not (folder / "record.json").exists():
-            photos = []
-            for mask in sorted(masks.glob("*/*.png")):
-                image_rgb = read_photo_rgb(photo_path(self.args.data / mask.parent.name, mask.stem))
-                photos.append(PhotoLabels(image_rgb, read_own_mask(mask, *image_rgb.shape[:2])))
-            train.train(self._config(init, self.args.steps, None), folder, more=photos)
-        return folder
-
-    def _config(self, init: Path | None, steps: int, clicks: Path | None) -> TrainConfig:
-        args = self.args
-        return TrainConfig(
-            defect=args.defect, data=self.first, sets=tuple(args.sets), none_sets=tuple(args.none_sets), labels="clicks",
-            clicks=clicks, init=init, lr=LR, head_lr=HEAD_LR, steps=steps, val_every=max(1, steps // 3),
-            crop_px=args.crop_px, batch=args.batch, seed=args.seed, negative_share=0.5,
-        )  # fmt: skip
-
-    def calibrated(self, arm: str, network: Path) -> Path:
-        """Weights of an arm, calibrated on val; returns their folder."""
-        folder = self.work / arm / "weights"
-        if not (folder / "manifest.json").exists():
-            args = self.args
-            calibrate(
-                argparse.Namespace(
-                    defect=args.defect, network=network, data=self.first, sets=args.sets, healthy_sets=args.none_sets,
-                    photos=args.photos, iterations=ITERATIONS, out=folder,
-                )
-            )  # fmt: skip
-        return folder
-
-    def campaign(self, weights: Path) -> tuple[Counter, list[float]]:
-        """Let annotators treat the proposals of some weights; returns outcomes and the share each defect saved."""
-        args, feedback = self.args, self.work / "feedback"
-        store = open_store(str(self.work / "feedback.db"))
-        if not feedback.exists():
-            log = ProposalLog(self.work / "proposals", LOG)
-            device, engine = device_and_engine(os.environ)
-            handler = ModelHandler(
-                weights, device, Settings(), LOG, proposal_log=log, time_limit_s=math.inf, engine=engine
-            )
-            photos = list(labelled_photos(self.second, args.sets, args.none_sets, "train", args.defect, args.photos))
-            source = Campaign(handler, Annotator(args.error, args.seed), self.second, photos, args.defect)
-            harvest = Harvest(source, store, LoggedProposals(read_proposal_log(self.work / "proposals")))
-            harvest.run()
-            for note in harvest.notes:
-                say(note)
-            part = feedback.with_suffix(".part")
-            write_weak_labels(store, PhotoFolder(self.second), args.crop_px, part)
-            part.replace(feedback)
-        with Session(store) as session:
-            rows = session.scalars(select(InteractionRow)).all()
-            return Counter(row.outcome for row in rows), [row.saved for row in rows if row.saved is not None]
+        self.pool, judged = campaign_photos(args.data, args.campaign, args.defect, args.judged)
+        if max(args.photos) > len(self.pool):
+            raise ValueError(f"--photos {max(args.photos)}: {args.campaign} has {len(self.pool)} photos to draw from")
+        old = {name: {"val": spread_evenly(split_stems(args.data, name, "val"), args.judged)} for name in args.old_sets}
+        self.judging = view_of(args.data, self.work / "judging", {args.campaign: {"val": judged}, **old})
 
     def run(self) -> dict:
-        """All rounds and arms; returns what came out."""
+        """All arms; what came out, as JSON has it."""
         args = self.args
-        one = self.train("round_1", args.init, None, args.first_steps)
-        weights = {"round_1": self.calibrated("round_1", one)}
-        outcomes, saved = self.campaign(weights["round_1"])
-        say(f"annotators: {dict(outcomes)}")
-        looped = self.work / "feedback" / "clicks" / file_name(args.defect, ".csv")
-        if not looped.exists():
-            sys.exit("nothing was proposed and every defect overlooked, so round 2 has nothing to learn: more --first-steps")
-        new = read_clicks(looped)
-        masks = self.work / "feedback" / "masks" / file_name(args.defect)
-        given = [
-            click
-            for name in [*args.sets, *args.none_sets]
-            for click in simulate_clicks(self.second, name, "train", args.defect, args.crop_px, 6, args.seed + 1)
-            if (masks / f"{click.photo_group}.png").exists()
-            and not (click.defect != "none" and name in args.none_sets)
-        ]
-        plain = as_many(given, new, args.seed)
-        write_clicks(self.work / "plain.csv", plain)
-        clicks = {"same_clicks": None, "plain_clicks": self.work / "plain.csv", "loop": looped}
-        for arm, path in clicks.items():
-            say(arm)
-            folder = self.train(arm, one / "best.safetensors", path, args.steps)
-            weights[arm] = self.calibrated(arm, folder)
-        say("loop_outlines")
-        folder = self.train_outlines("loop_outlines", one / "best.safetensors", masks)
-        weights["loop_outlines"] = self.calibrated("loop_outlines", folder)
+        arms = [{"kind": "before", "k": 0, "draw": None, **self.figures("before", args.weights)}]
+        if args.all_weights:
+            arms.append({"kind": "all", "k": None, "draw": None, **self.figures("all", args.all_weights)})
+        for kind, count, draw, stems in self.runs():
+            name = f"{kind}-{count}" + ("" if draw is None else f"-{draw}")
+            arms.append({"kind": kind, "k": count, "draw": draw, **self.adapted(name, kind, stems)})
+            shutil.rmtree(self.work / name, ignore_errors=True)
+        return {"command": "defectcam " + shlex.join(sys.argv[1:]), "defect": args.defect, "campaign": args.campaign,
+                "old_sets": args.old_sets, "draws": args.draws, "arms": arms}  # fmt: skip
+
+    def runs(self) -> Iterator[tuple[str, int, int | None, list[str]]]:
+        """Kind, number of photos, draw and photos of every adaptation; all of one draw, then the next."""
+        args = self.args
+        for draw in range(args.draws):
+            order = np.random.default_rng((args.seed, draw)).permutation(len(self.pool))
+            for count in args.photos:
+                yield "outlines", count, draw, [self.pool[index] for index in order[:count]]
+            for count in args.clicked:
+                yield "clicks", count, draw, [self.pool[index] for index in order[:count]]
+            if not draw and args.proposed:
+                first = self.proposed()
+                for count in args.proposed:
+                    yield "proposed", count, None, first[:count]
+
+    def proposed(self) -> list[str]:
+        """The photos in the order of `next-images`."""
+        kept = self.work / "proposed.json"
+        if not kept.exists():
+            paths = {photo_path(self.args.data / self.args.campaign, stem): stem for stem in self.pool}
+            looks, _ = look_at_all(self.predictor(self.args.weights), list(paths))
+            kept.write_text(json.dumps([paths[one.look.path] for one in ranked(looks)]))
+        return json.loads(kept.read_text())
+
+    def adapted(self, name: str, kind: str, stems: Sequence[str]) -> dict:
+        """Adapt with some photos; the figures of the new weights, the verdict and the minutes of the weights and of all."""
+        kept, args = self.work / f"{name}.json", self.args
+        if not kept.exists():
+            folder = self.work / name
+            shutil.rmtree(folder, ignore_errors=True)
+            data = view_of(args.data, folder / "data", {args.campaign: {"train": list(stems)}})
+            labels = TrainConfig(
+                args.defect, data, sets=(args.campaign,), labels="clicks" if kind == "clicks" else "outlines",
+                steps=args.steps, seed=args.seed,
+            )  # fmt: skip
+            say(f"{self.name}: {name}")
+            choice = adapt(labels, args.weights, folder / "next")
+            # Weights that are worse are judged, too: the verdict must be right about them.
+            weights = folder / "next" / ("rejected" if choice.verdict == "worse" else ".")
+            record = load_weights(weights).facts[args.defect].training["adapted"][-1]
+            found = self.judge(weights)
+            kept.write_text(json.dumps({name: record[name] for name in ("verdict", "minutes", "minutes_of_all")} | found))
+        return json.loads(kept.read_text())
+
+    def figures(self, name: str, weights: Path) -> dict:
+        """The figures of weights that are there."""
+        kept = self.work / f"{name}.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(self.judge(weights)))
+        return json.loads(kept.read_text())
+
+    def predictor(self, weights: Path) -> Predictor:
+        """Proposals of some weights."""
+        return Predictor(load_weights(weights), *device_and_engine(os.environ))
+
+    def judge(self, weights: Path) -> dict:
+        """Figures of the campaign and of every old set, and what every photo adds to them."""
+        args, predictor = self.args, self.predictor(weights)
+        by_set: dict[str, list[PhotoFigures]] = {}
+        for photo in labelled_photos(self.judging, [args.campaign, *args.old_sets], [], "val", args.defect):
+            by_set.setdefault(photo.set_name, []).append(self.photo(predictor, photo))
+        shown = {name: {key: value for key, value in set_figures(of).items() if key in SHOWN} for name, of in by_set.items()}
         return {
-            "command": "defectcam " + shlex.join(sys.argv[1:]),
-            "defect": args.defect,
-            "error": args.error,
-            "annotators": dict(sorted(outcomes.items())),
-            "campaign_eq3": round(relative_time_saving(saved), 4),
-            "clicks": {"loop": _kinds(new), "plain_clicks": _kinds(plain)},
-            "arms": {arm: self._figures(folder) for arm, folder in weights.items()},
+            "figures": shown,
+            "old": [[one.counts.get("iou", 1.0), one.counts.get("f1", 1.0)] for name in args.old_sets for one in by_set[name]],
         }
 
-    def _figures(self, weights: Path) -> dict:
-        """Figures of an arm's weights on val, by set, and the minutes its network trained."""
-        args, defect = self.args, self.args.defect
-        predictor = Predictor(load_weights(weights), *device_and_engine(os.environ))
-        by_set = {}
-        for photo in labelled_photos(self.first, args.sets, args.none_sets, "val", defect, args.photos):
-            proposals = [one.component for one in predictor.propose(photo.image_rgb, defect)]
-            by_set.setdefault(photo.set_name, []).append(photo_figures(defect, photo, proposals))
-        minutes = predictor.weights.facts[defect].training["network"]["minutes"]
-        return {"minutes": minutes, "val": {name: set_figures(photos) for name, photos in by_set.items()}}
+    def photo(self, predictor: Predictor, photo: LabelledPhoto) -> PhotoFigures:
+        """What a photo adds."""
+        proposals = predictor.propose(photo.image_rgb, self.args.defect, steps=0)
+        return photo_figures(self.args.defect, photo, [one.component for one in proposals])
 
 
-def _kinds(clicks: Sequence[Click]) -> dict[str, int]:
-    none = sum(click.defect == "none" for click in clicks)
-    return {"positive": len(clicks) - none, "none": none}
+def loss_on_old(arms: Sequence[dict], before: dict, column: int) -> list[float]:
+    """By how much the old photos' mean figure fell in some draws, and the ends of its 95 % interval over photos.
 
-
-def draw(found: dict, path: Path) -> None:
-    """The arms' figures as bars: fit and time saved on the sets with the defect, quiet on those without."""
-    rows = table(found)
-    shown = [name for name in ("iou", "f1_2px", "mean_saved", "eq3", "quiet_share") if any(name in row for row in rows)]
-    _, axes = pyplot.subplots(1, len(shown), figsize=(3 * len(shown), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], shown):
-        with_it = [row for row in rows if name in row]
-        of_arm = {arm: np.mean([row[name] for row in with_it if row["arm"] == arm]) for arm in found["arms"]}
-        axis.bar(range(len(of_arm)), of_arm.values(), color=["#888"] + ["#4477aa"] * (len(of_arm) - 1))
-        axis.set_xticks(range(len(of_arm)), of_arm, rotation=35, ha="right", fontsize=8)
-        axis.set_title(name)
-        axis.grid(axis="y", alpha=0.3)
-    pyplot.tight_layout()
-    pyplot.savefig(path, dpi=90)
-    pyplot.close()
+    Args:
+        column: of `old`, 0 the IoU, 1 F1 at 2 px.
+    """
+    lost = np.array(before["old"])[:, column] - np.mean([np.array(arm["old"])[:, column] for arm in arms], axis=0)
+    return [round(float(lost.mean()), 4), *interval_95(bootstrap_sums(lost[:, None])[:, 0] / len(lost))]
 
 
 def table(found: dict) -> list[dict]:
-    """One row for each arm and set."""
-    return [
-        {"arm": arm, "set": set_name, **figures}
-        for arm, of in found["arms"].items()
-        for set_name, figures in of["val"].items()
-    ]
+    """One row for all draws of a kind and a number of photos: means, and the least and largest where there are several."""
+    rows, before = [], found["arms"][0]
+    groups: dict[tuple, list[dict]] = {}
+    for arm in found["arms"]:
+        groups.setdefault((arm["kind"], arm["k"]), []).append(arm)
+    for (kind, count), arms in groups.items():
+        row = {"arm": kind + (f", {count}" if count else ""), "draws": len(arms), "kind": kind, "k": count}
+        for name in SHOWN:
+            values = [arm["figures"][found["campaign"]].get(name) for arm in arms]
+            if None not in values:
+                row[name] = round(float(np.mean(values)), 3)
+                row[f"{name}_ends"] = [round(min(values), 3), round(max(values), 3)]
+        if found["old_sets"]:
+            row["lost_iou"] = loss_on_old(arms, before, 0)
+            row["lost_f1"] = loss_on_old(arms, before, 1)
+        if "minutes" in arms[0]:
+            row["minutes"] = round(float(np.mean([arm["minutes"] for arm in arms])), 1)
+            row["minutes_of_all"] = round(float(np.mean([arm["minutes_of_all"] for arm in arms])), 1)
+            row["verdicts"] = ", ".join(arm["verdict"] for arm in arms)
+        rows.append(row)
+    return rows
+
+
+def draw(campaigns: Sequence[dict], path: Path) -> None:
+    """A row of plots for each campaign: each figure over the number of finished photos."""
+    figure, rows = pyplot.subplots(len(campaigns), len(SHOWN), figsize=(3.2 * len(SHOWN), 2.6 * len(campaigns)), squeeze=False)
+    for axes, found in zip(rows, campaigns):
+        of_kind: dict[str, list[dict]] = {}
+        for row in table(found):
+            of_kind.setdefault(row["kind"], []).append(row)
+        for axis, (name, title) in zip(axes, SHOWN.items()):
+            before = of_kind["before"][0]
+            if name not in before:
+                axis.set_axis_off()
+                continue
+            for kind, style in KINDS.items():
+                own = [*([before] if kind == "outlines" else []), *of_kind.get(kind, [])]
+                if len(own) > (kind == "outlines"):
+                    values = [row[name] for row in own]
+                    below = [row[name] - row[f"{name}_ends"][0] for row in own]
+                    above = [row[f"{name}_ends"][1] - row[name] for row in own]
+                    axis.errorbar([row["k"] for row in own], values, np.clip([below, above], 0, None), fmt=style, capsize=3, label=kind)
+            for row in of_kind.get("all", []):
+                axis.axhline(row[name], color="#888", linestyle="--", label="all train photos")
+            axis.set_xscale("symlog", linthresh=1)
+            axis.set_xlim(left=-0.3)
+            axis.set_xticks([0, *sorted({row["k"] for row in of_kind.get("outlines", [])})])
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_title(f"{found['defect']}, {found['campaign']}: {title}".replace("$", r"\$"), fontsize=8)
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize=7)
+        axes[0].set_xlabel("finished photos", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
 
 
 def plain(name: str) -> str:
@@ -387,61 +261,76 @@ def plain(name: str) -> str:
 
 
 PAGE = jinja2.Template(
-    """# Does the loop teach anything?
+    """# What a few finished photos bring
 
-Two rounds with simulated annotators, defect {{ plain(found.defect) }}; what the arms are and how the annotators decide, says
-`defectcam loop --help`. Made by
+`defectcam adapt` goes on training the running weights with k finished photos of a campaign, which no training saw.
+`defectcam loop --help` says what the rows are. All figures are at T = 0, means over the draws (least to largest in brackets).
+Lost: how much lower the old sets' photos are than before; minus is a gain. In brackets is the 95 % interval.
+Minutes are of the weights, and with the folds that judge them, in this run, which may have shared the machine.
+
+![the figures over the number of finished photos](loop.png)
+{% for found, rows in campaigns %}
+## {{ plain(found.defect) }}: {{ plain(found.campaign) }}
 
     {{ found.command|replace("\n", " ") }}
 
-Annotators who err in {{ "%g" | format(100 * found.error) }} % of cases treated the proposals of round 1:
-{% for outcome, count in found.annotators.items() %}{{ count }} {{ outcome }}{{ ", " if not loop.last }}{% endfor -%}
-. Eq. 3 over all that was not rejected, with 0 for what was missed: {{ found.campaign_eq3 }}. From that came {{ found.clicks.loop.positive }} positive and
-{{ found.clicks.loop.none }} none-clicks; the arm without the loop got {{ found.clicks.plain_clicks.positive }} and
-{{ found.clicks.plain_clicks.none }} on the same photos.
-
-| arm | set | {% for name in figures %}{{ name }} | {% endfor %}minutes |
-|---|---|{% for _ in figures %}---|{% endfor %}---|
+| weights | draws | {% for title in shown.values() %}{{ title }} | {% endfor %}old sets lost: IoU | F1 at 2 px | minutes | verdicts |
+|---|---|{% for _ in shown %}---|{% endfor %}---|---|---|---|
 {% for row in rows -%}
-| {{ row.arm }} | {{ plain(row.set) }} | {% for name in figures %}{{ row[name] if name in row }} | {% endfor -%}
-{{ found.arms[row.arm].minutes }} |
-{% endfor %}
-![the arms' figures, the mean over sets](loop.png)
-
-Every arm's thresholds were chosen on the same val photos that judge it here, so all are somewhat flattered, all alike.
-One seed: differences of a few hundredths are chance. Of a series of photos of one wall some may lie in either half.
-""",
+| {{ row.arm }} | {{ row.draws }} | {% for name in shown %}{% if name in row %}{{ "%.3f" | format(row[name]) }}
+{%- if row.draws > 1 %} ({{ "%.3f to %.3f" | format(*row[name ~ "_ends"]) }}){% endif %}{% endif %} | {% endfor -%}
+{% for name in ("lost_iou", "lost_f1") %}{% if row[name] and row.kind != "before" and (name == "lost_iou" or found.defect == "crack") -%}
+{{ "%+.3f (%+.3f to %+.3f)" | format(*row[name]) }}{% endif %} | {% endfor -%}
+{% if "minutes" in row %}{{ row.minutes }}, {{ row.minutes_of_all }}{% endif %} | {{ row.verdicts }} |
+{% endfor %}{% endfor %}""",
     trim_blocks=False,
 )
+
+
+def write_page(out: Path) -> Path:
+    """Write the page of all campaigns of a folder; returns it."""
+    campaigns = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    draw(campaigns, out / "loop.png")
+    page = out / "loop.md"
+    page.write_text(PAGE.render(campaigns=[(one, table(one)) for one in campaigns], shown=SHOWN, plain=plain), encoding="utf-8")
+    return page
+
+
+def numbers(text: str) -> list[int]:
+    """"1,5" -> [1, 5]; each 1 or more."""
+    found = [int(word) for word in text.split(",") if word]
+    if any(number < 1 for number in found):
+        raise ValueError
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam loop`."""
     parser = command_parser("loop", __doc__)
-    parser.add_argument("--defect", default="crack")
+    parser.add_argument("--defect", required=True)
+    parser.add_argument("--weights", type=Path, required=True, help="weights that never saw the campaign")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
-    parser.add_argument("--sets", type=names, required=True, help="sets with the defect's masks")
-    parser.add_argument("--none-sets", type=names, required=True, help="sets without the defect")
-    parser.add_argument("--photos", type=int, default=40, help="of each set: in the campaign, and of val (default: %(default)s)")
-    parser.add_argument("--error", type=float, default=0.05, help="of the annotators, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--init", type=Path, help="round 1 starts from these weights (safetensors); else from ImageNet's")
-    parser.add_argument("--first-steps", type=int, default=900, help="of round 1 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="of every arm of round 2 (default: %(default)s)")
-    parser.add_argument("--crop-px", type=int, default=64, help="side of the crops around clicks (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="crops per step (default: %(default)s)")
+    parser.add_argument("--campaign", required=True, metavar="SET", help="the set that the photos are drawn from")
+    parser.add_argument("--old-sets", type=names, default=[], help="sets that the weights knew before")
+    parser.add_argument("--all-weights", type=Path, help="weights that trained on all photos of the campaign")
+    parser.add_argument("--photos", type=numbers, default=[1, 5, 20], help="finished photos (default: 1,5,20)")
+    parser.add_argument("--clicked", type=numbers, default=[5], help="photos with clicks alone (default: 5)")
+    parser.add_argument("--proposed", type=numbers, default=[5], help="photos that next-images proposes (default: 5)")
+    parser.add_argument("--draws", type=int, default=3, help="of the photos (default: %(default)s)")
+    parser.add_argument("--judged", type=int, default=20, help="val photos of each set that judge (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of every adaptation (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/loop"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
-    if not 0 <= args.error <= 1:
-        parser.error(f"--error is {args.error}; allowed is 0 to 1")
+    for option in ("draws", "judged"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option} is {getattr(args, option)}; allowed is 1 or more")
     if not (args.data / "splits.json").exists():
         parser.error(f"no splits.json in {args.data}: name the folder of photo sets with --data")
     try:
-        found = Experiment(args).run()
-    except (ValueError, FileNotFoundError) as error:
+        experiment = Experiment(args)
+        written = args.out / f"{experiment.name}.json"
+        written.write_text(json.dumps(experiment.run(), indent=1) + "\n")
+        say(f"written: {write_page(args.out).resolve()}")
+    except (WeightsError, ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
-    (args.out / "loop.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, args.out / "loop.png")
-    page = PAGE.render(found=found, rows=table(found), figures=FIGURES, plain=plain)
-    (args.out / "loop.md").write_text(page, encoding="utf-8")
-    say(f"written: {(args.out / 'loop.md').resolve()}")

@@ -50,6 +50,7 @@ from defectcam.evaluation.figures import COLUMNS, figures, painted
 from defectcam.evaluation.measures import iou
 from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
 from defectcam.evaluation.report import compared
+from defectcam.feedback.replay import FOLDER as REPLAY
 from defectcam.paths import file_name, inside, relative_path, write_image
 from defectcam.predict import Predictor, device_and_engine
 from defectcam.request import RequestError
@@ -272,8 +273,13 @@ def calibrated(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
 
 
 def assemble(weights: Path, new_dirs: dict[str, Path], parent: dict, folder: Path) -> Path:
-    """Write the new version's weights to `folder`, all defects: the new ones, and the running weights for the others."""
+    """Write the new version's weights to `folder`, all defects: the new ones, and the running weights for the others.
+
+    The replay pack of the running weights goes along.
+    """
     folder.mkdir(exist_ok=True)
+    if (weights / REPLAY).is_dir():
+        shutil.copytree(weights / REPLAY, folder / REPLAY, dirs_exist_ok=True)
     entries = json.loads((weights / "manifest.json").read_text())["defects"]
     for defect in entries:
         source = new_dirs.get(defect, weights)
@@ -399,6 +405,8 @@ def publish(candidate: Path, folder: Path) -> None:
     """Copy a weights folder, its manifest last and in one move, so a manifest is never there without its files."""
     for path in (*candidate.glob("*.safetensors"), *candidate.glob("*.onnx")):
         shutil.copyfile(path, folder / path.name)
+    if (candidate / REPLAY).is_dir():
+        shutil.copytree(candidate / REPLAY, folder / REPLAY, dirs_exist_ok=True)
     shutil.copyfile(candidate / "manifest.json", folder / "manifest.tmp")
     (folder / "manifest.tmp").replace(folder / "manifest.json")
 

@@ -20,6 +20,11 @@
 and of the share of clicks saved (mean over cracks): an outline slightly wide of a crack saves more than one with gaps.
 Of several sets it is the mean.
 
+With `--labels clicks`, or `--val-clicks` and no sets, no mask is needed. "Fit" is then the harmonic mean of two shares: of the
+positive clicks that lie within CLICK_REACH_PX of a region, and of the patches of negative clicks that hold no pixel of one.
+A region is right if a positive click lies on it, wrong if most of it lies in such patches, and otherwise does not count. Clicks
+do not tell how wide a defect is, so outlines fit less well than after a calibration from masks.
+
 Beside the weights `<defect>-reliability.png` shows whether regions of a confidence are right as often as it says; the
 confidences come from weights that were fitted without their photo, in turn. Photos and maps lie in a file without a name
 on the disk of `--out`, so memory does not grow with the number of photos.
@@ -27,6 +32,7 @@ on the disk of `--out`, so memory does not grow with the number of photos.
 Example:
     defectcam calibrate --defect crack --network out/train/crack --data ../shared/data --sets deepcrack,uav75 \\
         --healthy-sets steelbridge440 --out out/weights
+    defectcam calibrate --defect spalling --network out/train/spalling --val-clicks val.csv --out out/weights
 """
 
 from __future__ import annotations
@@ -57,11 +63,13 @@ from defectcam.network import fold_batchnorm, fold_upsampling
 from defectcam.openvino_engine import OpenVinoEngine
 from defectcam.paths import file_name
 from defectcam.postprocess import Cleaning, regions
+from defectcam.predict import STEPS
 from defectcam.proposals import component_confidence, component_features, find_components, probability
 from defectcam.pyramid import ENLARGED, PhotoMaps, PlainMaps, Pyramid, Reading
 from defectcam.torch_engine import TorchEngine
 from defectcam.training.confidence import fit_logistic, reliability_of
-from defectcam.training.config import names
+from defectcam.training.click_judge import absent_of, click_config, clicked_photos, fit_of_clicks, judged_px
+from defectcam.training.config import LABELS, names
 from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
 from defectcam.training.labels import add_label_option
 from defectcam.training.start import trained_network
@@ -78,7 +86,6 @@ CLEANINGS = {"crack": [Cleaning(*how) for how in product((0, 1, 2), (6, 10, 14),
 OTHER_CLEANINGS = [Cleaning(closing, 0, area) for closing, area in product((0, 1, 3), (30, 100, 300))]
 FINER_GAIN = 0.03  # of fit, which a level twice as fine must bring: it takes four times as long
 ENLARGED_GAIN = 0.01  # which the enlarged level must bring: it is read only near what the others see
-STEPS = (0, 1, 2, 4, 8)
 STEP_LENGTHS = (0.0025, 0.005, 0.01, 0.02)  # xi
 HIGHER_THRESHOLDS = tuple(0.5 * index for index in range(9))  # above the best one of T = 0: climbing extends
 G_REF_QUANTILE = 0.999
@@ -99,19 +106,25 @@ class Calibration:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.defect = args, args.defect
-        labels = getattr(args, "label_names", None)  # retraining and the loop have no such option: their labels are the defects
-        file = ArrayFile(args.out)
-        found = labelled_photos(args.data, args.sets, args.healthy_sets, "val", self.defect, args.photos, labels)
+        labels = getattr(args, "label_names", None)  # retraining has no such option: its labels are the defects
+        file, record = ArrayFile(args.out), args.network / "record.json"
+        if getattr(args, "labels", "outlines") == "clicks":
+            found = clicked_photos(click_config(args, json.loads(record.read_text())), args.photos)
+        else:
+            found = labelled_photos(args.data, args.sets, args.healthy_sets, "val", self.defect, args.photos, labels)
         self.plain = {KeptPhoto(photo, file): PlainMaps(KeptLevels(file)) for photo in found}
         self.healthy = [photo for photo in self.plain if photo.truth is None]
         self.labelled = [photo for photo in self.plain if photo.truth is not None]
+        self.judging = self.labelled
+        if any(photo.patches_xyxy is not None for photo in self.plain):  # each may have patches without the defect
+            self.healthy = self.judging = list(self.plain)
         if not self.healthy or not self.labelled:
             sys.exit(
                 f"calibration needs val photos with {self.defect} and without it; there are {len(self.labelled)} and "
                 f"{len(self.healthy)}: name other --sets or --healthy-sets"
             )
         network = trained_network(args.network)
-        self.record = json.loads((args.network / "record.json").read_text())
+        self.record = json.loads(record.read_text())
         self.tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
         self.graph = graph_of(network) if network.encoder_name in ENCODERS_WITH_GRAPH else None
         if self.graph and not torch.cuda.is_available():
@@ -127,7 +140,9 @@ class Calibration:
         return PhotoMaps(self.engine, reading, Pyramid(photo.image_rgb), plain=self.plain[photo])
 
     def fit(self, photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
-        """How well masks (H, W) bool fit photos with the defect, 0..1; see above."""
+        """How well masks (H, W) bool fit photos of `judging`, 0..1; see above."""
+        if self.judging is not self.labelled:
+            return fit_of_clicks(photos, masks)
         by_set: dict[str, list[tuple]] = {}
         for photo, mask in zip(photos, masks, strict=True):
             truth, more = photo.truth, ()
@@ -152,24 +167,24 @@ class Calibration:
         cleaning: Cleaning,
         plain: Sequence[np.ndarray] | None = None,
     ) -> tuple[float, float]:
-        """The largest fit, and the threshold where it is.
+        """The largest fit, and the threshold where it is; of equal ones that nearest to 0, where the network says one half.
 
         Args:
             plain: the maps of T = 0. By how much they fit better at a threshold counts against it: the default T shall
                 be the best.
         """
 
-        def at(least: float) -> tuple[float, float, float]:
+        def at(least: float) -> tuple[float, float, float, float]:
             fit = self.fit(photos, (regions(one, least, cleaning) for one in logits))
             if plain is None:
-                return fit, fit, least
+                return fit, -abs(least), fit, least
             lead = self.fit(photos, (regions(one, least, cleaning) for one in plain)) - fit
-            return fit - max(0.0, lead), fit, least
+            return fit - max(0.0, lead), -abs(least), fit, least
 
         found = max(map(at, THRESHOLDS))
         for step in (0.5, 0.25):
-            found = max(found, at(found[2] - step), at(found[2] + step))
-        return found[1:]
+            found = max(found, at(found[3] - step), at(found[3] + step))
+        return found[2:]
 
     def choose_reading(self) -> tuple[Reading, float, dict]:
         """The reading that fits best, its threshold, and the fit of all."""
@@ -177,8 +192,8 @@ class Calibration:
         best, report = (-np.inf, 0.0, None), {}
         for finest, sharpness in product(FINEST.get(self.defect, OTHER_FINEST), SHARPNESSES):
             reading = Reading(finest, 16, sharpness, (None,))
-            logits = self.climbed(self.labelled, reading, 0)
-            fit, least = self.best_threshold(self.labelled, logits, cleaning)
+            logits = self.climbed(self.judging, reading, 0)
+            fit, least = self.best_threshold(self.judging, logits, cleaning)
             report[f"finest {finest:g}, sharpness {sharpness:g}"] = {"fit": round(fit, 4), "threshold": least}
             say(f"reading from level {finest:g}, sharpness {sharpness:g}: fit {fit:.3f} at {least:g}")
             worth = fit - FINER_GAIN * np.log2(min(finest, 1.0)) - ENLARGED_GAIN * (finest == ENLARGED)
@@ -200,7 +215,7 @@ class Calibration:
     def choose_climb(self, reading: Reading, least: float) -> tuple[dict, dict]:
         """The manifest's `climb`, and what every step length gives; `least` is the threshold that is best for T = 0."""
         g_ref = self.gradient_reference(reading)
-        photos, report, found = spread(self.labelled, CLIMB_PHOTOS), {}, []
+        photos, report, found = spread(self.judging, CLIMB_PHOTOS), {}, []
         cleaning = replace(FIRST_CLEANING.get(self.defect, OTHER_FIRST_CLEANING), gap_px=0)
         for xi in STEP_LENGTHS:
             climb = {"form": "local", "xi": xi, "g_ref": [g_ref, None]}
@@ -216,7 +231,8 @@ class Calibration:
                 return self.fit(photos, (regions(one, threshold, cleaning) for one in logits[steps]))
 
             plain = fit(0, least)
-            best, threshold = max((fit(2, least + higher), least + higher) for higher in HIGHER_THRESHOLDS)
+            best, higher = max((fit(2, least + higher), -higher) for higher in HIGHER_THRESHOLDS)
+            threshold = least - higher
             fits = {steps: fit(steps, threshold) for steps in STEPS}
             recalls = {steps: recall(photos, (one > threshold for one in logits[steps])) for steps in STEPS}
             report[str(xi)] = {
@@ -258,8 +274,11 @@ class Calibration:
 
 def recall(photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
     """Share of the truth's pixels that are found, over all photos."""
-    found = sum(np.count_nonzero(mask & photo.truth) for photo, mask in zip(photos, masks, strict=True))
-    return float(found / max(sum(np.count_nonzero(photo.truth) for photo in photos), 1))
+    found = pixels = 0
+    for photo, mask in zip(photos, masks, strict=True):
+        if photo.truth is not None:
+            found, pixels = found + np.count_nonzero(mask & photo.truth), pixels + np.count_nonzero(photo.truth)
+    return float(found / max(pixels, 1))
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -268,11 +287,19 @@ def spread(items: Sequence, count: int) -> list:
 
 
 def random_pixels(
-    logits: np.ndarray, truth: np.ndarray | None, rng: np.random.Generator
+    logits: np.ndarray, truth: np.ndarray | None, rng: np.random.Generator, absent: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """PIXELS_PER_PHOTO values of a photo's merged map, (n,) float32, and whether they are the defect, (n,) 0 or 1."""
-    pixels = rng.integers(logits.size, size=PIXELS_PER_PHOTO)
-    return logits.ravel()[pixels], np.zeros(PIXELS_PER_PHOTO) if truth is None else truth.ravel()[pixels]
+    """PIXELS_PER_PHOTO values of a photo's merged map, (n,) float32, and whether they are the defect, (n,) 0 or 1.
+
+    Args:
+        absent: (H, W) bool, where the defect is known not to be, of a photo with clicks alone. Half are then drawn from there.
+    """
+    if absent is not None:
+        kinds = [np.flatnonzero(kind) for kind in (absent, truth) if kind is not None and kind.any()]
+        pixels = np.concatenate([rng.choice(kind, PIXELS_PER_PHOTO // 2) for kind in kinds] or [np.empty(0, int)])
+    else:
+        pixels = rng.integers(logits.size, size=PIXELS_PER_PHOTO)
+    return logits.ravel()[pixels], np.zeros(len(pixels)) if truth is None else truth.ravel()[pixels]
 
 
 def fit_platt(samples: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
@@ -283,14 +310,27 @@ def fit_platt(samples: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, 
 
 
 def regions_with_features(
-    maps: PhotoMaps, logits: np.ndarray, least: float, cleaning: Cleaning, truth: np.ndarray | None
+    maps: PhotoMaps,
+    logits: np.ndarray,
+    least: float,
+    cleaning: Cleaning,
+    truth: np.ndarray | None,
+    absent: np.ndarray | None = None,
 ) -> list[tuple[tuple[float, ...], bool]]:
-    """Features of every region of the plain map, and whether most of it lies within 2 px of the truth; `logits`: merged."""
+    """Features of every region of the plain map, and whether it is right; `logits`: merged.
+
+    Right is what lies within 2 px of the truth for the most part. Where clicks are all that is known, `absent` (H, W) bool
+    says where the defect is not; regions of which nothing is known are left out.
+    """
     near = None if truth is None else cv2.dilate(truth.astype(np.uint8), np.ones((5, 5), np.uint8))
     found = []
     for component in find_components(regions(logits, least, cleaning)):
         x0, y0, x1, y1 = component.box_xyxy
-        right = near is not None and near[y0 : y1 + 1, x0 : x1 + 1][component.mask].mean() > 0.5
+        part = slice(y0, y1 + 1), slice(x0, x1 + 1)
+        shares = [0.0 if one is None else one[part][component.mask].mean() for one in (near, absent)]
+        right = shares[0] > (0.5 if absent is None else 0)
+        if absent is not None and not right and shares[1] <= 0.5:
+            continue
         found.append((component_features(component, logits, maps.levels), bool(right)))
     return found
 
@@ -339,7 +379,7 @@ def calibrate(args: argparse.Namespace, licences: Mapping[str, dict] | None = No
     work = Calibration(args)
     reading, least, readings = work.choose_reading()
     climb, climbs = work.choose_climb(reading, least)
-    photos = spread(work.labelled, DEFAULT_T_PHOTOS)
+    photos = spread(work.judging, DEFAULT_T_PHOTOS)
     climbed = work.climbed(photos, replace(reading, climbs=climbs_of(climb)), args.iterations)
     plain = work.climbed(photos, reading, 0)
     cleaning, cleanings = work.choose_cleaning(photos, climbed, least)
@@ -347,10 +387,10 @@ def calibrate(args: argparse.Namespace, licences: Mapping[str, dict] | None = No
     say(f"T = {args.iterations}: fit {fit:.3f} at threshold {least:g} of the merged map, {cleaning}")
     samples, found, rng = [], {}, np.random.default_rng(0)
     for photo in tqdm(work.plain, desc="regions", unit="photo"):
-        maps, truth = work.maps(photo, reading), photo.truth
+        maps, truth, absent = work.maps(photo, reading), photo.truth, absent_of(photo)
         logits = maps.merged()
-        samples.append(random_pixels(logits, truth, rng))
-        found[photo] = regions_with_features(maps, logits, least, cleaning, truth)
+        samples.append(random_pixels(logits, truth, rng, absent))
+        found[photo] = regions_with_features(maps, logits, least, cleaning, truth, absent)
     platt = fit_platt(samples)
     every = [one for some in found.values() for one in some]
     if not any(right for _, right in every):
@@ -363,7 +403,7 @@ def calibrate(args: argparse.Namespace, licences: Mapping[str, dict] | None = No
         for photo, some in found.items()
     }
     threshold = least_confidence(
-        [(photo.set_name, photo.image_rgb[..., 0].size, [one for one, _ in sure[photo]]) for photo in work.healthy],
+        [(photo.set_name, judged_px(photo), [one for one, right in sure[photo] if not right]) for photo in work.healthy],
         [(photo.set_name, [one for one, right in sure[photo] if not right]) for photo in work.labelled],
     )
     kept = [[one for one, right in sure[photo] if right] for photo in work.labelled]
@@ -420,15 +460,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_parser("calibrate", __doc__)
     parser.add_argument("--defect", required=True)
     parser.add_argument("--network", type=Path, required=True, help="folder from `defectcam train`")
-    parser.add_argument("--data", type=Path, required=True, help="folder of sets with splits.json")
-    parser.add_argument("--sets", type=names, required=True, help="sets whose masks judge")
+    parser.add_argument("--data", type=Path, help="folder of sets with splits.json")
+    parser.add_argument("--sets", type=names, default=[], help="sets whose masks judge")
     parser.add_argument("--healthy-sets", type=names, default=[], help="sets that give photos without the defect")
+    parser.add_argument("--labels", choices=LABELS, default="outlines", help="what of the masks judges (default: %(default)s)")
+    parser.add_argument("--val-clicks", type=Path, help="your own clicks on val photos: CSV or JSONL; they judge alone")
     add_label_option(parser)
     parser.add_argument("--photos", type=int, help="photos of each set at most (default: all)")
     parser.add_argument("--iterations", type=int, default=2, help="T where it is set nowhere else (default 2, the paper's)")
     parser.add_argument("--licences", type=Path, help="JSON file with the licences of the sets (default: all are unknown)")
     parser.add_argument("--out", type=Path, required=True, help="the weights folder")
     args = parser.parse_args(argv)
+    if args.val_clicks:
+        args.labels = "clicks"
+    elif not (args.data and args.sets):
+        parser.error("nothing judges: give --data and --sets, or --val-clicks")
     try:
         check_label_name(args.defect)
         calibrate(args, read_licences(args.licences) if args.licences else None)

@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from defectcam.paths import inside
+from defectcam.paths import inside, not_read, photo_files
 from defectcam.training.labels import LabelledSet, only_photo, photo_size, stem_of
 from defectcam.training.tables import number_of, table_rows
 
@@ -141,7 +141,7 @@ def _check_places(path: Path, lines: Sequence[int], clicks: Sequence[Click]) -> 
 
 
 def photo_path(set_dir: Path, stem: str) -> Path:
-    """Path of a photo of a data set laid out as images/<stem> with any of IMAGE_SUFFIXES, in any case of letters.
+    """Path of a photo of a data set laid out as images/<stem> with any of PHOTO_SUFFIXES, in any case of letters.
 
     Raises:
         FileNotFoundError: there is none.
@@ -190,9 +190,10 @@ def all_stems(images: Path) -> list[str]:
     Raises:
         FileNotFoundError: there is none.
     """
-    paths = [path for path in sorted(images.rglob("*")) if stem_of(path.name) is not None]
+    paths, others = photo_files(images)
     if not paths:
-        raise FileNotFoundError(f"there is no photo in {images}: the photos of a set lie in its folder images")
+        also = f" (not read: {not_read(others)})" if others else ""
+        raise FileNotFoundError(f"there is no photo in {images}{also}: the photos of a set lie in its folder images")
     return [path.relative_to(images).with_suffix("").as_posix() for path in paths]
 
 

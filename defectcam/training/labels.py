@@ -23,14 +23,13 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from defectcam.paths import inside
-from defectcam.request import FORMATS, ImageError, decode_image, upright_size
+from defectcam.image import FORMATS, PHOTO_SUFFIXES, SAVE_ANEW, ImageError, decode_image, pixel_limit, upright_size
+from defectcam.paths import inside, not_read, photo_files, tell_not_read
 from defectcam.text import read_lines
 from defectcam.training.finished import FINISHED, Box, read_finished
-from defectcam.training.names import IMAGE_SUFFIXES, NEAR, LabelNames, PhotoNames, near_name, stem_of
+from defectcam.training.names import NEAR, LabelNames, PhotoNames, near_name, stem_of
 from defectcam.training.shapes import DefectShapes
 
-MAX_PIXELS = 10**9  # Pillow's own limit of 178 MP comes first
 UNKNOWN = 127  # grey level of pixels of which nothing is known, in masks that this project wrote
 LABELMAP = "labelmap.txt"
 BLACK = (0, 0, 0)
@@ -83,7 +82,7 @@ def photo_bytes(path: Path | str) -> Iterator[bytes]:
 def photo_size(path: Path | str) -> tuple[int, int]:
     """(height, width) of a photo in px, upright; from its header where its format allows. Errors as `read_photo_rgb`."""
     with photo_bytes(path) as file:
-        return upright_size(file, MAX_PIXELS)
+        return upright_size(file, pixel_limit())
 
 
 def read_photo_rgb(path: Path | str) -> np.ndarray:
@@ -94,7 +93,7 @@ def read_photo_rgb(path: Path | str) -> np.ndarray:
         ImageError: it cannot be decoded; the message begins with its path.
     """
     with photo_bytes(path) as file:
-        return decode_image(file, MAX_PIXELS)
+        return decode_image(file, pixel_limit())
 
 
 def only_photo(images: Path, stem: str, found: Sequence[Path]) -> Path:
@@ -105,7 +104,9 @@ def only_photo(images: Path, stem: str, found: Sequence[Path]) -> Path:
         ValueError: there are two.
     """
     if not found:
-        raise FileNotFoundError(f"no photo {stem} with {' or '.join(IMAGE_SUFFIXES)} in {images}")
+        others = [path for path in photo_files((images / stem).parent)[1] if path.with_suffix("") == images / stem]
+        also = f", but {others[0].name}, which is not read: {SAVE_ANEW}" if others else ""
+        raise FileNotFoundError(f"no photo {stem} with {' or '.join(PHOTO_SUFFIXES)} in {images}{also}")
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1]} are two photos of the name {stem}: rename or remove one")
     return found[0]
@@ -136,11 +137,10 @@ class LabelledSet:
         self._names = LabelNames(defect, labels or {})
         self._photos: dict[str, list[Path]] = {}
         images = self.set_dir / "images"
-        for folder, _, names in os.walk(images, followlinks=True):
-            for name in sorted(names):
-                if (stem := stem_of(name)) is not None:
-                    path = Path(folder, name)
-                    self._photos.setdefault((path.parent.relative_to(images) / stem).as_posix(), []).append(path)
+        photos, others = photo_files(images)
+        tell_not_read(images, not_read(others))
+        for path in photos:
+            self._photos.setdefault(path.relative_to(images).with_suffix("").as_posix(), []).append(path)
         self.mask_dir = self._mask_dir()
         self._masks = self._masks_by_photo() if self.mask_dir else {}
         self._labelmap = self._read_labelmap(data_dir) if self.mask_dir else None
@@ -286,7 +286,7 @@ class LabelledSet:
                     masks.setdefault(owner, []).append(path)
         for owner, path in others.items():
             if owner and owner not in masks:
-                raise ValueError(f"{path} is in no format for masks: {' or '.join(IMAGE_SUFFIXES[:-1])} needed")
+                raise ValueError(f"{path} is in no format for masks: {' or '.join(PHOTO_SUFFIXES)} needed")
         return masks
 
     def _read_labelmap(self, data_dir: Path) -> tuple[Path, set[Colour], set[Colour]] | None:

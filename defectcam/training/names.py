@@ -6,14 +6,15 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".mpo")
+from defectcam.image import PHOTO_SUFFIXES
+
 NEAR = 0.85  # difflib's ratio: "cracks" for crack, but not "scaling" for spalling
 
 
 def stem_of(name: str) -> str | None:
     """A file's name without its suffix; None where it is no image's."""
     stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in IMAGE_SUFFIXES else None
+    return stem if suffix.lower() in PHOTO_SUFFIXES else None
 
 
 def near_name(wanted: str, names: Iterable[str], least_ratio: float = 0.6) -> str | None:

@@ -1,10 +1,11 @@
-"""The handler over HTTP without Nuclio, for trying it out and for tests: `defectcam serve`.
+"""The function over HTTP without Nuclio, and a page to try it out: `defectcam serve`.
 
-In: a module with `init_context(context)` and `handler(context, event)`, by default the repository's `main`.
+In: a module with `init_context(context)` and `handler(context, event)`, such as `defectcam.function`.
 Out: a Starlette app that keeps to what Nuclio's processor and its Python wrapper do with such a module: the
 same Context, Event and Response objects, the same reading of bodies, limits, queue and error answers. One
 worker, as in function.yaml: each event waits for its turn. What differs: no eventTimeout ends a handler that
-hangs, and a bare list is answered as JSON (with a warning) where Nuclio takes it for a batch of answers.
+hangs, and a bare list is answered as JSON (with a warning) where Nuclio takes it for a batch of answers. Browsers are
+led to the page, see `defectcam.serve.tryout`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import importlib
 import logging
 import os
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -31,17 +31,21 @@ from nuclio_sdk.event import EventDeserializerKinds
 from nuclio_sdk.json_encoder import Encoder
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from defectcam.request import MAX_BODY_BYTES
+from defectcam import function
+from defectcam.request import MAX_BODY_BYTES, RequestError
+from defectcam.serve.tryout import Tryout
+from defectcam.weights import WeightsError
 
 QUEUE_SECONDS = 110.0  # of function.yaml, which gives the reasons; a test holds the two together
+PAGE = "/tryout"  # the path of the try-out page
 LAST_ANSWER_S = 8  # for the answers under way when the command is stopped: Docker kills after 10 s
 
 EXAMPLE = """example:
-  defectcam serve --port 8080 &
+  defectcam serve --port 8080 --log-dir out/tryout &     # then open http://127.0.0.1:8080/ in a browser
   printf '{"image": "%s"}' "$(base64 -w0 photo.jpg)" > request.json
   curl -H 'Content-Type: application/json' --data-binary @request.json http://127.0.0.1:8080/
 """
@@ -60,28 +64,21 @@ def create_app(
     Raises:
         Exception: whatever `init_context` raises.
     """
-    return Starlette(routes=[Route("/{path:path}", _Worker(module, max_body_bytes, queue_seconds))])
-
-
-def load_main() -> ModuleType:
-    """The handler's module `main`, from beside this package or else from the working directory.
-
-    Raises:
-        FileNotFoundError: neither folder has a main.py.
-    """
-    folders = [Path(__file__).resolve().parents[1], Path.cwd()]
-    for folder in folders:
-        if (folder / "main.py").is_file():
-            sys.path.insert(0, str(folder))  # first, since others have modules of this name too
-            return importlib.import_module("main")
-    searched = " or ".join(map(str, folders))
-    raise FileNotFoundError(f"no main.py in {searched}; run this from the repository's root")
+    worker = _Worker(module, max_body_bytes, queue_seconds)
+    routes = [Route("/{path:path}", worker)]
+    if model := getattr(worker.context.user_data, "model", None):  # other handlers have no page
+        routes.insert(0, Mount(PAGE, Tryout(model, worker.run).app()))
+        worker.has_page = True
+    return Starlette(routes=routes)
 
 
 def run(host: str = "127.0.0.1", port: int = 8080) -> None:
-    """Serve the repository's `main` until interrupted, then end this process within LAST_ANSWER_S."""
+    """Serve the function until interrupted, then end this process within LAST_ANSWER_S."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch reads it when it is loaded; see function.yaml
-    app = create_app(load_main())
+    try:
+        app = create_app(function)
+    except (RequestError, WeightsError) as error:
+        sys.exit(str(error))
     uvicorn.run(app, host=host, port=port, http="h11", ws="none", timeout_graceful_shutdown=LAST_ANSWER_S)
     os._exit(0)  # Python would wait for the worker's thread
 
@@ -90,13 +87,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam serve`."""
     parser = argparse.ArgumentParser(
         prog="defectcam serve",
-        description="Serve the function over HTTP as Nuclio would, without Nuclio.",
+        description="Serve the function over HTTP as Nuclio would, without Nuclio. In a browser, the same address shows a page "
+        "to try it out on your own photos. Photos stay on this machine.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", default=8080, type=int, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--log-dir", type=Path, help="folder for photos reviewed on the page and for all answers (default: $ADVCAM_LOG_DIR)"
+    )
     args = parser.parse_args(argv)
+    if args.log_dir:
+        os.environ["ADVCAM_LOG_DIR"] = str(args.log_dir)
     run(args.host, args.port)
 
 
@@ -107,6 +110,7 @@ class _Worker:
         self.handler = module.handler
         self.max_body_bytes = max_body_bytes
         self.queue_seconds = queue_seconds
+        self.has_page = False
         self.turn = asyncio.Lock()
         self.trigger = nuclio_sdk.TriggerInfo("http", "myHttpTrigger")
         logger = nuclio_sdk.Logger(logging.DEBUG)
@@ -118,8 +122,15 @@ class _Worker:
             self.thread.submit(module.init_context, self.context).result()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._respond(Request(scope, receive))
+        request = Request(scope, receive)
+        is_browser = request.method == "GET" and scope["path"] in ("/", PAGE) and "text/html" in request.headers.get("accept", "")
+        response = RedirectResponse(f"{PAGE}/") if self.has_page and is_browser else await self._respond(request)
         await response(scope, receive, send)
+
+    async def run(self, work: Callable, *arguments: object) -> object:
+        """What `work` returns, called in the worker's thread when it is its turn."""
+        async with self.turn:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, work, *arguments)
 
     async def _respond(self, request: Request) -> Response:
         try:
