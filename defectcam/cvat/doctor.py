@@ -46,7 +46,7 @@ CLICK_VERSION = 2  # from which on newer versions of CVAT offer a click tool
 DEPLOY_AGAIN = "run ./deploy.sh again"
 LIST_REMEDIES = {
     404: "start CVAT with its serverless file; where the answer names a function, delete that one",
-    500: "a function, of whoever, has a malformed spec: find it with curl http://localhost:8070/api/functions and delete it",
+    500: "some function has a malformed spec: find it with curl http://localhost:8070/api/functions and delete it",
     503: "CVAT does not reach Nuclio: start CVAT with its serverless file",
     504: "CVAT does not reach Nuclio: start CVAT with its serverless file",
 }

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("replay", __doc__)
     parser.add_argument("--defect", required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of sets")
-    parser.add_argument("--sets", type=names, required=True, help="sets with the defect's outlines, which anybody may have")
+    parser.add_argument("--sets", type=names, required=True, help="sets with the defect's outlines, whose licence lets everybody have them")
     add_label_option(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True, help="the weights folder")

@@ -32,7 +32,7 @@ STORE_MB = 1500  # of all photos; the one that was asked for last stays, however
 
 
 class Cancelled(Exception):
-    """Nobody waits for the answer any more."""
+    """The browser has cancelled the request."""
 
 
 class Gone(LookupError):

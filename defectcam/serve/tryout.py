@@ -231,7 +231,7 @@ class Tryout:
         return shape | measures(shape, *photo.size, lambda region: photo.surest_pixel(shape["label"], region))
 
     def _sentence(self, error: Exception) -> str:
-        """An error in words for whoever sits at the page."""
+        """An error in words for the person at the page."""
         if isinstance(error, (RequestError, ImageError)):
             return str(error)
         if isinstance(error, OSError):
