@@ -1,7 +1,7 @@
 """The pixels that shapes of label files and of CVAT stand for.
 
 A region is a `Component`: a tight boolean crop and where it lies in the photo. Polygons are painted as the proposals
-are made (`defectcam.proposals`: border included), so a proposal that nobody touched has the very same region.
+are made (`defectcam.proposals`: border included), so a proposal that was not edited has the very same region.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def test_clicks_and_rejections_alone_leave_theta_and_do_no_harm(running, tmp_pat
 def test_of_a_clicked_photo_the_running_weights_tell_how_far_the_defect_reaches():
     clicks = (Click("p", 20, 20, "crack"), Click("p", 70, 20, "crack"), Click("p", 20, 80, "none", "crack", patch_px=20))
     found = np.zeros((100, 100), bool)
-    found[15:25, 10:30] = found[75:85, 10:30] = found[45:55, 10:30] = True  # clicked on, rejected, nobody looked
+    found[15:25, 10:30] = found[75:85, 10:30] = found[45:55, 10:30] = True  # clicked on, rejected, without a click
     without = np.zeros((100, 100), bool)
     without[:, 60:] = True
     outline = outline_of_clicks(PhotoLabels(np.zeros((100, 100, 3), np.uint8), None, clicks), found, without)

@@ -1146,7 +1146,7 @@ def test_a_snapshot_of_completed_jobs_says_that_it_comes_too_late(workplace, cap
 
 
 def test_proposals_that_cvat_dropped_are_no_rejections(workplace):
-    """The task has no label for spalling, so nobody ever saw the proposal."""
+    """The task has no label for spalling, so annotators never saw the proposal."""
     place = workplace
     answer = [proposal(A, square(10, 10)), proposal(B, square(60, 10), "spalling")]
     place.append(place.cvat.photos[0][1], answer)

@@ -156,7 +156,7 @@ def test_transparent_colour_is_dropped(image):
 
 @pytest.mark.parametrize("file_format", ["TIFF", "JPEG"])
 def test_cmyk_ink_darkens(file_format):
-    # PIL writes CMYK JPEGs as Adobe does, inverted; whoever misses that returns the negative
+    # PIL writes CMYK JPEGs inverted, as Adobe does. A reader that does not know this returns the negative.
     inks = {
         (0, 0, 0, 0): (255, 255, 255),
         (255, 0, 0, 0): (0, 255, 255),

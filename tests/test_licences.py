@@ -35,7 +35,7 @@ def test_the_strictest_terms_count():
     assert strictest([FREE, RESEARCH_ONLY, FREE]) == RESEARCH_ONLY
     assert strictest([RESEARCH_ONLY, UNKNOWN, FREE]) == UNKNOWN
     assert strictest([FREE, FREE]) == FREE
-    assert strictest([]) == UNKNOWN, "nobody has said that it is free"
+    assert strictest([]) == UNKNOWN, "no source says that it is free"
 
 
 def test_a_set_that_the_file_does_not_name_is_unknown(tmp_path):

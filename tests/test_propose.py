@@ -515,7 +515,7 @@ def test_coco_is_the_same_region_for_another_reader(exported):
 
 
 def test_regions_of_answers_and_export_agree_with_the_feedback_reader(exported):
-    """Whoever imports the file, exports it and harvests it sees the same pixels."""
+    """The file has the same pixels after it was imported, exported and harvested."""
     kind, expected, _, path, _ = exported
     job = "<job><id>1</id><segments><segment><id>1</id><start>0</start><stop>9999999</stop><url/></segment></segments></job>"
     path.write_text(path.read_text().replace("</meta>", f"{job}</meta>"))

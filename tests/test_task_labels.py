@@ -91,7 +91,7 @@ def test_completed_jobs_are_known_wholly_and_others_in_part(tmp_path, is_new, la
     cvat.edit(place.of("c1"), dx=8)
     cvat.shapes.remove(place.of("c2"))
     cvat.add(2, "crack", square(10, 60))
-    cvat.add(2, "crack", square(130, 60), source="auto")  # another model's, which nobody has looked at
+    cvat.add(2, "crack", square(130, 60), source="auto")  # another model's, which was not edited
     cvat.shapes.remove(place.of("d1"))  # says nothing of cracks
     cvat.relabel(place.of("e0"), "rust")
     cvat.label("crack")["name"] = label

@@ -13,7 +13,7 @@ A campaign is one bridge, one camera, one light. A few of its photos teach what 
 OUT/manifest.json, *.safetensors, *.onnx    the new weights, for `deploy.sh weights OUT`; other defects are as before
 OUT/before_after.jpg                        photos that were not learnt from: photo, before, after
 OUT/rejected/                               all of this instead, where the verdict is "worse"
-OUT/work/                                   checkpoints; may be deleted afterwards
+work, in OUT                                checkpoints; may be deleted afterwards
 
 Photos and labels come from tasks of CVAT (--cvat-task), or are laid out as for `defectcam train`; without splits.json all photos
 of a set are taken. Of a task the photos of completed jobs are finished. Of its other jobs the photos count on which a person has

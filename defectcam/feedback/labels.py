@@ -9,7 +9,7 @@ clicks/<defect>.csv               for `defectcam train --clicks`. Accepted and m
                                   the outline edited, rejected, or missed): the harder a case, the more it counts.
 masks/<defect>/<set>/<stem>.png   for `defectcam train --masks`. The finished outlines of
                                   all photos of completed jobs, photos without the defect included; photos
-                                  that nobody looked at have none.
+                                  that were not looked at have none.
 
 In file names, <defect> is the label's name, with %XX for what cannot stand in one (a label "a/b": clicks/a%2Fb.csv).
 

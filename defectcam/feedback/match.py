@@ -166,7 +166,7 @@ def _place(proposals: Sequence[Proposal], shapes: Sequence[Shape], width: int, h
 def _offset(
     size: tuple[int, int], proposals: Sequence[Proposal], shapes: Sequence[Shape]
 ) -> tuple[float, float] | None:
-    """Where the part of the photo lies that the function saw, told by a shape nobody moved since."""
+    """Where the part of the photo lies that the function saw, told by a shape that was not moved since."""
     by_name = {p.name: p for p in proposals if (p.width, p.height) == size}
     for shape in shapes:
         proposal = by_name.get(shape.proposal)

@@ -33,7 +33,7 @@ def region_iou(one: Component, other: Component) -> float:
 def edited_share(before: Component, after: Component) -> float:
     """Share (0..1) of both outlines' pixels that are farther than 1 px from the other outline.
 
-    0: nobody moved anything; 1: nothing of the old outline is left. An added part counts, and so does a part that
+    0: nothing was moved; 1: nothing of the old outline is left. An added part counts, and so does a part that
     was cut away.
     """
     (old, new), _, _ = on_one_crop([before, after], margin_px=SAME_OUTLINE_PX + 1)
@@ -45,7 +45,7 @@ def edited_share(before: Component, after: Component) -> float:
 
 
 def saved_share(before: Component, after: Component, defect: str, width: int, height: int) -> float:
-    """Share (0..1) of clicks that starting from `before` saved whoever drew `after` (paper 4.3, Eq. 3's groups).
+    """Share (0..1) of clicks that starting from `before` saved the person who drew `after` (paper 4.3, Eq. 3's groups).
 
     Counted as for simulated annotators (`defectcam.evaluation.measures`), with the outline the annotator left as
     the truth; of regions too small for that the share of the outline that was not edited.

@@ -16,7 +16,7 @@ OUT/manifest.json, *.safetensors, *.onnx    promoted weights, for `deploy.sh wei
 OUT/report.html, pictures/          both versions' figures, and the photos on which they differ most
 OUT/rejected/                       all of this instead, where the new weights were not promoted
 OUT/clicks/<defect>.csv             old and new clicks: --old-clicks of the next time
-OUT/work/                           checkpoints and masks; may be deleted afterwards
+work, in OUT                        checkpoints and masks; may be deleted afterwards
 
 The exit status is 0 if the new weights were promoted, 3 if not, and 1 or 2 where something was wrong.
 

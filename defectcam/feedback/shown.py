@@ -279,7 +279,7 @@ def shown_proposals(
     for number in told_by_events & records.keys():
         records[number] = last_during(job, records[number]) or latest(records[number])
     unknown = set() if snapshot is not None else {number for number in names_of if not records.get(number)}
-    # CVAT drops proposals of labels that the run did not map to one of the job's: nobody saw them.
+    # CVAT drops proposals of labels that the run did not map to one of the job's, so annotators did not see them.
     arrived = {log.label_of[name] for names in names_of.values() for name in names} | set(job.labels)
     shown = {}
     for frame in frames:

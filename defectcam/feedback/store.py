@@ -1,6 +1,6 @@
 """The database of interactions: four tables, in SQLite or any other database that SQLAlchemy knows.
 
-`docs/feedback.md` describes them for whoever reads them with other tools. Times are ISO 8601 text; shapes, settings
+`docs/feedback.md` describes them for other tools. Times are ISO 8601 text; shapes, settings
 and lists are JSON. Nothing depends on when a row was written, so harvesting the same thing twice changes nothing.
 """
 

@@ -136,7 +136,7 @@ class _Worker:
         try:
             body = await _read_body(request, self.max_body_bytes)
         except ClientDisconnect:
-            body = None  # nobody is left to read the answer
+            body = None  # the client has gone
         if body is None:
             return Response("Error when parsing request", 400, media_type="text/plain")
         arrival = time.time()  # as on the processor: the body is here, the queue comes after

@@ -122,7 +122,7 @@ class Tryout:
             yield line(id=photo.id, width=width, height=height, steps=self._steps(photo))
             for name, work in self.photos.stages(photo, job):
                 task = asyncio.ensure_future(self.run(work))
-                task.add_done_callback(lambda task: task.cancelled() or task.exception())  # where nobody waits for it any more
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())  # an error after the browser has gone
                 while not (await asyncio.wait([task], timeout=PROGRESS_S))[0]:
                     yield line(stage=name, share=round(job.share, 3))
                 task.result()
