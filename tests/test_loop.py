@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from defectcam.feedback import adapt, loop
-from defectcam.feedback.loop import campaign_photos, loss_on_old, spread_evenly, table, view_of
+from defectcam.feedback.loop import campaign_photos, loss_on_old, table, view_of
+from defectcam.training.calibrate import spread
 from defectcam.training.clicks import split_stems
 from tests.conftest import dark_wall, dark_weights, little_training
 from tests.test_retrain import data_dir  # noqa: F401, pytest finds fixtures by name
@@ -50,7 +51,7 @@ def test_photos_that_are_drawn_show_the_defect_and_never_judge(sets, tmp_path):
     assert campaign_photos(sets, "bridge", "spalling", 5) == (["pier1", "pier2"], ["pier3", "pier4"])
     only_val = view_of(sets, tmp_path / "view", {"bridge": {"train": [], "val": ["pier1", "pier2", "pier3", "pier4"]}})
     assert campaign_photos(only_val, "bridge", "spalling", 5) == (["pier1", "pier3"], ["pier2", "pier4"])
-    assert spread_evenly("abcdefghi", 3) == ["a", "e", "i"] and spread_evenly("ab", 5) == ["a", "b"] and not spread_evenly("", 3)
+    assert spread("abcdefghi", 3) == ["a", "e", "i"] and spread("ab", 5) == ["a", "b"] and not spread("", 3)
 
 
 def test_all_arms_run_once_and_are_told_apart(sets, running, tmp_path, capsys):

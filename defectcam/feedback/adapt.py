@@ -64,7 +64,8 @@ from defectcam.postprocess import regions
 from defectcam.proposal_log import read_proposal_log
 from defectcam.proposals import probability
 from defectcam.training.calibrate import say
-from defectcam.training.clicks import patch_bounds
+from defectcam.training.click_judge import CLICK_REACH_PX
+from defectcam.training.clicks import patch_xyxy
 from defectcam.training.config import LABELS, TrainConfig, names
 from defectcam.training.dataset import PhotoLabels, on_disk
 from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
@@ -79,8 +80,7 @@ LR = 3e-4
 CROP_PX, BATCH = 192, 8
 SCALES = (0.7, 1.4)  # a campaign has one camera
 MOST_COVERED = 0.03  # of the pixels are the defect; beyond that it is drawn as it lies
-# Of a photo with clicks alone: the disc that a positive click stands for, and where around it nothing is known.
-CLICK_REACH_PX, AROUND_CLICK_PX = 2, 16
+AROUND_CLICK_PX = 16  # of a positive click nothing is known, where clicks are all that is known of a photo
 SURE_LOGITS = 2.0  # so far below theta the running weights are believed that the defect is not there
 REPLAY_SHARE = 0.4  # of the crops with the defect
 # Of the new weights in the mixture. Of cracks half gains the campaign little and costs the old sites much. What covers much of
@@ -162,8 +162,7 @@ def outline_of_clicks(photo: PhotoLabels, found: np.ndarray, without: np.ndarray
     outline = np.where(without & (around == 0), np.uint8(0), np.uint8(UNKNOWN))
     outline[np.isin(labels, np.setdiff1d(labels[discs > 0], 0))] = 255
     for click in photo.negative:
-        side_px = click.patch_px or CROP_PX
-        (x0, x1), (y0, y1) = patch_bounds(click.x, side_px, width), patch_bounds(click.y, side_px, height)
+        x0, y0, x1, y1 = patch_xyxy(click, CROP_PX, height, width)
         outline[y0:y1, x0:x1] = 0
     outline[discs > 0] = 255
     return outline

@@ -44,7 +44,7 @@ from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
 from defectcam.feedback.adapt import STEPS, adapt
 from defectcam.feedback.next_images import look_at_all, ranked
 from defectcam.predict import Predictor, device_and_engine
-from defectcam.training.calibrate import say
+from defectcam.training.calibrate import say, spread
 from defectcam.training.clicks import photo_path, split_stems
 from defectcam.training.config import TrainConfig, names
 from defectcam.training.labels import LabelledSet, photo_size
@@ -58,11 +58,6 @@ KINDS = {"outlines": "o-", "clicks": "s", "proposed": "^"}  # and how they are d
 CAMPAIGN, OLD = "campaign", "old"
 
 
-def spread_evenly(stems: Sequence[str], count: int) -> list[str]:
-    """`count` of some names at even distances, all of them if there are fewer."""
-    return [stems[index] for index in np.unique(np.linspace(0, len(stems) - 1, count).astype(int))] if stems else []
-
-
 def campaign_photos(data: Path, set_name: str, defect: str, judged: int) -> tuple[list[str], list[str]]:
     """Names of the photos that may be drawn, which all show the defect, and of those that judge."""
     pool, val = split_stems(data, set_name, "train"), split_stems(data, set_name, "val")
@@ -70,7 +65,7 @@ def campaign_photos(data: Path, set_name: str, defect: str, judged: int) -> tupl
         pool, val = val[::2], val[1::2]
     files = LabelledSet(data, set_name, defect)
     masks = ((stem, files.read_mask(stem, *photo_size(files.photo(stem)))) for stem in pool)
-    return [stem for stem, mask in masks if mask is not None and mask.any()], spread_evenly(val, judged)
+    return [stem for stem, mask in masks if mask is not None and mask.any()], spread(val, judged)
 
 
 def view_of(data: Path, folder: Path, sets: dict[str, dict[str, list[str]]]) -> Path:
@@ -99,7 +94,7 @@ class Experiment:
         self.pool, judged = campaign_photos(args.data, args.campaign, args.defect, args.judged)
         if max(args.photos) > len(self.pool):
             raise ValueError(f"--photos {max(args.photos)}: {args.campaign} has {len(self.pool)} photos to draw from")
-        old = {name: {"val": spread_evenly(split_stems(args.data, name, "val"), args.judged)} for name in args.old_sets}
+        old = {name: {"val": spread(split_stems(args.data, name, "val"), args.judged)} for name in args.old_sets}
         self.judging = view_of(args.data, self.work / "judging", {args.campaign: {"val": judged}, **old})
 
     def run(self) -> dict:

@@ -282,8 +282,8 @@ def recall(photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
 
 
 def spread(items: Sequence, count: int) -> list:
-    """`count` of the items at even distances."""
-    return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, count).astype(int))]
+    """`count` of the items at even distances, all of them if there are fewer."""
+    return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, count).astype(int))] if items else []
 
 
 def random_pixels(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from defectcam.evaluation.kept import KeptPhoto
 from defectcam.evaluation.photos import LabelledPhoto
-from defectcam.training.clicks import patch_bounds
+from defectcam.training.clicks import patch_xyxy
 from defectcam.training.config import TrainConfig
 from defectcam.training.sources import check_kinds, gather
 
@@ -52,13 +51,9 @@ def clicked_photos(config: TrainConfig, limit: int | None) -> Iterator[LabelledP
         truth = np.zeros((height, width), np.uint8)
         for click in photo.positive:
             cv2.circle(truth, (click.x, click.y), CLICK_REACH_PX, 1, -1)
-        patches = []
-        for click in photo.negative:
-            side_px = click.patch_px or config.crop_px
-            (x0, x1), (y0, y1) = patch_bounds(click.x, side_px, width), patch_bounds(click.y, side_px, height)
-            patches.append((x0, y0, x1, y1))
-        stem = Path(source.path).stem if set_name else str(source.path)
-        yield LabelledPhoto(set_name, stem, photo.image_rgb, truth > 0 if photo.positive else None, tuple(patches))
+        patches = tuple(patch_xyxy(click, config.crop_px, height, width) for click in photo.negative)
+        stem = source.path.stem if set_name else str(source.path)
+        yield LabelledPhoto(set_name, stem, photo.image_rgb, truth > 0 if photo.positive else None, patches)
 
 
 def fit_of_clicks(photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:

@@ -269,3 +269,10 @@ def patch_bounds(center: int, patch_px: int, size: int) -> tuple[int, int]:
     length = min(patch_px, size)
     start = min(max(center - length // 2, 0), size - length)
     return start, start + length
+
+
+def patch_xyxy(click: Click, default_px: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """The patch around a negative click, half-open box in the photo, px; `default_px` is its side where the click has none."""
+    side_px = click.patch_px or default_px
+    (x0, x1), (y0, y1) = patch_bounds(click.x, side_px, width), patch_bounds(click.y, side_px, height)
+    return x0, y0, x1, y1
