@@ -56,6 +56,8 @@ LOOP := out/loop
 STEPS := --encoder efficientnet-lite0 --encoder-weights imagenet --crop-px 160 --batch 8 --lr 1e-3 --steps 1300 --val-every 650 --val-photos 10
 CRACK := --defect crack --data $(DATA) --sets deepcrack,uav75
 RUST := --defect rust --data $(DATA) --sets steelbridge440
+SPALLING := --defect spalling --data $(DATA) --sets phinet_labelled
+OTHERS := steelbridge440,cis_corrosion,deepcrack,uav75,uav_kaggle315
 loop: install
 	$(VENV)/python -m defectcam train $(CRACK) --none-sets steelbridge440,cis_corrosion --scales 0.5,2 $(STEPS) --out $(LOOP)/train/crack
 	test -e $(LOOP)/weights-crack/manifest.json || $(VENV)/python -m defectcam calibrate $(CRACK) --photos 20 \
@@ -65,12 +67,16 @@ loop: install
 	test -e $(LOOP)/weights-rust/manifest.json || $(VENV)/python -m defectcam calibrate $(RUST) --photos 20 \
 		--healthy-sets deepcrack,uav75 --network $(LOOP)/train/rust --out $(LOOP)/weights-rust
 	$(VENV)/python -m defectcam replay --defect rust --data $(DATA) --sets steelbridge440 --out $(LOOP)/weights-rust
+	$(VENV)/python -m defectcam train $(SPALLING) --none-sets $(OTHERS) --scales 0.35,4 $(STEPS) --out $(LOOP)/train/spalling
+	test -e $(LOOP)/weights-spalling/manifest.json || $(VENV)/python -m defectcam calibrate $(SPALLING) --photos 30 \
+		--healthy-sets $(OTHERS) --network $(LOOP)/train/spalling --out $(LOOP)/weights-spalling
+	$(VENV)/python -m defectcam replay $(SPALLING) --out $(LOOP)/weights-spalling
 	$(VENV)/python -m defectcam loop --defect crack --weights $(LOOP)/weights-crack --data $(DATA) --campaign uav_kaggle315 \
 		--old-sets deepcrack,uav75 --all-weights weights --out $(LOOP) $(ARGS)
 	$(VENV)/python -m defectcam loop --defect rust --weights $(LOOP)/weights-rust --data $(DATA) --campaign cis_corrosion \
 		--old-sets steelbridge440 --all-weights weights --out $(LOOP) $(ARGS)
-	$(VENV)/python -m defectcam loop --defect spalling --weights weights --data $(DATA) --campaign mdmcs18 --photos 1,5 \
-		--old-sets phinet_labelled --out $(LOOP) $(ARGS)
+	$(VENV)/python -m defectcam loop --defect spalling --weights $(LOOP)/weights-spalling --data $(DATA) --campaign mdmcs18 \
+		--photos 1,5 --clicked= --proposed= --judged 40 --old-sets phinet_labelled --out $(LOOP) $(ARGS)
 	cp $(LOOP)/loop.md $(LOOP)/loop.png docs/
 
 bench: install

@@ -56,8 +56,9 @@ options of every command:
   --help
 
 With ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN in the environment the functions read T and the labels' types from the CVAT
-task that is being annotated, and a new deployment is checked with defectcam doctor (docs/cvat.md). The token is a personal access token of a service account, a user of CVAT that
-is there for the functions alone; for CVAT 2.15, which has none, the key that POST /api/auth/login gives that user.
+task that is being annotated, and a new deployment is checked with defectcam doctor (docs/operate.md). The token is a
+personal access token of a service account, a user of CVAT that is there for the functions alone; for CVAT 2.15, which
+has none, the key that POST /api/auth/login gives that user (docs/deploy.md).
 Do not sign in to the web page as that user: signing out there deletes the key.
 EOF
 }
@@ -576,7 +577,7 @@ add_labels() {
             read_json(spec)
             if (FILENAME == ENVIRON["TOLD"]) {
                 printf "note: the weights have a defect \047%s\047; add the label \047%s\047 to your task in CVAT " \
-                    "(docs/cvat.md, \"Labels\"), which drops its proposals otherwise\n", defect, defect >"/dev/stderr"
+                    "(docs/annotate.md, \"Labels\"), which drops its proposals otherwise\n", defect, defect >"/dev/stderr"
             }
             if (tag) return substr(spec, 1, first[tag] - 1) made ",\n        " substr(spec, first[tag])
             return substr(spec, 1, last[labels]) ",\n        " made substr(spec, last[labels] + 1)
@@ -671,7 +672,7 @@ def regions(answer):
         if shape["label"] == "notice":  # T of a task cannot be had, the weights are right all the same
             print("note:", shape["attributes"][0]["value"], file=sys.stderr)
             continue
-        region = found.setdefault(shape["label"], Image.new("1", (4096, 4096)))
+        region = found.setdefault(shape["label"], Image.new("1", (side, side)))
         if "mask" in shape:
             *bits, left, top, right, bottom = map(int, shape["mask"])
             bits = Image.fromarray(np.uint8(bits).reshape(bottom - top + 1, -1) * 255)
@@ -680,6 +681,9 @@ def regions(answer):
             ImageDraw.Draw(region).polygon(shape["points"], fill=1)
     return {label: np.array(region) for label, region in found.items()}
 expected, expected_answer, found, found_answer = map(json.loads, data.splitlines())
+shapes = [shape for answer in (expected_answer, found_answer) if isinstance(answer, list) for shape in answer]
+ends = [number for shape in shapes for number in shape.get("points", []) + shape.get("mask", [])[-4:]]
+side = int(max(ends, default=0)) + 2
 for key in ("version", "weights", "defects", "defaults"):
     if expected.get(key) != found.get(key):
         sys.exit(f"{key}: it says {found.get(key)}, expected {expected.get(key)}")
@@ -1040,7 +1044,7 @@ check_with_cvat() {
     fi
     say ''
     call "${inside[@]}" python -m defectcam doctor >&2 ||
-        say 'note: the deployment is verified; put right what is marked wrong above, then look again: docs/cvat.md, "defectcam doctor"'
+        say 'note: the deployment is verified; put right what is marked wrong above, then look again: docs/operate.md, "defectcam doctor"'
 }
 
 # After an interruption to the current release, else to the one before: a second rollback undoes the first.

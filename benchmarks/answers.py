@@ -32,10 +32,11 @@ from unittest.mock import patch
 import nuclio_sdk
 from tqdm import tqdm
 
+from defectcam.command_line import step_counts
 from defectcam.engine import Engine
 from defectcam.function import handler, init_context
 from defectcam.handler import ModelHandler
-from defectcam.request import RequestError
+from defectcam.settings import NO_TIME_LIMIT_S, RequestError
 
 SAMPLE = Path(__file__).parents[1] / "docs" / "sample.jpg"
 START_FIELD = 22  # of /proc/self/stat: when the process was created, in clock ticks since the machine's start
@@ -80,7 +81,7 @@ class Function:
 
     def __init__(self) -> None:
         self.context = nuclio_sdk.Context(nuclio_sdk.Logger(logging.WARNING))
-        with patch.dict(os.environ, ADVCAM_TIME_LIMIT="86400"):
+        with patch.dict(os.environ, ADVCAM_TIME_LIMIT=str(NO_TIME_LIMIT_S)):
             init_context(self.context)
         self.model: ModelHandler = self.context.user_data.model
 
@@ -131,11 +132,6 @@ def peak_memory(device: str) -> dict[str, float]:
 
         peak["peak_gpu_mb"] = torch.cuda.max_memory_reserved() / 1e6
     return peak
-
-
-def step_counts(text: str) -> list[int]:
-    """Several T from "0,2,8"."""
-    return [int(word) for word in text.split(",")]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -79,7 +79,7 @@ from defectcam.handler import ModelHandler
 from defectcam.network import ScoreNet
 from defectcam.proposal_log import ProposalLog, image_hash
 from defectcam.pyramid import SMALL_TILE_PX, PhotoMaps, Pyramid, Reading, level_tiles
-from defectcam.request import RequestError, Settings
+from defectcam.settings import RequestError, Settings
 from defectcam.tiling import EDGE_PX, LARGEST_TILE_PX, Tile
 from defectcam.torch_engine import TorchEngine
 from defectcam.weights import weights_folder
@@ -176,7 +176,7 @@ def photo_of_tiles(tiles_xy: tuple[int, int], tile_px: int, halo_px: int) -> np.
 def compare_networks(model: ModelHandler, repetitions: int) -> dict:
     """The ratios of maps alone, without photo files and outlines: the first deployed defect, at the photo's scale."""
     defect = model.defects[0]
-    engine, reading = model.predictor.engines[defect], model.weights.facts[defect].reading
+    engine, reading = model.predictor.engines[defect], model.weights.configs[defect].reading
     one_level = Reading(1.0, 1, reading.sharpness, (reading.climb(1.0),))
 
     def ours(image_rgb: np.ndarray, climbed: np.ndarray | None, **near) -> np.ndarray:
@@ -229,9 +229,9 @@ def compare_networks(model: ModelHandler, repetitions: int) -> dict:
 
 def as_trained(model: ModelHandler, defect: str) -> ScoreNet:
     """A defect's network with nothing folded, its parameters with gradients."""
-    fact = model.weights.facts[defect]
-    network = fact.build_network().eval()
-    network.load_state_dict(load_file(weights_folder(os.environ) / fact.file))
+    config = model.weights.configs[defect]
+    network = config.build_network().eval()
+    network.load_state_dict(load_file(weights_folder(os.environ) / config.file))
     return network.to(model.device, memory_format=torch.channels_last)
 
 

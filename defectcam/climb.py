@@ -26,19 +26,24 @@ Maxima are those of the crop that climbs, as in the paper, so tiles of a photo n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from defectcam.engine import Engine
+from defectcam.validation import STRICT
+
+Step = Annotated[float, Field(ge=0, le=2)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LocalClimb:
     """xi: step in units of the image's -1..1; g_ref: gradient from which a step is a whole xi, above 0."""
 
-    xi: float
-    g_ref: float
+    xi: Step
+    g_ref: Annotated[float, Field(ge=1e-12, le=1e12)]
 
     def maps(self, engine: Engine, images: np.ndarray, steps: int) -> Iterator[np.ndarray]:
         """Yield M_0, M_1, ..., M_steps of a batch, each (N, H, W) float32.
@@ -62,13 +67,13 @@ class LocalClimb:
             yield mean.copy()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class PaperClimb:
     """xi: step in units of the image's -1..1; penalty_weight: lambda; salient_share: tau, 0..1."""
 
-    xi: float
-    penalty_weight: float
-    salient_share: float
+    xi: Step
+    penalty_weight: Annotated[float, Field(ge=0, le=1e6)]
+    salient_share: Annotated[float, Field(ge=0, le=1)]
 
     def maps(self, engine: Engine, images: np.ndarray, steps: int) -> Iterator[np.ndarray]:
         """As `LocalClimb.maps`. Every image of the batch climbs by itself; needs the PyTorch engine."""

@@ -8,22 +8,24 @@ So a function that knows its own name and has a token can look up which task it 
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from defectcam import __version__
+from defectcam import cvat_answers
+from defectcam.credentials import http_client
+from defectcam.cvat_answers import Called, Data, Job, Label, Page, T
 from defectcam.image import ImageError, decode_image
-from defectcam.request import ITERATIONS_MAX
+from defectcam.settings import ITERATIONS_MAX
+from defectcam.validation import first_problem
 
 ATTRIBUTE = "iterations"
 LIMIT_S = 2.0  # of one look-up, whatever CVAT does
@@ -134,10 +136,8 @@ class CvatRuns:
     """
 
     def __init__(self, url: str, token: str, function: str) -> None:
-        self.url = url.rstrip("/")
-        scheme = "Token" if re.fullmatch("[0-9a-f]{40}", token) else "Bearer"
-        self.headers = {"Authorization": f"{scheme} {token}", "User-Agent": f"defectcam/{__version__}"}
-        self.function = function
+        self.url, self.token, self.function = url.rstrip("/"), token.encode(), function
+        self.client = http_client(self.url, token, "ADVCAM_CVAT_URL")
 
     def ask(
         self, file: bytes, image_rgb: np.ndarray, default: Defaults, known: Mapping[tuple, Run], patience_s: float
@@ -156,8 +156,8 @@ class CvatRuns:
         """
         until = time.monotonic() + patience_s
         while True:
-            # In a thread, since no timeout of the standard library bounds a whole call: not the look-up of a host's
-            # name, not an answer that comes byte by byte. A thread that is late changes nothing.
+            # In a thread, since no timeout of httpx bounds a whole call: not the look-up of a host's name, not an answer
+            # that comes byte by byte. A thread that is late changes nothing.
             answer: Future = Future()
             arguments = (answer, file, image_rgb, default, known, time.monotonic() + LIMIT_S)
             threading.Thread(target=self._answer, args=arguments, name="cvat-task", daemon=True).start()
@@ -183,38 +183,37 @@ class CvatRuns:
         self, file: bytes, image_rgb: np.ndarray, default: Defaults, known: Mapping[tuple, Run], deadline: float
     ) -> LookUp:
         started = {}
-        for run in self._get_json("/api/lambda/requests", list, deadline):
-            if run["status"] == "started" and run["function"]["id"] == self.function:
-                started[run["id"], run.get("enqueued")] = run
-        runs = {key: known.get(key) or self._read_run(run["function"], deadline) for key, run in started.items()}
+        for run in self._read("/api/lambda/requests", list[cvat_answers.Run], deadline):
+            if run.status == "started" and run.function.id == self.function:
+                started[run.id, run.enqueued] = run
+        runs = {key: known.get(key) or self._read_run(run.function, deadline) for key, run in started.items()}
         compared = any(run.wanted(default) or run.wrong(default) and not run.told for run in runs.values())
         frames = {}
         for key, run in runs.items():
-            candidates = frames_at(started[key].get("progress"), run)
+            candidates = frames_at(started[key].progress, run)
             if compared:
                 candidates = (n for n in candidates if self._is_frame(run.task, n, file, image_rgb, deadline))
             frames[key] = next(iter(candidates), None)
         return LookUp(runs, frames, compared)
 
-    def _read_run(self, function: dict, deadline: float) -> Run:
+    def _read_run(self, called: Called, deadline: float) -> Run:
         """Ask for the labels and the frames of a run's task."""
-        task = int(function["task"])
-        labels = list(self._labels(task, deadline))
-        masks = frozenset(label["name"] for label in labels if label["type"] == MASK)
-        meta = self._get_json(f"/api/tasks/{task}/data/meta", dict, deadline)
-        frames = range(int(meta["size"]))
-        if function.get("job") is not None:
-            job = self._get_json(f"/api/jobs/{int(function['job'])}", dict, deadline)
-            frames = range(int(job["start_frame"]), int(job["stop_frame"]) + 1)
-        return Run(task, iterations_of(labels), int(meta["size"]), frozenset(meta["deleted_frames"]), frames, masks)
+        labels = list(self._labels(called.task, deadline))
+        masks = frozenset(label.name for label in labels if label.type == MASK)
+        data = self._read(f"/api/tasks/{called.task}/data/meta", Data, deadline)
+        frames = range(data.size)
+        if called.job is not None:
+            job = self._read(f"/api/jobs/{called.job}", Job, deadline)
+            frames = range(job.start_frame, job.stop_frame + 1)
+        return Run(called.task, iterations_of(labels), data.size, frozenset(data.deleted_frames), frames, masks)
 
-    def _labels(self, task: int, deadline: float) -> Iterator[dict]:
+    def _labels(self, task: int, deadline: float) -> Iterator[Label]:
         """All labels of a task, page by page."""
         path, page = f"/api/labels?task_id={task}", 1
         while True:
-            answer = self._get_json(path if page == 1 else f"{path}&page={page}", dict, deadline)
-            yield from answer["results"]
-            if not answer["next"]:  # its address may be the one that browsers use: not followed
+            answer = self._read(path if page == 1 else f"{path}&page={page}", Page[Label], deadline)
+            yield from answer.results
+            if not answer.next:  # its address may be the one that browsers use: not followed
                 return
             page += 1
 
@@ -226,56 +225,41 @@ class CvatRuns:
         except ImageError:  # larger, or no picture
             return False
 
-    def _get_json(self, path: str, kind: type, deadline: float) -> list | dict:
-        """CVAT's answer, which must be a JSON list or object."""
+    def _read(self, path: str, kind: type[T], deadline: float) -> T:
+        """CVAT's answer, which must be of a kind of `cvat_answers`."""
         try:
-            answer = json.loads(self._get(path, deadline))
-        except ValueError:
-            raise LookUpError(f"CVAT sends no JSON as {urlsplit(path).path}") from None
-        if not isinstance(answer, kind):
-            raise LookUpError(f"CVAT sends {answer!r:.40} as {urlsplit(path).path}")
-        return answer
+            return TypeAdapter(kind).validate_json(self._get(path, deadline).replace(self.token, b"..."))
+        except ValidationError as error:
+            raise LookUpError(f"CVAT sends an odd answer to {urlsplit(path).path}: {first_problem(error)}") from None
 
     def _get(self, path: str, deadline: float) -> bytes:
-        """The body of CVAT's answer."""
+        """The body of CVAT's answer; a redirection counts as an error, since it would carry the token elsewhere."""
         where = urlsplit(path).path
-        request = urllib.request.Request(self.url + path, headers=self.headers)
         try:
-            with _OPENER.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+            with self.client.stream("GET", path, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+                if response.status_code != 200:
+                    what = REMEDIES.get(response.status_code, "no answer")
+                    passes = response.status_code not in REMEDIES
+                    raise LookUpError(f"CVAT {response.status_code}: {what} ({where})", passes)
                 body = bytearray()
-                while chunk := response.read1(1 << 16):
+                for chunk in response.iter_bytes():
                     body += chunk
                     if time.monotonic() > deadline:
-                        raise LookUpError(f"CVAT slow: no whole answer to {where} within {LIMIT_S:g} s")
+                        raise httpx.ReadTimeout("not a whole answer")
                 return bytes(body)
-        except urllib.error.HTTPError as error:
-            with error:
-                what = REMEDIES.get(error.code, "no answer")
-                raise LookUpError(f"CVAT {error.code}: {what} ({where})", error.code not in REMEDIES) from None
-        except OSError as error:
-            why = getattr(error, "reason", error)
-            if isinstance(why, TimeoutError):
-                raise LookUpError(f"CVAT slow: no answer to {where} within {LIMIT_S:g} s") from None
-            raise LookUpError(f"CVAT unreachable: {why}") from None
+        except httpx.TimeoutException:
+            raise LookUpError(f"CVAT slow: no whole answer to {where} within {LIMIT_S:g} s") from None
+        except httpx.HTTPError as error:
+            raise LookUpError(f"CVAT unreachable: {error}") from None
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirection would carry the token to wherever it points: it counts as an error instead."""
-
-    def redirect_request(self, *_) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
-def iterations_of(labels: Iterable[dict]) -> dict[str, tuple[object, str]]:
-    """Label -> default of its `iterations` and the values that it may have, of those of CVAT's labels that have one."""
+def iterations_of(labels: Iterable[Label]) -> dict[str, tuple[object, str]]:
+    """Label -> default of its `iterations` and the values that it may have, of the labels that have one."""
     return {
-        label["name"]: (entry["default_value"], "\n".join(entry["values"]))
+        label.name: (attribute.default_value, "\n".join(attribute.values))
         for label in labels
-        for entry in label["attributes"]
-        if entry["name"] == ATTRIBUTE
+        for attribute in label.attributes
+        if attribute.name == ATTRIBUTE
     }
 
 
@@ -292,17 +276,14 @@ def listed(steps: Iterable[int | str]) -> str:
     return "/".join(dict.fromkeys(map(str, steps)))
 
 
-def frames_at(progress: object, run: Run) -> list[int]:
+def frames_at(progress: float | None, run: Run) -> list[int]:
     """Frames that a run may send now, the likeliest first.
 
     CVAT counts: after frame f of n the progress is int((f + 1) / n * 100), so of a large task several frames share
     a percentage, and frames that were deleted are passed over without counting. Before the first frame is done it is
     0, and None in newer versions.
-
-    Raises:
-        ValueError, OverflowError, TypeError: the progress is no number.
     """
-    percent = 0 if progress is None else int(float(progress))
+    percent = int(progress or 0)
     counted = [frame for frame in run.frames if int(frame / run.size * 100) == percent and progress is not None]
     frames = []
     for frame in [*run.frames[: percent == 0], *counted]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from defectcam.credentials import address_from
 from defectcam.cvat_runs import Changes, CvatRuns, Defaults, LookUpError, Run, listed
-from defectcam.request import RequestError
+from defectcam.settings import RequestError
 
 PATIENCE_S = 6.0  # for which a CVAT that does not answer is asked again: it may be restarting
 PAUSE_S = 5.0  # after an answer CVAT sends the run's next photo sooner: a later one may be of another run

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 
-NO_TIME_LIMIT_S = "86400"  # of ADVCAM_TIME_LIMIT, where a command runs the function itself: no server waits for a frame
 SETTLED_S = 5  # after which what is done tells how long the rest takes; a GPU's first pass takes seconds
 
 
@@ -16,13 +15,13 @@ class TimeLimitError(RuntimeError):
     """The photo cannot be done before the deadline.
 
     Attributes:
-        late_s: by how much it would be late at the least, as estimated before the work; 0 where the deadline passed.
+        overrun_s: seconds beyond the deadline that the work needs at the least, as estimated; 0 where the deadline passed.
         fitting: how much could be done in the time left, with its unit; empty where that is not known.
     """
 
-    def __init__(self, late_s: float = 0.0, fitting: str = "") -> None:
-        super().__init__("the deadline passed" if late_s == 0 else f"{late_s:.0f} s late at the least")
-        self.late_s = late_s
+    def __init__(self, overrun_s: float = 0.0, fitting: str = "") -> None:
+        super().__init__("the deadline passed" if overrun_s == 0 else f"{overrun_s:.0f} s late at the least")
+        self.overrun_s = overrun_s
         self.fitting = fitting
 
 
@@ -67,7 +66,7 @@ class Deadline:
 
 
 class Progress(Deadline):
-    """A deadline that refuses work as soon as its pace, or more work that is found, shows that it will be late.
+    """A deadline that refuses work as soon as its speed, or more work that is found, shows that it cannot finish in time.
 
     Args:
         deadline: the same moment.
@@ -82,16 +81,16 @@ class Progress(Deadline):
         self.begin()
 
     def begin(self) -> None:
-        """As in `Deadline`: decoding a photo before it tells nothing of the networks' pace."""
+        """As in `Deadline`: decoding a photo before it tells nothing of the networks' speed."""
         self.started = time.monotonic()
 
     def planned(self, tile_px: float) -> None:
-        """As in `Deadline`; raises TimeLimitError where the rest would be late."""
+        """As in `Deadline`; raises TimeLimitError where the rest cannot finish in time."""
         self.total_px += tile_px
         self._check_rest()
 
     def done(self, tile_px: float) -> None:
-        """As in `Deadline`; raises TimeLimitError where the rest would be late."""
+        """As in `Deadline`; raises TimeLimitError where the rest cannot finish in time."""
         self.done_px += tile_px
         self._check_rest()
 

@@ -17,16 +17,17 @@ import nuclio_sdk.logger
 import numpy as np
 
 from defectcam import function
+from defectcam.command_line import step_counts
 from defectcam.image import ImageError, decode_image, pixel_limit
 from defectcam.overlay import draw_shapes
 from defectcam.paths import file_name, write_image
-from defectcam.request import RequestError
+from defectcam.settings import ITERATIONS_MAX, NO_TIME_LIMIT_S, RequestError
 from defectcam.weights import WeightsError
 
 
 def start_function() -> Callable[[dict], tuple[int, object]]:
     """Start the function in this process; returns what sends it a request and gives status and answer."""
-    os.environ.setdefault("ADVCAM_TIME_LIMIT", "86400")  # no CVAT waits for this answer
+    os.environ["ADVCAM_TIME_LIMIT"] = os.environ.get("ADVCAM_TIME_LIMIT", "").strip() or str(NO_TIME_LIMIT_S)
     logger = nuclio_sdk.Logger(logging.INFO)
     logger.set_handler("default", sys.stderr, nuclio_sdk.logger.HumanReadableFormatter())
     context = nuclio_sdk.Context(logger)
@@ -38,13 +39,6 @@ def start_function() -> Callable[[dict], tuple[int, object]]:
         return response.status_code, json.loads(response.body)
 
     return call
-
-
-def step_counts(text: str) -> list[int]:
-    """"0,2,8" -> [0, 2, 8]."""
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, nor several with commas between them")
-    return [int(part) for part in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--iterations",
         type=step_counts,
         default=[None],
-        help="climbing steps, 0 to 50 (default: each defect's own); several as 0,2,8: their overlays stand side by side",
+        help=f"climbing steps, 0 to {ITERATIONS_MAX} (default: each defect's own); several as 0,2,8: overlays stand side by side",
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -12,7 +12,8 @@ import nuclio_sdk.event
 from defectcam.handler import ModelHandler
 from defectcam.interactor import to_json
 from defectcam.memory import limit_memory
-from defectcam.request import RequestError, parse_request
+from defectcam.request import parse_request
+from defectcam.settings import RequestError
 
 LONGEST_WAIT_S = 3600  # no queue is longer: a time of arrival before that is a clock's mistake
 # For the answer under way when the container is stopped. Nuclio's processor takes 5 s more, and Docker kills after 10 s.

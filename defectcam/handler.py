@@ -17,7 +17,7 @@ from defectcam.cvat_labels import NOTICE, UNPROCESSED, check_label_name
 from defectcam.cvat_runs import MASK, Changes, Defaults
 from defectcam.cvat_task import CvatTask, TaskSetting
 from defectcam.deadline import NO_DEADLINE, Deadline, TimeLimitError
-from defectcam.image import MAX_MEGAPIXELS, ImageError, decode_image, image_size, pixel_limit
+from defectcam.image import ImageError, decode_image, image_size, pixel_limit
 from defectcam.interactor import ClickSettings, outline_clicked
 from defectcam.memory import check_memory, keep_freed_memory
 from defectcam.polygons import mask_crop, outline_length_px, polygon_points_xy
@@ -25,11 +25,20 @@ from defectcam.predict import Predictor, device_and_engine, proposals_for
 from defectcam.proposal_log import ProposalLog, image_hash
 from defectcam.proposals import Proposal, proposal_id
 from defectcam.pyramid import Pyramid
-from defectcam.request import ITERATIONS_MAX, Request, RequestError, Settings, settings_from_env
+from defectcam.request import Request
+from defectcam.settings import (
+    MAX_MEGAPIXELS,
+    MAX_PROPOSALS,
+    SETTINGS,
+    TIME_LIMIT_S,
+    RequestError,
+    Settings,
+    read_variable,
+    settings_from_env,
+    unknown_variables,
+)
 from defectcam.weights import WeightsError, load_weights, read_manifest, weights_folder
 
-TIME_LIMIT_S = 100  # CVAT gives up after 120 s, and the answer must travel too
-MAX_PROPOSALS = 200  # of a defect on a photo: an annotator is not helped by more
 MAX_OUTLINE_PX = 500_000  # longer outlines of one component take minutes to simplify and no one could edit them
 MAX_MASK_PIXELS = 32_000_000  # of all boxes together: CVAT's masks are lists of numbers, 2 bytes each in JSON
 
@@ -70,7 +79,7 @@ class ModelHandler:
         keep_freed_memory()
         self.predictor = Predictor(load_weights(weights_dir), device, engine)
         self.weights = self.predictor.weights
-        for defect in self.weights.facts:
+        for defect in self.weights.configs:
             try:
                 check_label_name(defect)
             except ValueError as error:
@@ -87,16 +96,15 @@ class ModelHandler:
     @classmethod
     def from_env(cls, environ: Mapping[str, str], logger) -> ModelHandler:
         """Configure from ADVCAM_* variables; a bad value raises RequestError naming variable and remedy."""
+        for warning in unknown_variables(environ):
+            logger.warn(warning)
         folder = weights_folder(environ)
-        _, facts = read_manifest(folder)
-        settings = settings_from_env(environ, list(facts))
-        try:
-            max_pixels = pixel_limit(environ)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-        time_limit_s = positive_number(environ, "ADVCAM_TIME_LIMIT", TIME_LIMIT_S, 86_400)
+        _, configs = read_manifest(folder)
+        settings = settings_from_env(environ, list(configs))
+        max_pixels = pixel_limit(environ)
+        time_limit_s = read_variable(environ, "ADVCAM_TIME_LIMIT") or TIME_LIMIT_S
         cvat_task = CvatTask.from_env(environ, logger)
-        log_dir = environ.get("ADVCAM_LOG_DIR")
+        log_dir = read_variable(environ, "ADVCAM_LOG_DIR")
         try:
             proposal_log = ProposalLog(Path(log_dir), logger) if log_dir else None
         except OSError as error:
@@ -120,7 +128,7 @@ class ModelHandler:
             "weights": self.weights.version,
             "terms": {
                 "overall": self.weights.terms,
-                "defects": {defect: fact.terms for defect, fact in self.weights.facts.items()},
+                "defects": {defect: config.terms for defect, config in self.weights.configs.items()},
             },
             "defects": self.defects,
             "device": self.device,
@@ -129,7 +137,7 @@ class ModelHandler:
             "limits": {
                 "max_megapixels": self.max_pixels / 1e6,
                 "time_limit_s": self.time_limit_s,
-                "iterations": [0, ITERATIONS_MAX],
+                **{setting.key: setting.rule.limits for setting in SETTINGS if setting.key and setting.rule.limits},
             },
             "cvat": self.cvat_task.describe() if self.cvat_task else None,  # the last: deploy.sh leaves it out
         }
@@ -200,13 +208,13 @@ class ModelHandler:
         if isinstance(error, ImageError):
             return str(error)
         if isinstance(error, TimeLimitError):
-            needed_s = self.time_limit_s - waited_s + error.late_s
+            needed_s = self.time_limit_s - waited_s + error.overrun_s
             if waited_s > self.time_limit_s / 2 and needed_s <= self.time_limit_s:
                 return (
                     f"busy: {waited_s:.0f} of {self.time_limit_s:g} s went by before its turn; send fewer photos at "
                     "once, or give the function a GPU or more workers"
                 )
-            needed = math.ceil(needed_s) if error.late_s else ""
+            needed = math.ceil(needed_s) if error.overrun_s else ""
             fitting = f"{error.fitting} would fit; " if error.fitting else ""
             return f"too slow {needed}>{self.time_limit_s:g} s; {fitting}use a GPU, a smaller photo or fewer iterations"
         if not out_of_memory(error):
@@ -319,7 +327,7 @@ class ModelHandler:
             photo: its `photo_key`.
             effective: settings in force for the defect.
         """
-        return json.dumps([*photo, self.weights.facts[defect].sha256, effective])
+        return json.dumps([*photo, self.weights.configs[defect].sha256, effective])
 
     def _found(
         self, image_rgb: np.ndarray, how: Mapping[str, tuple[int, float, float]], deadline: Deadline
@@ -328,8 +336,8 @@ class ModelHandler:
         pyramid, found = Pyramid(image_rgb), {}
         for defect, (steps, threshold, cam_threshold) in how.items():
             maps = self.predictor.maps(pyramid, defect, deadline)
-            fact = self.weights.facts[defect]
-            found[defect] = proposals_for(maps, fact, [steps], threshold, cam_threshold)[steps]
+            config = self.weights.configs[defect]
+            found[defect] = proposals_for(maps, config, [steps], threshold, cam_threshold)[steps]
         return found
 
     def within_memory(self, work):
@@ -349,14 +357,14 @@ class ModelHandler:
 
     def effective(self, defect: str, settings: Settings) -> dict:
         """Settings in force for one defect: the given ones, else the label's shape and the manifest's values."""
-        fact = self.weights.facts[defect]
+        config = self.weights.configs[defect]
         manifest = {
-            "iterations": fact.iterations,
-            "threshold": fact.threshold,
-            "cam_threshold": fact.cam_threshold,
+            "iterations": config.iterations,
+            "threshold": config.threshold,
+            "cam_threshold": config.cam_threshold,
             "shape": MASK if defect in self.masks else "polygon",
-            "tolerance_px": fact.tolerance_px,
-            "hole_share": fact.hole_share,
+            "tolerance_px": config.tolerance_px,
+            "hole_share": config.hole_share,
             "max_proposals": MAX_PROPOSALS,
         }
         given = dataclasses.asdict(settings)
@@ -425,18 +433,6 @@ def _tag(label: str, reason: str) -> list[dict]:
 def changed(settings: Settings, changes: Mapping[str, int | str]) -> Settings:
     """The settings with one defect's own T and shape; T "auto", of labels of earlier versions, is the manifest's."""
     return dataclasses.replace(settings, **{key: None if value == "auto" else value for key, value in changes.items()})
-
-
-def positive_number(environ: Mapping[str, str], variable: str, default: float, largest: float) -> float:
-    """A number above 0 from the environment, or the default; RequestError for anything else."""
-    text = environ.get(variable) or str(default)
-    try:
-        number = float(text)
-        if not 0 < number <= largest:
-            raise ValueError
-    except ValueError:
-        raise RequestError(f"{variable} is {text!r}, but must be a number above 0, at most {largest:g}") from None
-    return number
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from defectcam.settings import LARGEST_MEGAPIXELS, MAX_MEGAPIXELS, read_variable
 from defectcam.text import printable
 
 try:
@@ -57,8 +58,6 @@ OTHER_SIGNATURES = {
     b"IIU\0": "raw (RW2)",
 }
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "raw (CR3)"}  # of files that begin as MP4 does; others are HEIC
-MAX_MEGAPIXELS = 64  # 8000 x 8000
-LARGEST_MEGAPIXELS = 178  # that ADVCAM_MAX_MEGAPIXELS may allow
 STRIP_PIXELS = 1 << 20
 LARGEST_TIFF_TILE_PIXELS = 1 << 20
 MAX_JPEG_SCANS = 100  # cameras write about 10; libtiff has the same limit for JPEG within TIFF
@@ -89,17 +88,9 @@ def pixel_limit(environ: Mapping[str, str] = os.environ) -> int:
     """The largest width x height of a photo, px, as ADVCAM_MAX_MEGAPIXELS has it: for the function and all commands.
 
     Raises:
-        ValueError: naming the variable, its value and what is allowed.
+        RequestError: naming the variable, its value and what is allowed.
     """
-    text = environ.get("ADVCAM_MAX_MEGAPIXELS") or str(MAX_MEGAPIXELS)
-    try:
-        megapixels = float(text)
-        if not 0 < megapixels <= LARGEST_MEGAPIXELS:
-            raise ValueError
-    except ValueError:
-        must = f"must be a number above 0, at most {LARGEST_MEGAPIXELS}"
-        raise ValueError(f"ADVCAM_MAX_MEGAPIXELS is {text!r}, but {must}") from None
-    return int(1e6 * megapixels)
+    return int(1e6 * (read_variable(environ, "ADVCAM_MAX_MEGAPIXELS") or MAX_MEGAPIXELS))
 
 
 def image_size(source: bytes | Image.Image, max_pixels: int) -> tuple[int, int]:

@@ -10,24 +10,23 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from defectcam.command_line import command_parser
-from defectcam.weights import Weights, WeightsError, load_weights
+from defectcam.weights import Weights, WeightsError, add_weights_option, load_weights
 
 
 def lines_of(weights: Weights) -> list[str]:
     """The report on a weights folder."""
     lines = [f"weights {weights.version} in {weights.folder.resolve()}", f"terms: {weights.terms}"]
-    for defect, fact in weights.facts.items():
+    for defect, config in weights.configs.items():
         lines += [
             "",
-            f"{defect}: encoder {fact.encoder}, finest scale {fact.finest_scale:g}, T {fact.iterations}, "
-            f"threshold {fact.threshold:g}, theta {fact.cam_threshold:g}",
-            f"  terms: {fact.terms}",
+            f"{defect}: encoder {config.encoder}, finest scale {config.finest_scale:g}, T {config.iterations}, "
+            f"threshold {config.threshold:g}, theta {config.cam_threshold:g}",
+            f"  terms: {config.terms}",
         ]
-        width = max(map(len, fact.licences), default=0)
-        for name, licence in fact.licences.items():
+        width = max(map(len, config.licences), default=0)
+        for name, licence in config.licences.items():
             lines.append(f"    {name:{width}}  {licence['terms']:13}  {licence['licence']} ({licence['source']})")
     return lines
 
@@ -35,7 +34,7 @@ def lines_of(weights: Weights) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam info`."""
     parser = command_parser("info", __doc__)
-    parser.add_argument("--weights", type=Path, default=Path("weights"), help="weights folder (default: %(default)s)")
+    add_weights_option(parser)
     args = parser.parse_args(argv)
     try:
         weights = load_weights(args.weights)

@@ -35,7 +35,8 @@ from defectcam.postprocess import Cleaning, regions
 from defectcam.predict import Predictor
 from defectcam.proposals import find_components
 from defectcam.pyramid import Pyramid
-from defectcam.request import Clicks, RequestError
+from defectcam.request import Clicks
+from defectcam.settings import RequestError
 
 NEAR_PX = 96  # so far around a click every level is read at the least, in px of the level
 OVERLOOKED_RADIUS_PX = 64  # around a click where the network finds nothing
@@ -106,7 +107,7 @@ def outline_clicked(
     defect = next(iter(settings))
     needed = looked_at | {defect: looked_at.get(defect, 0) + least}
     amount, unit = (len(positive), "clicks") if positive else ((box[2] - box[0]) * (box[3] - box[1]) / 1e6, "megapixels")
-    deadline.check_work(predictor.pace.seconds(needed, deadline.left_s()), amount, unit)
+    deadline.check_work(predictor.throughput.seconds(needed, deadline.left_s()), amount, unit)
     known_px = sum(looked_at.values()) or predictor.plain_pixels(height, width, defect, near, NEAR_PX)
     deadline = Progress(deadline, known_px, amount, unit)  # what widens and climbs is planned there
     if looked_at:
@@ -119,12 +120,12 @@ def outline_clicked(
         maps.widen(NEAR_PX)
     else:
         maps = predictor.maps(pyramid, defect, deadline, near, NEAR_PX)
-    fact, chosen_settings = predictor.weights.facts[defect], settings[defect]
+    config, chosen_settings = predictor.weights.configs[defect], settings[defect]
     steps = chosen_settings.iterations
     if steps:
         maps.climb([steps], np.ones((1, 1), bool), max(height, width))
     logits = maps.merged(steps)
-    region_map = _RegionMap(logits, box, fact.least_logit(chosen_settings.cam_threshold), fact.platt[0], fact.cleaning, deadline)
+    region_map = _RegionMap(logits, box, config.least_logit(chosen_settings.cam_threshold), config.platt[0], config.cleaning, deadline)
     chosen = _clicked(region_map, positive, negative, reach_px)
     missed = positive if positive or chosen.any() else [((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)]
     for xy in missed:
@@ -301,7 +302,7 @@ def _on_label(labels: np.ndarray, clicks: Sequence[Pixel], label: int) -> list[P
 
 def _surest(logits: np.ndarray, predictor: Predictor, defect: str, near: Sequence[Pixel], reach_px: int) -> float:
     """The mean logit of the defect's probability at some pixels, each the largest within reach."""
-    slope, intercept = predictor.weights.facts[defect].platt
+    slope, intercept = predictor.weights.configs[defect].platt
     largest = [_around(logits, xy, reach_px).max() for xy in near]
     return float(np.mean(np.clip(slope * np.array(largest) + intercept, -30, 30)))
 

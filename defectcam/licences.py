@@ -27,7 +27,7 @@ def sets_of(training: Mapping) -> list[str]:
     """The data sets that a defect's weights were trained or calibrated on, and what they began with.
 
     Args:
-        training: of the manifest's entry, see `DefectWeights`; nothing in it is taken for granted.
+        training: of the manifest's entry, see `DefectConfig`; nothing in it is taken for granted.
     """
     network = training.get("network")
     network = network if isinstance(network, Mapping) else {}

@@ -113,6 +113,11 @@ def write_image(path: Path, image: np.ndarray) -> None:
         raise OSError(f"cannot write the picture {path}: is the disk full, or the name too long?")
 
 
+def write_rgb(path: Path, image_rgb: np.ndarray) -> None:
+    """`write_image` of a picture (H, W, 3) uint8 RGB."""
+    write_image(path, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))
+
+
 def _leads_back(folder: Path) -> bool:
     """Whether it is a link to a folder that it lies in."""
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())

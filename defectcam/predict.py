@@ -10,9 +10,11 @@ are. What no such region can reach is not climbed, which changes no answer.
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
@@ -21,13 +23,13 @@ import numpy as np
 from defectcam.deadline import NO_DEADLINE, Deadline, Progress, TimeLimitError
 from defectcam.encoders import halo_px, stride_px
 from defectcam.engine import Engine
-from defectcam.pace import Pace, climb_passes
+from defectcam.throughput import Throughput, climb_passes
 from defectcam.postprocess import regions
 from defectcam.proposals import Component, Proposal, component_confidence, component_features, find_components
 from defectcam.pyramid import ENLARGED, PhotoMaps, Pyramid, level_tiles, possible_region, tiles_of_level, touching
-from defectcam.request import RequestError
+from defectcam.settings import RequestError, read_variable
 from defectcam.tiling import Tile
-from defectcam.weights import TORCH_REMEDY, DefectWeights, Weights, WeightsError
+from defectcam.weights import TORCH_REMEDY, DefectConfig, Weights, WeightsError, load_weights
 
 if TYPE_CHECKING:
     from defectcam.torch_engine import TorchEngine
@@ -35,22 +37,21 @@ if TYPE_CHECKING:
 STEPS = (0, 1, 2, 4, 8)  # the T that are compared wherever one is to be chosen
 PLACES, PLACE_PX = 3, 320  # in a row and in a column of a large photo, and their side at its finest level
 CELL_PX = 16  # side of the photo's cells that are climbed or not
-ENGINES = ("torch", "openvino")
 BATCH = {"cpu": 1, "cuda": 8}  # tiles at once: a CPU gains nothing from more
 
 
 def make_engine(weights: Weights, defect: str, device: str, name: str | None) -> Engine:
     """The engine of one defect; for the arguments see `Predictor`."""
-    fact = weights.facts[defect]
+    config = weights.configs[defect]
     if name is None:
-        fits = device == "cpu" and fact.graph and fact.climb["form"] == "local" and importlib.util.find_spec("openvino")
+        fits = device == "cpu" and config.graph and config.climb["form"] == "local" and importlib.util.find_spec("openvino")
         name = "openvino" if fits or not importlib.util.find_spec("torch") else "torch"  # whose errors say what to do
     if name == "openvino":
-        if fact.climb["form"] != "local":
+        if config.climb["form"] != "local":
             raise WeightsError(f"the climb of {defect!r} has the paper's form, which needs PyTorch: {TORCH_REMEDY}")
         from defectcam.openvino_engine import OpenVinoEngine
 
-        return OpenVinoEngine(weights.graph(defect), stride_px(fact.downsamplings), halo_px(fact.encoder, fact.downsamplings))
+        return OpenVinoEngine(weights.graph(defect), stride_px(config.downsamplings), halo_px(config.encoder, config.downsamplings))
     from defectcam.torch_engine import TorchEngine  # only where it is used: the CPU's image has no PyTorch
 
     return TorchEngine(weights.network(defect), device)
@@ -62,16 +63,13 @@ def device_and_engine(environ: Mapping[str, str]) -> tuple[str, str | None]:
     Raises:
         RequestError: naming the variable and the remedy.
     """
-    device, engine = environ.get("ADVCAM_DEVICE") or "", environ.get("ADVCAM_ENGINE") or None
-    for variable, value, allowed in (("ADVCAM_DEVICE", device, ("", *BATCH)), ("ADVCAM_ENGINE", engine, (None, *ENGINES))):
-        if value not in allowed:
-            raise RequestError(f"{variable} is {value!r}; allowed are {' and '.join(allowed[1:])}")
+    device, engine = read_variable(environ, "ADVCAM_DEVICE"), read_variable(environ, "ADVCAM_ENGINE")
     if engine == "openvino" and device == "cuda":
         raise RequestError("ADVCAM_ENGINE is 'openvino', which runs on the CPU, but ADVCAM_DEVICE is 'cuda'; unset one")
     missing = [name for name in (engine, "torch" if device == "cuda" else None) if name and not importlib.util.find_spec(name)]
     if missing:
         variable = "ADVCAM_ENGINE" if engine else "ADVCAM_DEVICE"
-        raise RequestError(f"{variable} is {environ[variable]!r}, but {missing[0]} is not installed; unset it, or install it")
+        raise RequestError(f"{variable} is {engine or device!r}, but {missing[0]} is not installed; unset it, or install it")
     if device == "cpu" or engine == "openvino" or not importlib.util.find_spec("torch"):
         return "cpu", engine
     import torch
@@ -95,13 +93,13 @@ class Predictor:
 
     def __init__(self, weights: Weights, device: str = "cpu", engine: str | None = None) -> None:
         self.weights = weights
-        self.engines = {defect: make_engine(weights, defect, device, engine) for defect in weights.facts}
+        self.engines = {defect: make_engine(weights, defect, device, engine) for defect in weights.configs}
         self._torch_engines: dict[str, TorchEngine] = {}
         self.device, self.batch = device, BATCH[device]
-        self.pace = Pace(self.engines)
+        self.throughput = Throughput(self.engines)
         if device == "cpu":  # a GPU's is learnt from the first photo: nothing goes there before
             for defect in self.engines:
-                self.pace.measure(defect)
+                self.throughput.measure(defect)
 
     def torch_engine(self, defect: str) -> TorchEngine:
         """PyTorch's engine of a defect: the paper's climb and the encoder's features are its alone."""
@@ -120,7 +118,7 @@ class Predictor:
     @property
     def defects(self) -> list[str]:
         """The defects there are weights for, in the manifest's order."""
-        return list(self.weights.facts)
+        return list(self.weights.configs)
 
     def maps(
         self,
@@ -131,23 +129,23 @@ class Predictor:
         near_px: int = 0,
     ) -> PhotoMaps:
         """The plain maps of a photo; for the arguments see `PhotoMaps`."""
-        started, reading = time.monotonic(), self.weights.facts[defect].reading
+        started, reading = time.monotonic(), self.weights.configs[defect].reading
         maps = PhotoMaps(self.engines[defect], reading, pyramid, self.batch, deadline, near, near_px)
-        self.pace.learn(defect, time.monotonic() - started, pixels_of(maps.tiles))
+        self.throughput.learn(defect, time.monotonic() - started, pixels_of(maps.tiles))
         return maps
 
     def plain_pixels(
         self, height: int, width: int, defect: str, near: Sequence[tuple[int, int]] | None = None, near_px: int = 0
     ) -> int:
         """Pixels of the tiles, halos included, of the plain maps of a photo of so many px."""
-        reading = self.weights.facts[defect].reading
+        reading = self.weights.configs[defect].reading
         return pixels_of(level_tiles(height, width, reading, self.engines[defect], near, near_px))
 
     def pixels_with_climb(
         self, height: int, width: int, defect: str, steps: int, near: Sequence[tuple[int, int]] | None = None, near_px: int = 0
     ) -> float:
         """Pixels of the tiles of all forward passes, or what takes as long, if all of a photo of so many px climbs."""
-        reading = self.weights.facts[defect].reading
+        reading = self.weights.configs[defect].reading
         tiles = level_tiles(height, width, reading, self.engines[defect], near, near_px)
         climbing = {scale: some for scale, some in tiles.items() if reading.climb(scale)}
         return pixels_of(tiles) + climb_passes(steps) * pixels_of(climbing)
@@ -171,30 +169,30 @@ class Predictor:
         Raises:
             TimeLimitError: the deadline passed.
         """
-        fact = self.weights.facts[defect]
-        steps = fact.iterations if steps is None else steps
+        config = self.weights.configs[defect]
+        steps = config.iterations if steps is None else steps
         pyramid = image if isinstance(image, Pyramid) else Pyramid(image)
         maps = self.maps(pyramid, defect, deadline)
-        return proposals_for(maps, fact, [steps], threshold, cam_threshold)[steps]
+        return proposals_for(maps, config, [steps], threshold, cam_threshold)[steps]
 
     def check_time(self, height: int, width: int, defects: Sequence[str], deadline: Deadline) -> Deadline:
-        """Refuse a photo of so many px of which the plain maps of all levels but the enlarged one would be late.
+        """Refuse a photo of so many px whose plain maps, without the enlarged level, cannot be computed in time.
 
         Returns:
             The deadline to work with: it refuses as soon as the work that is found turns out to be late.
 
         Raises:
-            TimeLimitError: they would be late.
+            TimeLimitError: they cannot be computed in time.
         """
         needed = {defect: self.plain_pixels(height, width, defect) for defect in defects}
         amount = height * width / 1e6
-        deadline.check_work(self.pace.seconds(needed, deadline.left_s()), amount, "megapixels")
+        deadline.check_work(self.throughput.seconds(needed, deadline.left_s()), amount, "megapixels")
         return Progress(deadline, sum(needed.values()), amount, "megapixels")
 
     def check_all(
         self, image_rgb: np.ndarray, settings: Mapping[str, tuple[int, float, float]], deadline: Deadline
     ) -> None:
-        """Refuse a photo that would be late with its enlarged level and its climb, after a look at a few places of it.
+        """Refuse a photo whose enlarged level and climb cannot finish in time, judged at a few places of it.
 
         How much of a photo is enlarged and climbed shows on its plain maps, which take long themselves. Where there is
         time for all of it, nothing is looked at.
@@ -204,7 +202,7 @@ class Predictor:
             settings: defect -> T, minimum confidence, theta.
 
         Raises:
-            TimeLimitError: it would be late; with the T that would fit, else the megapixels.
+            TimeLimitError: it cannot finish in time; with the T that would fit, else the megapixels.
         """
         height, width = image_rgb.shape[:2]
 
@@ -219,41 +217,50 @@ class Predictor:
 
         most_steps = max(steps for steps, *_ in settings.values())
         left_s = deadline.left_s()
-        if self.pace.seconds(needed(dict.fromkeys(settings, (1.0, 1.0)), most_steps), left_s) <= left_s:
+        if self.throughput.seconds(needed(dict.fromkeys(settings, (1.0, 1.0)), most_steps), left_s) <= left_s:
             return
         shares = {defect: self._shares(image_rgb, defect, *how) for defect, how in settings.items()}
         left_s = deadline.left_s()
-        needed_s = self.pace.seconds(needed(shares, most_steps), left_s)
+        needed_s = self.throughput.seconds(needed(shares, most_steps), left_s)
         if needed_s <= left_s:
             return
         for steps in reversed(range(most_steps)):
-            if self.pace.seconds(needed(shares, steps)) <= left_s:
+            if self.throughput.seconds(needed(shares, steps)) <= left_s:
                 raise TimeLimitError(needed_s - left_s, f"iterations {steps}")
         deadline.check_work(needed_s, height * width / 1e6, "megapixels")
 
     def _enlarged_tiles(self, height: int, width: int, defect: str) -> list[Tile]:
         """The tiles of the enlarged level of a photo of so many px, none where the defect does not read it."""
-        reads = self.weights.facts[defect].finest_scale == ENLARGED
+        reads = self.weights.configs[defect].finest_scale == ENLARGED
         return tiles_of_level(height, width, ENLARGED, self.engines[defect]) if reads else []
 
     def _shares(
         self, image_rgb: np.ndarray, defect: str, steps: int, threshold: float, cam_threshold: float
     ) -> tuple[float, float]:
         """Of a few places evenly over the photo the shares, 0..1, that the enlarged level is asked for and that climb."""
-        fact, (height, width) = self.weights.facts[defect], image_rgb.shape[:2]
+        config, (height, width) = self.weights.configs[defect], image_rgb.shape[:2]
         if not steps and not self._enlarged_tiles(height, width, defect):
             return 0.0, 0.0
-        side_px, enlarged, climbing = round(PLACE_PX / min(fact.finest_scale, 1.0)), [], []
-        reading = replace(fact.reading, finest=min(fact.finest_scale, 1.0))  # enlarged, the look itself would take long
+        side_px, enlarged, climbing = round(PLACE_PX / min(config.finest_scale, 1.0)), [], []
+        reading = replace(config.reading, finest=min(config.finest_scale, 1.0))  # enlarged, the look itself would take long
         for row, column in np.ndindex(PLACES, PLACES):
             top = max(0, (2 * row + 1) * height // (2 * PLACES) - side_px // 2)
             left = max(0, (2 * column + 1) * width // (2 * PLACES) - side_px // 2)
             place = np.ascontiguousarray(image_rgb[top : top + side_px, left : left + side_px])
             maps = PhotoMaps(self.engines[defect], reading, Pyramid(place), self.batch)
-            climbing.append(any(core.confidence >= threshold for core in find_cores(maps, fact, cam_threshold)))
+            climbing.append(any(core.confidence >= threshold for core in find_cores(maps, config, cam_threshold)))
             tiles = self._enlarged_tiles(*place.shape[:2], defect)
             enlarged.append(len(touching(tiles, possible_region(maps.merged()))) / max(len(tiles), 1))
         return float(np.mean(enlarged)), float(np.mean(climbing))
+
+
+def open_weights(folder: Path) -> Predictor:
+    """The weights of a folder, on the device and engine that the environment names.
+
+    Raises:
+        WeightsError, RequestError: of the folder, or of ADVCAM_DEVICE or ADVCAM_ENGINE.
+    """
+    return Predictor(load_weights(folder), *device_and_engine(os.environ))
 
 
 def pixels_of(tiles: Mapping[float, Sequence[Tile]]) -> int:
@@ -261,19 +268,19 @@ def pixels_of(tiles: Mapping[float, Sequence[Tile]]) -> int:
     return sum(tile.pixels for of_level in tiles.values() for tile in of_level)
 
 
-def find_cores(maps: PhotoMaps, fact: DefectWeights, cam_threshold: float | None = None) -> list[Proposal]:
+def find_cores(maps: PhotoMaps, config: DefectConfig, cam_threshold: float | None = None) -> list[Proposal]:
     """The regions of a photo's plain map, each with its confidence (0..1)."""
-    theta, logits = fact.cam_threshold if cam_threshold is None else cam_threshold, maps.merged()
+    theta, logits = config.cam_threshold if cam_threshold is None else cam_threshold, maps.merged()
     found = []
-    for component in find_components(regions(logits, fact.least_logit(theta), fact.cleaning, maps.deadline)):
+    for component in find_components(regions(logits, config.least_logit(theta), config.cleaning, maps.deadline)):
         features = component_features(component, logits, maps.levels)
-        found.append(Proposal(component, component_confidence(features, fact.confidence_weights)))
+        found.append(Proposal(component, component_confidence(features, config.confidence_weights)))
     return found
 
 
 def proposals_for(
     maps: PhotoMaps,
-    fact: DefectWeights,
+    config: DefectConfig,
     wanted: Sequence[int],
     threshold: float | None = None,
     cam_threshold: float | None = None,
@@ -290,23 +297,23 @@ def proposals_for(
     Returns:
         T -> proposals, by confidence times area, the largest first.
     """
-    threshold = fact.threshold if threshold is None else threshold
-    cam_threshold = fact.cam_threshold if cam_threshold is None else cam_threshold
-    cores = find_cores(maps, fact, cam_threshold)
+    threshold = config.threshold if threshold is None else threshold
+    cam_threshold = config.cam_threshold if cam_threshold is None else cam_threshold
+    cores = find_cores(maps, config, cam_threshold)
     accepted = [core for core in cores if core.confidence >= threshold]
     result = {}
     climbing = [steps for steps in wanted if steps > 0]
     if climbing and accepted:
-        climb_around(maps, fact, climbing, accepted, cam_threshold, everywhere)
+        climb_around(maps, config, climbing, accepted, cam_threshold, everywhere)
     for steps in wanted:
-        found = extended(maps, fact, steps, accepted, cam_threshold) if steps and accepted else accepted
+        found = extended(maps, config, steps, accepted, cam_threshold) if steps and accepted else accepted
         result[steps] = sorted(found, key=lambda one: -one.confidence * one.component.area_px)
     return result
 
 
 def climb_around(
     maps: PhotoMaps,
-    fact: DefectWeights,
+    config: DefectConfig,
     wanted: Sequence[int],
     accepted: Sequence[Proposal],
     cam_threshold: float,
@@ -324,10 +331,10 @@ def climb_around(
     seeds = np.zeros(shape, bool)
     for one in accepted:
         seeds |= cells_of(one.component, shape)
-    margin = -(-fact.cleaning.reach_px // CELL_PX)
+    margin = -(-config.cleaning.reach_px // CELL_PX)
     around = np.ones((2 * margin + 1, 2 * margin + 1), np.uint8)
     due = cv2.dilate(seeds.view(np.uint8), around).view(bool)
-    least = fact.least_logit(cam_threshold)
+    least = config.least_logit(cam_threshold)
     while True:
         maps.deadline.check()
         maps.climb(wanted, due, CELL_PX)
@@ -344,10 +351,10 @@ def climb_around(
 
 
 def extended(
-    maps: PhotoMaps, fact: DefectWeights, steps: int, accepted: Sequence[Proposal], cam_threshold: float
+    maps: PhotoMaps, config: DefectConfig, steps: int, accepted: Sequence[Proposal], cam_threshold: float
 ) -> list[Proposal]:
     """The regions of the climbed map that hold an accepted one, with the confidence of the best they hold."""
-    mask = regions(maps.merged(steps), fact.least_logit(cam_threshold), fact.cleaning, maps.deadline)
+    mask = regions(maps.merged(steps), config.least_logit(cam_threshold), config.cleaning, maps.deadline)
     for one in accepted:
         paste(mask, one.component)  # after bridging: what was bridged once is not bridged again
     _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)

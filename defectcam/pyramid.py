@@ -27,7 +27,7 @@ import numpy as np
 from defectcam.climb import Climb, LocalClimb
 from defectcam.deadline import NO_DEADLINE, Deadline
 from defectcam.engine import Engine
-from defectcam.pace import climb_passes
+from defectcam.throughput import climb_passes
 from defectcam.tiling import Tile, cut, tile_grid, tile_maps
 
 ENLARGED = 2.0  # scale of the level for hairlines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import reprlib
 from pathlib import Path
 
 
@@ -35,3 +36,14 @@ def read_lines(path: Path) -> list[str]:
 def printable(text: str) -> str:
     """At most 100 characters of a text, none that a log or CVAT's database refuses (NUL, surrogates)."""
     return "".join(character for character in text[:100] if character.isprintable())
+
+
+def shortened(value: object) -> str:
+    """repr(value) in at most 80 characters, whatever the value and however long."""
+    if isinstance(value, (bytes, bytearray)):
+        value = value[:80]  # the repr of a whole body would be four times its size
+    try:
+        text = reprlib.repr(value)
+    except Exception:  # repr() refuses integers of more than 4300 digits
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."

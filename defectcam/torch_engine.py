@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,15 +37,34 @@ class TorchEngine:
         self.network = network.requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.device = device
         self.stride_px, self.halo_px = network.stride_px, network.halo_px
+        self.batch = sys.maxsize  # images at once; fewer once the GPU's memory did not suffice
         self.lock = threading.Lock()  # several threads would only compete for memory
 
     def score(self, images: np.ndarray) -> np.ndarray:
         """See `Engine.score`."""
-        with self.lock, torch.no_grad():
-            return self.network.score_map(self.tensor(images)).float().cpu().numpy()
+        return self._in_batches(self._score, images)[0]
 
     def score_and_gradient(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.score_and_gradient`."""
+        return self._in_batches(self._score_and_gradient, images)
+
+    def _in_batches(self, run: Callable[[np.ndarray], tuple[np.ndarray, ...]], images: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The arrays of `run` for all images. From the first error for lack of memory on, half as many images go at once."""
+        while True:
+            try:
+                parts = [run(images[start : start + self.batch]) for start in range(0, len(images), self.batch)]
+                return tuple(map(np.concatenate, zip(*parts, strict=True)))
+            except torch.OutOfMemoryError:
+                if (count := min(self.batch, len(images))) == 1:
+                    raise
+                self.batch = count // 2
+            self.release_memory()  # here the error, which holds the tensors, is gone
+
+    def _score(self, images: np.ndarray) -> tuple[np.ndarray]:
+        with self.lock, torch.no_grad():
+            return (self.network.score_map(self.tensor(images)).float().cpu().numpy(),)
+
+    def _score_and_gradient(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with self.lock, torch.enable_grad():
             tensor = self.tensor(images).requires_grad_(True)
             score = self.network.score_map(tensor)

@@ -1,6 +1,6 @@
 """Weights of all defects: a manifest that says what they are and how to use them, and two files for each.
 
-    weights/manifest.json           {"version", "defects": {<defect>: {...}}}, the fields of `DefectWeights`
+    weights/manifest.json           {"version", "defects": {<defect>: {...}}}, the fields of `DefectConfig`
     weights/<defect>.safetensors    the network's tensors, for PyTorch
     weights/<defect>.onnx           the same network and its gradient as a graph, for OpenVINO; not of every encoder
 
@@ -11,14 +11,19 @@ Loading verifies before it trusts: checksums, names and shapes of all tensors, f
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 
 from defectcam.climb import Climb, LocalClimb, PaperClimb
 from defectcam.encoders import check_architecture
@@ -27,6 +32,8 @@ from defectcam.paths import file_name
 from defectcam.postprocess import Cleaning
 from defectcam.proposals import FEATURES, logit
 from defectcam.pyramid import FINEST_SCALES, Reading
+from defectcam.settings import read_variable
+from defectcam.validation import STRICT, first_problem
 
 if TYPE_CHECKING:
     from defectcam.network import ScoreNet
@@ -39,8 +46,36 @@ class WeightsError(RuntimeError):
     """Weights that must not be used; the message names the file, the reason and what to do."""
 
 
-@dataclass(frozen=True)
-class DefectWeights:
+def _without_folders(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"must be a name without folders, not {name!r}")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_without_folders)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Constant = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+def climbs_of(climb: dict) -> tuple[Climb | None, ...]:
+    """The climb of each level, from the manifest's `climb`; None of a level that does not climb.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    match climb:
+        case {"form": "local", "xi": xi, "g_ref": [*levels], **others} if any(levels) and not others:
+            return tuple(None if g_ref is None else LocalClimb(xi=xi, g_ref=g_ref) for g_ref in levels)
+        case {"form": "paper", **constants}:
+            return (PaperClimb(**constants),)
+    raise ValueError(
+        "must have form 'local' with xi and g_ref, a list with a number for at least one level, or form 'paper' with xi, "
+        f"penalty_weight and salient_share, not {climb!r:.200}"
+    )
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class DefectConfig:
     """What the manifest says of one defect; every constant was chosen on validation photos.
 
     Attributes:
@@ -60,29 +95,40 @@ class DefectWeights:
         graph, graph_sha256: the ONNX file beside the manifest and its checksum; empty where there is none.
     """
 
-    file: str
+    file: FileName
     sha256: str
     encoder: str
-    decoder_channels: tuple[int, ...]
+    decoder_channels: tuple[Annotated[int, Field(ge=1, le=4096)], ...]
     downsamplings: int
     pooling: str
     finest_scale: float
-    levels: int
-    sharpness: float
-    climb: dict
-    platt: tuple[float, float]
-    cam_threshold: float
-    closing_radius_px: int
-    gap_px: int
-    min_area_px: int
-    confidence_weights: tuple[float, ...]
-    threshold: float
-    iterations: int
-    tolerance_px: float
-    hole_share: float
+    levels: Annotated[int, Field(ge=1, le=16)]
+    sharpness: Annotated[float, Field(ge=0.1, le=4)]
+    climb: Annotated[dict, AfterValidator(lambda climb: climbs_of(climb) and climb)]
+    platt: tuple[Annotated[float, Field(gt=0, le=1e6)], Constant]
+    cam_threshold: Share
+    closing_radius_px: Annotated[int, Field(ge=0, le=1000)]
+    gap_px: Annotated[int, Field(ge=0, le=100)]
+    min_area_px: Annotated[int, Field(ge=0, le=10**9)]
+    confidence_weights: tuple[Constant, ...]
+    threshold: Share
+    iterations: Annotated[int, Field(ge=0, le=50)]
+    tolerance_px: Annotated[float, Field(ge=1, le=20)]  # unasked for, no annotator gets an outline full of dots
+    hole_share: Share
     training: dict
-    graph: str = ""
+    graph: FileName = ""
     graph_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        check_licences(self.training.get("licences", {}))
+        if self.finest_scale not in FINEST_SCALES:
+            raise ValueError(f"finest_scale must be one of {', '.join(map(str, FINEST_SCALES))}, not {self.finest_scale}")
+        if len(self.confidence_weights) != FEATURES + 1:
+            numbers = list(self.confidence_weights)
+            raise ValueError(
+                f"confidence_weights must have {FEATURES + 1} numbers, not {numbers}: calibrate again (defectcam calibrate)"
+            )
+        check_architecture(self.encoder, self.decoder_channels, self.downsamplings, self.pooling)
 
     @property
     def reading(self) -> Reading:
@@ -117,11 +163,12 @@ class DefectWeights:
         return ScoreNet(self.encoder, self.decoder_channels, self.downsamplings, self.pooling)
 
 
-def climbs_of(climb: dict) -> tuple[Climb | None, ...]:
-    """The climb of each level, from the manifest's `climb`; None of a level that does not climb."""
-    if climb["form"] == "paper":
-        return (PaperClimb(climb["xi"], climb["penalty_weight"], climb["salient_share"]),)
-    return tuple(None if g_ref is None else LocalClimb(climb["xi"], g_ref) for g_ref in climb["g_ref"])
+class _Manifest(BaseModel, strict=True):
+    version: str
+    defects: Annotated[dict[str, Any], Field(min_length=1)]
+
+
+_CONFIG = TypeAdapter(DefectConfig)  # for JSON, whose lists it makes tuples
 
 
 @dataclass(frozen=True)
@@ -130,18 +177,18 @@ class Weights:
 
     Attributes:
         version: of the manifest.
-        facts: per defect, in the manifest's order.
+        configs: per defect, in the manifest's order.
         folder: where they lie.
     """
 
     version: str
-    facts: dict[str, DefectWeights]
+    configs: dict[str, DefectConfig]
     folder: Path
 
     @property
     def terms(self) -> str:
         """What the data sets of all defects allow: the strictest of their terms."""
-        return strictest(fact.terms for fact in self.facts.values())
+        return strictest(config.terms for config in self.configs.values())
 
     def network(self, defect: str) -> ScoreNet:
         """The network of a defect, frozen, folded and in eval mode, on the CPU; needs PyTorch.
@@ -151,9 +198,9 @@ class Weights:
         """
         from defectcam.network import fold_batchnorm, fold_upsampling
 
-        fact = self.facts[defect]
-        network = fact.build_network()
-        load_tensors(network, self.folder / fact.file, fact.sha256)
+        config = self.configs[defect]
+        network = config.build_network()
+        load_tensors(network, self.folder / config.file, config.sha256)
         return fold_upsampling(fold_batchnorm(network.requires_grad_(False).eval()))
 
     def graph(self, defect: str) -> bytes:
@@ -162,13 +209,13 @@ class Weights:
         Raises:
             WeightsError: there is none, or it is not the manifest's.
         """
-        fact = self.facts[defect]
-        if not fact.graph:
+        config = self.configs[defect]
+        if not config.graph:
             raise WeightsError(
                 f"the weights in {self.folder} have no graph of {defect!r} for OpenVINO: run `defectcam export --weights "
                 f"{self.folder}` where PyTorch is installed, or {TORCH_REMEDY}"
             )
-        return _verified(self.folder / fact.graph, fact.graph_sha256)
+        return _verified(self.folder / config.graph, config.graph_sha256)
 
 
 def weights_folder(environ: Mapping[str, str]) -> Path:
@@ -177,7 +224,7 @@ def weights_folder(environ: Mapping[str, str]) -> Path:
     Raises:
         WeightsError: the variable is not set and there are no weights beside the package.
     """
-    if folder := environ.get("ADVCAM_WEIGHTS"):
+    if folder := read_variable(environ, "ADVCAM_WEIGHTS"):
         return Path(folder)
     beside = Path(__file__).resolve().parents[1] / "weights"
     if not (beside / "manifest.json").is_file():
@@ -187,6 +234,21 @@ def weights_folder(environ: Mapping[str, str]) -> Path:
     return beside
 
 
+def add_weights_option(parser: argparse.ArgumentParser, what: str = "weights folder") -> None:
+    """`--weights` of the commands that read the running weights; where it is not given, that of `weights_folder`."""
+
+    def folder(text: str) -> Path:
+        try:
+            return Path(text) if text else weights_folder(os.environ)
+        except WeightsError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parser.add_argument(  # argparse calls `folder` for a default that is a text, but not for --help
+        "--weights", type=folder, default="", metavar="DIR",
+        help=f"{what} (default: ADVCAM_WEIGHTS, else the folder weights beside the package)",
+    )  # fmt: skip
+
+
 def load_weights(folder: Path) -> Weights:
     """Verify a weights folder.
 
@@ -194,16 +256,16 @@ def load_weights(folder: Path) -> Weights:
         WeightsError: for a missing, truncated, swapped or altered file, or a manifest that does not fit.
     """
     folder = Path(folder)
-    version, facts = read_manifest(folder)
-    for fact in facts.values():
-        _verified(folder / fact.file, fact.sha256)
-        if fact.graph:
-            _verified(folder / fact.graph, fact.graph_sha256)
-    return Weights(version, facts, folder)
+    version, configs = read_manifest(folder)
+    for config in configs.values():
+        _verified(folder / config.file, config.sha256)
+        if config.graph:
+            _verified(folder / config.graph, config.graph_sha256)
+    return Weights(version, configs, folder)
 
 
-def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[str, DefectWeights]]:
-    """Version and facts of a weights folder.
+def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[str, DefectConfig]]:
+    """Version and configs of a weights folder.
 
     Args:
         but_for: a defect whose entry is not looked at, since it is about to be replaced.
@@ -213,16 +275,15 @@ def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[s
     """
     path = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
-        version, defects = manifest["version"], manifest["defects"]
-        if not isinstance(version, str) or not isinstance(defects, dict) or not defects:
-            raise ValueError("'version' must be a text and 'defects' an object with at least one defect")
+        manifest = _Manifest.model_validate(json.loads(path.read_bytes()))  # which finds out about UTF-16 and a mark, too
     except OSError as error:
         raise WeightsError(f"no weights in {folder}: {path} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValidationError as error:
+        raise WeightsError(f"{path} is not a manifest of weights: {first_problem(error)}") from error
+    except ValueError as error:
         raise WeightsError(f"{path} is not a manifest of weights: {error}") from error
-    facts = {}
-    for defect, entry in defects.items():
+    configs = {}
+    for defect, entry in manifest.defects.items():
         if defect == but_for:
             continue
         if isinstance(entry, dict) and "cam_max" in entry:
@@ -231,13 +292,10 @@ def read_manifest(folder: Path, but_for: str | None = None) -> tuple[str, dict[s
                 "networks; take the weights folder that came with this version, or train and calibrate again"
             )
         try:
-            entry = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-            facts[defect] = DefectWeights(**entry)
-            _check_facts(facts[defect])
-        except (TypeError, AttributeError, ValueError) as error:
-            reason = str(error).replace("DefectWeights.__init__() ", "")
-            raise WeightsError(f"{path}, defect {defect!r}: {reason}") from error
-    return version, facts
+            configs[defect] = _CONFIG.validate_json(json.dumps(entry))
+        except ValidationError as error:
+            raise WeightsError(f"{path}, defect {defect!r}: {first_problem(error)}") from error
+    return manifest.version, configs
 
 
 def write_manifest(folder: Path, defects: dict[str, dict], parent: dict | None = None) -> str:
@@ -270,7 +328,7 @@ def write_defect(folder: Path, defect: str, entry: dict, tensors: bytes, graph: 
     had, the manifest names them, then they get their lasting names, and the manifest names these.
 
     Args:
-        entry: the fields of `DefectWeights` without files and checksums.
+        entry: the fields of `DefectConfig` without files and checksums.
         tensors, graph: content of the files; None where the encoder has no graph.
 
     Returns:
@@ -315,79 +373,6 @@ def _without_licences(entry: dict) -> dict:
 def sha256_of(path: Path) -> str:
     """Checksum of a file, hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _check_facts(fact: DefectWeights) -> None:
-    """Raise ValueError, naming the field, for a value the function could not work with."""
-
-    def need(name: str, value: object, low: float, high: float, kind: type = float) -> None:
-        right = type(value) is int or (kind is float and type(value) is float)
-        if not right or not low <= value <= high:  # NaN lies in no range
-            what = "an integer" if kind is int else "a number"
-            raise ValueError(f"{name} must be {what} in {low:g}..{high:g}, not {_as_json(value)}")
-
-    for name in ("file", "sha256", "encoder", "pooling", "graph", "graph_sha256"):
-        if not isinstance(getattr(fact, name), str):
-            raise ValueError(f"{name} must be a text, not {_as_json(getattr(fact, name))}")
-    for name in ("file", "graph"):
-        if Path(getattr(fact, name)).name != getattr(fact, name):
-            raise ValueError(f"{name} must be a name without folders, not {getattr(fact, name)!r}")
-    for name in ("decoder_channels", "platt", "confidence_weights"):
-        if not isinstance(getattr(fact, name), tuple):
-            raise ValueError(f"{name} must be a list, not {getattr(fact, name)!r}")
-    for name in ("training", "climb"):
-        if not isinstance(getattr(fact, name), dict):
-            raise ValueError(f"{name} must be an object, not {_as_json(getattr(fact, name))}")
-    check_licences(fact.training.get("licences", {}))
-    if fact.finest_scale not in FINEST_SCALES or isinstance(fact.finest_scale, bool):
-        allowed = ", ".join(map(str, FINEST_SCALES))
-        raise ValueError(f"finest_scale must be one of {allowed}, not {_as_json(fact.finest_scale)}")
-    for name in ("threshold", "cam_threshold", "hole_share"):
-        need(name, getattr(fact, name), 0, 1)
-    for name, least, most in [
-        ("iterations", 0, 50),
-        ("levels", 1, 16),
-        ("closing_radius_px", 0, 1000),
-        ("gap_px", 0, 100),
-        ("min_area_px", 0, 10**9),
-        ("downsamplings", 1, 4),
-    ]:
-        need(name, getattr(fact, name), least, most, int)
-    need("tolerance_px", fact.tolerance_px, 1, 20)  # unasked for, no annotator gets an outline full of dots
-    need("sharpness", fact.sharpness, 0.1, 4)
-    for channels in fact.decoder_channels:
-        need("decoder_channels", channels, 1, 4096, int)
-    for name, count, remedy in (
-        ("platt", 2, ""),
-        ("confidence_weights", FEATURES + 1, ": calibrate again (defectcam calibrate)"),
-    ):
-        numbers = getattr(fact, name)
-        for number in numbers:
-            need(name, number, -1e6, 1e6)
-        if len(numbers) != count:
-            raise ValueError(f"{name} must have {count} numbers, not {list(numbers)}{remedy}")
-    if fact.platt[0] <= 0:
-        raise ValueError(f"platt must begin with a number above 0, not {fact.platt[0]!r}")
-    fields = {"local": {"form", "xi", "g_ref"}, "paper": {"form", "xi", "penalty_weight", "salient_share"}}
-    if fact.climb.keys() != fields.get(str(fact.climb.get("form"))):
-        raise ValueError(
-            "climb must have form 'local' with xi, g_ref or 'paper' with xi, penalty_weight, salient_share, "
-            f"not {fact.climb!r}"
-        )
-    for name, least, most in (("xi", 0, 2), ("penalty_weight", 0, 1e6), ("salient_share", 0, 1)):
-        need(f"climb {name}", fact.climb.get(name, least), least, most)
-    g_ref = fact.climb.get("g_ref", [1.0])
-    if not isinstance(g_ref, list) or not any(number is not None for number in g_ref):
-        raise ValueError(f"climb g_ref must be a list of numbers, one per level, not {g_ref!r}")
-    for number in g_ref:
-        if number is not None:
-            need("climb g_ref", number, 1e-12, 1e12)
-    check_architecture(fact.encoder, fact.decoder_channels, fact.downsamplings, fact.pooling)
-
-
-def _as_json(value: object) -> str:
-    """A value as the manifest has it: lists were made tuples."""
-    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def _verified(path: Path, sha256: str) -> bytes:

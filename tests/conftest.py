@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import fcntl
+import gc
 import hashlib
 import os
 import shutil
@@ -137,6 +139,16 @@ def tiny_weights(
     return folder
 
 
+def pytest_collection_finish():
+    """All that is imported by now stays: the garbage collector would look through half a million objects again and again."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Libraries would tell of objects that are still there when Python ends."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def own_environment():
     """What a test's commands set in the environment of this process ends with the test."""
@@ -144,28 +156,42 @@ def own_environment():
         yield
 
 
+GRAPHS: list[Path] = []  # the folder of the graphs of this run of the tests
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graphs(tmp_path_factory):
+    """Give the tests a folder for graphs, all processes of pytest-xdist the same one."""
+    base = tmp_path_factory.getbasetemp()
+    GRAPHS[:] = [(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"]
+    GRAPHS[0].mkdir(exist_ok=True)
+
+
+def graph_once(network: ScoreNet) -> bytes:
+    """The ONNX file of a network, exported once in a run of the tests, since that takes 10 s."""
+    from defectcam.training import export  # not at the top: few tests need what it takes long to import
+
+    tensors = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        tensors.update(name.encode() + tensor.numpy().tobytes())
+    path = GRAPHS[0] / tensors.hexdigest()
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_bytes(export.graph_of(network))
+    return path.read_bytes()
+
+
 @contextmanager
 def little_training(val_crops: int):
     """Trainings judge `val_crops` crops, not 400; one step of the climb is tried, on one photo; photos fit into one tile.
 
-    A network that has its graph is not exported once more, which takes 10 s.
+    A network that has its graph is not exported once more.
     """
-    from defectcam.training import export  # not at the top: few tests need what it takes long to import
-
-    graphs: dict[str, bytes] = {}
-
-    def graph_of(network: ScoreNet) -> bytes:
-        tensors = hashlib.sha256()
-        for name, tensor in network.state_dict().items():
-            tensors.update(name.encode() + tensor.numpy().tobytes())
-        key = tensors.hexdigest()
-        graphs[key] = graphs.get(key) or export.graph_of(network)
-        return graphs[key]
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("defectcam.encoders.LARGEST_HALO_PX", 16)
         patch.setattr("defectcam.training.train.VAL_CROPS", val_crops)
-        patch.setattr("defectcam.training.calibrate.graph_of", graph_of)
+        patch.setattr("defectcam.training.calibrate.graph_of", graph_once)
         patch.setattr("defectcam.training.calibrate.STEP_LENGTHS", (0.012,))
         patch.setattr("defectcam.training.calibrate.CLIMB_PHOTOS", 1)
         yield
@@ -313,11 +339,13 @@ def dark_weights(folder: Path, defects: Sequence[str] = ("crack",), **fields: ob
 
 @pytest.fixture(scope="session")
 def exported_weights(tmp_path_factory) -> Path:
-    """`dark_weights` for cracks, to which `defectcam export` has added the graph: once, since that takes 10 s."""
+    """`dark_weights` for cracks, to which `defectcam export` has added the graph."""
     from defectcam.training import export
 
     folder = dark_weights(tmp_path_factory.mktemp("exported"))
-    export.main(["--weights", str(folder)])
+    graph = graph_once(dark_network())
+    with patch.object(export, "graph_of", lambda network: graph):
+        export.main(["--weights", str(folder)])
     return folder
 
 

@@ -66,14 +66,14 @@ def adapted(campaign, running, tmp_path_factory):
 def test_the_new_weights_load_name_their_parent_and_leave_other_defects_alone(adapted, running):
     weights, (parent, before) = load_weights(adapted), read_manifest(running)
     assert json.loads((adapted / "manifest.json").read_text())["parent"]["version"] == parent != weights.version
-    assert list(weights.facts) == ["spalling", "rust"]
+    assert list(weights.configs) == ["spalling", "rust"]
     assert (adapted / "rust.safetensors").read_bytes() == (running / "rust.safetensors").read_bytes()
-    fact, old = weights.facts["spalling"], before["spalling"]
-    (record,) = fact.training["adapted"]
+    config, old = weights.configs["spalling"], before["spalling"]
+    (record,) = config.training["adapted"]
     assert record["parent"] == parent and record["photos"] == 4 and record["verdict"] in ("better", "same")
     assert record["config"]["init"].endswith("spalling.safetensors") and record["config"]["frozen_batchnorm"] is True
-    assert fact.training["network"] == old.training["network"] and fact.confidence_weights == old.confidence_weights
-    moved = fact.least_logit(fact.cam_threshold) - old.least_logit(old.cam_threshold)
+    assert config.training["network"] == old.training["network"] and config.confidence_weights == old.confidence_weights
+    moved = config.least_logit(config.cam_threshold) - old.least_logit(old.cam_threshold)
     assert moved == pytest.approx(record["shift"], abs=0.01)
 
 
@@ -144,7 +144,7 @@ def test_one_photo_teaches_but_cannot_judge(campaign, running, tmp_path, capsys)
         (tmp_path / "one" / "bridge" / "masks" / "spalling" / f"pier{number}.png").unlink()
     adapt.main(words(tmp_path / "one", running, tmp_path / "next"))
     assert "verdict: unchecked (theta moved by +0)" in capsys.readouterr().out
-    assert load_weights(tmp_path / "next").facts and not (tmp_path / "next" / "before_after.jpg").exists()
+    assert load_weights(tmp_path / "next").configs and not (tmp_path / "next" / "before_after.jpg").exists()
 
 
 def shadowed_wall(seed):
@@ -169,20 +169,20 @@ def test_clicks_and_rejections_alone_leave_theta_and_do_no_harm(running, tmp_pat
     options = ["--defect", "spalling", "--weights", running, "--steps", 16, "--clicks", tmp_path / "own.csv"]
     adapt.main([str(one) for one in (*options, "--out", tmp_path / "next")])
     assert "verdict: unchecked" in capsys.readouterr().out
-    new, old = (load_weights(folder).facts["spalling"] for folder in (tmp_path / "next", running))
+    new, old = (load_weights(folder).configs["spalling"] for folder in (tmp_path / "next", running))
     (record,) = new.training["adapted"]
     assert record["photos"] == 5 and new.cam_threshold == old.cam_threshold
     walls = [shadowed_wall(seed)[:2] for seed in (7, 8, 11)]
 
-    def fit(weights, fact):
-        network = fact.build_network()
-        network.load_state_dict(load_file(weights / fact.file))
-        maps = [merged_map(network, image_rgb, fact.reading) for image_rgb, _ in walls]
-        masks = [regions(one, fact.least_logit(fact.cam_threshold), fact.cleaning) for one in maps]
+    def overlap_of(weights, config):
+        network = config.build_network()
+        network.load_state_dict(load_file(weights / config.file))
+        maps = [merged_map(network, image_rgb, config.reading) for image_rgb, _ in walls]
+        masks = [regions(one, config.least_logit(config.cam_threshold), config.cleaning) for one in maps]
         return overlap("spalling", [(mask, truth * np.uint8(255)) for mask, (_, truth) in zip(masks, walls)])
 
     assert not torch.equal(*(load_file(one / "spalling.safetensors")["head.weight"] for one in (running, tmp_path / "next")))
-    assert fit(tmp_path / "next", new) > fit(running, old) - adapt.CLEAR
+    assert overlap_of(tmp_path / "next", new) > overlap_of(running, old) - adapt.NOISE_MARGIN
     for kind, own, missing in (("rejections", clicks[1::2], "click on the defect"), ("clicks", clicks[::2], "negative click")):
         write_clicks(tmp_path / "own.csv", own)
         with pytest.raises(SystemExit, match=f"own.csv: there is no {missing}"):
@@ -206,9 +206,9 @@ def test_weights_that_are_worse_are_kept_back(campaign, running, tmp_path, capsy
     monkeypatch.setattr(adapt.Adaptation, "choose", lambda self, judged: Choice(0.0, 0.8, 0.7))
     with pytest.raises(SystemExit) as error:
         adapt.main(words(campaign, running, tmp_path / "next"))
-    assert error.value.code == 3 and "verdict: worse: fit 0.800 before, 0.700 after" in capsys.readouterr().out
+    assert error.value.code == 3 and "verdict: worse: overlap 0.800 before, 0.700 after" in capsys.readouterr().out
     assert not (tmp_path / "next" / "manifest.json").exists()
-    assert load_weights(tmp_path / "next" / "rejected").facts
+    assert load_weights(tmp_path / "next" / "rejected").configs
 
 
 def test_bad_input_is_named_before_anything_is_trained(campaign, running, tmp_path):
@@ -246,7 +246,7 @@ def test_the_mean_of_two_networks_is_between_them():
     assert torch.equal(mixed(one, two, 0.25)["w"], torch.tensor([0.25, 3.5])) and int(mixed(one, two, 0.25)["n"]) == 3
 
 
-def test_the_fit_counts_known_pixels_alone():
+def test_the_overlap_counts_known_pixels_alone():
     outline = np.zeros((10, 20), np.uint8)
     outline[2:6, 2:6], outline[:, 10:] = 255, UNKNOWN
     mask = np.zeros((10, 20), bool)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from defectcam.feedback import audit
-from defectcam.feedback.cvat import CvatExport
-from defectcam.feedback.labels import PhotoFolder
+from defectcam.feedback.cvat_export import CvatExport
+from defectcam.feedback.photos import PhotoFolder
 from tests.conftest import dark_wall, dark_weights
 from tests.test_cvat_export import ExportedTask, export_text, square_in
 

@@ -101,44 +101,53 @@ FIGURES = ["openvino_forward_speedup", "openvino_step_speedup", "climb_speedup",
            "start_s", "first_answer_s", "cpu_install_mb"]  # fmt: skip
 
 
-def test_a_quick_run_writes_all_it_measures(small_work, tmp_path, capsys):
-    bench.main(["--quick", "--out", str(tmp_path)])
+def test_a_run_writes_all_it_measures_and_a_quick_one_has_no_large_photos(small_work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "REPETITIONS", 1)
+    done = {}
+    for name in ("compare_networks", "time_answers", "time_start"):
+        monkeypatch.setattr(bench, name, remembered(getattr(bench, name), done))
+    bench.main(["--out", str(tmp_path)])
     results = json.loads((tmp_path / "bench.json").read_text())
     for key in FIGURES:
         assert math.isfinite(results[key]) and results[key] > 0, key
-    for key in ("answer_s", "answer_all_tiles_s"):
-        assert {size: [*of_photo] for size, of_photo in results[key].items()} == dict.fromkeys(["1", "4"], ["0", "2", "8"])
-        assert all(0 < seconds < math.inf for of_photo in results[key].values() for seconds in of_photo.values())
-    assert results["answer_s"]["1"] == results["answer_all_tiles_s"]["1"]
-    assert results["outside_network_share"] < 1 and results["start_s"] < results["first_answer_s"]
-    assert results["engines"] == {"crack": "openvino"}
-    assert results["machine"]["threads"] == torch.get_num_threads() and results["defects"]
-    assert not {"growth_25mp", "peak_host_mb_25mp"} & results.keys()
-    assert (tmp_path / "bench.png").stat().st_size > 10_000
-    printed = capsys.readouterr().out
-    assert all(key in printed for key in FIGURES)
-    assert printed.count("1 MP, T = 8 ") == 1 and "4 MP, T = 8, defects in a third " in printed
-    assert "4 MP, T = 0, defects everywhere " in printed
-    assert "ADVCAM_TIME_LIMIT" not in os.environ
-
-
-def test_a_whole_run_has_large_photos_without_their_longest_climb_too(small_work, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "REPETITIONS", 1)
-    bench.main(["--out", str(tmp_path)])
-    results = json.loads((tmp_path / "bench.json").read_text())
     measured = dict.fromkeys(["1", "4"], ["0", "2", "8"]) | dict.fromkeys(["12", "25"], ["0", "2"])
     for key, name in (("answer_s", "answer"), ("answer_all_tiles_s", "answer_all_tiles")):
         assert {size: [*of_photo] for size, of_photo in results[key].items()} == measured
         assert bench.Image.open(tmp_path / "bench" / f"{name}_12mp.jpg").size == (4 * 96, 3 * 96)
         assert bench.Image.open(tmp_path / "bench" / f"{name}_25mp.jpg").size == (5 * 96, 5 * 96)
+        assert all(0 < seconds < math.inf for of_photo in results[key].values() for seconds in of_photo.values())
+    assert results["answer_s"]["1"] == results["answer_all_tiles_s"]["1"]
+    assert results["outside_network_share"] < 1 and results["start_s"] < results["first_answer_s"]
+    assert results["engines"] == {"crack": "openvino"}
+    assert results["machine"]["threads"] == torch.get_num_threads() and results["defects"]
     of_photos = results["answer_all_tiles_s"]
     assert results["growth_25mp"] == of_photos["25"]["2"] / of_photos["1"]["2"]
     assert 50 < results["peak_host_mb_25mp"] < 100_000 and "peak_gpu_mb" not in results
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
+    assert all(key in printed for key in FIGURES)
+    assert printed.count("1 MP, T = 8 ") == 1 and "4 MP, T = 8, defects in a third " in printed
+    assert "4 MP, T = 0, defects everywhere " in printed
     assert "25 MP, T = 2, defects in a third " in printed and bench.AIMS.keys() <= {*printed.split()}
+    assert "ADVCAM_TIME_LIMIT" not in os.environ
+
+    bench.main(["--quick", "--out", str(tmp_path / "quick")])
+    quick = json.loads((tmp_path / "quick" / "bench.json").read_text())
+    assert quick["quick"] and quick.keys() == results.keys() - {"growth_25mp", "peak_host_mb_25mp"}
+    for key in ("answer_s", "answer_all_tiles_s"):
+        assert quick[key] == {size: results[key][size] for size in ("1", "4")}
+    assert (tmp_path / "quick" / "bench.png").stat().st_size > 10_000
 
 
-def test_a_process_of_its_own_tells_its_start_and_its_memory(deployed, tmp_path):
+def remembered(measure, done: dict):
+    """The measurement, but what a run has measured is the next run's too."""
+    return lambda *given: done.get(measure) or done.setdefault(measure, measure(*given))
+
+
+def test_a_process_of_its_own_tells_its_start_and_its_memory_and_needs_no_pytorch(exported_weights, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('PyTorch was imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(exported_weights))
     bench.Image.fromarray(textured(64, 96)).save(tmp_path / "photo.png")
     started = time.monotonic()
     result = bench.answers_of_process([bench.SAMPLE, tmp_path / "photo.png"], [0, 2], "cpu")
@@ -148,21 +157,17 @@ def test_a_process_of_its_own_tells_its_start_and_its_memory(deployed, tmp_path)
     assert all(0 < answer["network_seconds"] < answer["seconds"] for answer in result["answers"])
     assert 0 < result["start_s"] < elapsed_s - sum(answer["seconds"] for answer in result["answers"])
     peaks = [answer["peak_host_mb"] for answer in result["answers"]]
-    assert peaks == sorted(peaks) and 100 < peaks[0] < peaks[-1] + 1 < 100_000  # PyTorch alone has more than 100
-
-
-def test_with_openvino_the_process_does_not_import_pytorch(exported_weights, tmp_path, monkeypatch):
-    (tmp_path / "torch.py").write_text("raise RuntimeError('PyTorch was imported')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("ADVCAM_WEIGHTS", str(exported_weights))
-    (answer,) = bench.answers_of_process([bench.SAMPLE], [2], "cpu")["answers"]
-    assert 0 < answer["network_seconds"] < answer["seconds"]
+    assert peaks == sorted(peaks) and 100 < peaks[0] < peaks[-1] + 1 < 100_000  # OpenVINO alone has more than 100
 
 
 def test_a_photo_that_is_not_processed_ends_the_benchmark(deployed, tmp_path):
+    function = answers.Function()
+    bench.Image.fromarray(textured(64, 96)).save(tmp_path / "photo.png")
+    answer = function.answer(tmp_path / "photo.png", {"iterations": 2})
+    assert 0 < answer["network_seconds"] < answer["seconds"]
     (tmp_path / "text.jpg").write_text("no photo")
     with pytest.raises(RuntimeError, match="unknown format"):
-        answers.Function().answer(tmp_path / "text.jpg", {})
+        function.answer(tmp_path / "text.jpg", {})
 
 
 def test_larger_photos_have_the_same_defects_without_seams(monkeypatch):

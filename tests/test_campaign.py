@@ -14,7 +14,7 @@ from defectcam.request import Request
 from defectcam.weights import load_weights
 from tests.conftest import dark_wall, dark_weights, little_training
 from tests.cvat_state import ACCESS_TOKEN, CvatState, serving
-from tests.test_deploy import world  # noqa: F401, pytest finds fixtures by name
+from tests.test_deploy import ports, stand_in, world  # noqa: F401, pytest finds fixtures by name
 
 SPOTS = [(30, 30, 14), (100, 26, 12), (36, 78, 13), (110, 74, 15)]
 
@@ -69,7 +69,7 @@ def test_five_finished_photos_make_weights_for_the_rest(tmp_path, monkeypatch, c
         told = capsys.readouterr().out
         assert "task12: 5 finished photos, 0 that are known in part" in told and "fold 2" in told
         assert f"deploy them with: ./deploy.sh weights {out}" in told
-    (record,) = load_weights(out).facts["crack"].training["adapted"]
+    (record,) = load_weights(out).configs["crack"].training["adapted"]
     assert record["photos"] == 5 and record["verdict"] in ("better", "same") and ACCESS_TOKEN not in json.dumps(record)
     assert not Path(record["config"]["data"]).exists(), "the photos are in CVAT"
 

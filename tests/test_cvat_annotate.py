@@ -14,6 +14,7 @@ import pytest
 from defectcam.cvat import annotate
 from defectcam.cvat.client import CvatClient
 from defectcam.cvat.shapes import overlaps, stored_shapes
+from defectcam.cvat_answers import Label
 from defectcam.cvat_labels import labels_with, task_labels
 from defectcam.feedback import harvest
 from defectcam.feedback.shown import names_in
@@ -183,8 +184,8 @@ def test_rejected_proposals_are_not_proposed_again(make, version):
     assert len(place.names(0)) == 3 and set(place.names(0)) < set(place.wanted(0)) and place.names(1) == place.wanted(1)
     assert place.names(0, "rust") == place.wanted(0, "rust"), "it was rejected as a crack only"
     assert "1 left out (0 overlap kept shapes, 1 were rejected before)" in told
-    region = stored_shapes([gone], {label["id"]: label for label in place.cvat.labels}, 160, 96)[0].region
-    for one in stored_shapes(place.cvat.of(0, "crack"), {label["id"]: label for label in place.cvat.labels}, 160, 96):
+    region = stored_shapes([gone], {label["id"]: Label.model_validate(label) for label in place.cvat.labels}, 160, 96)[0].region
+    for one in stored_shapes(place.cvat.of(0, "crack"), {label["id"]: Label.model_validate(label) for label in place.cvat.labels}, 160, 96):
         assert not overlaps(one.region, region)
     assert "1 were rejected before" in place.annotate("--log-dir", place.folder, steps=8)
     assert len(place.names(0)) == 3, "nor in the third run"
@@ -471,5 +472,5 @@ def test_names_follow_from_pixels_weights_and_settings(make, function):
     model = function.model(photo, 4)
     names = annotate.PhotoNames(model, np.ascontiguousarray(photo), {"crack": model.effective("crack", model.settings)})
     assert set(place.wanted(0)) <= names.of_run and not set(place.wanted(0, "rust")) & names.of_run
-    here = stored_shapes(place.cvat.of(0), {label["id"]: label for label in place.cvat.labels}, 160, 96)
+    here = stored_shapes(place.cvat.of(0), {label["id"]: Label.model_validate(label) for label in place.cvat.labels}, 160, 96)
     assert {(one.shape.label, names.defect_of(one.shape)) for one in here} == {("crack", "crack"), ("rust", "rust")}

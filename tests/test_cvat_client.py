@@ -10,7 +10,7 @@ from defectcam import __main__
 from defectcam.cvat import commands
 from defectcam.cvat.client import CvatClient, CvatError
 from defectcam.cvat.target import Target, target, task_id
-from defectcam.request import RequestError
+from defectcam.settings import RequestError
 from tests.cvat_state import ACCESS_TOKEN, KEY, CvatState, serving
 
 LABELS = [{"name": name} for name in ("crack", "spalling", "rust", "beam", "pier")]
@@ -40,7 +40,7 @@ def test_pages_are_followed_below_the_path_of_a_proxy(prefix):
     cvat = CvatState(labels=LABELS, prefix=prefix)
     with serving(cvat) as url:
         labels = Target("task", 12).labels(CvatClient(f"{url}/", KEY))
-    assert [label["name"] for label in labels] == ["crack", "spalling", "rust", "beam", "pier"]
+    assert [label.name for label in labels] == ["crack", "spalling", "rust", "beam", "pier"]
     assert [query.get("page") for _, _, query in cvat.asked] == [None, "2", "3"]
 
 
@@ -55,8 +55,11 @@ def test_links_of_answers(link, path):
 @pytest.mark.parametrize("answer, message", [
     ((200, "<!doctype html><title>CVAT"), "answers a web page and no JSON ('<!doctype html><title>CVAT'): is this CVAT's"),
     ((200, "it works"), "answers no JSON ('it works'): is this CVAT's address?"),
-    ((200, {}), "answers {} without 'results': is this CVAT's address?"),
-    ((200, []), "answers [] without 'results': is this CVAT's address?"),
+    ((200, {}), "answers {} ('results' is missing): is this CVAT's address?"),
+    ((200, []), "answers [] (must be an object, not []): is this CVAT's address?"),
+    ((200, {"results": []}), "answers {\"results\": []} ('next' is missing): is this CVAT's address?"),
+    ((200, {"results": None, "next": None}), 'answers {"results": null, "next": null} (results must be a valid array, not None): is this CVAT'),
+    ((200, {"results": [KEY]}), 'answers {"results": ["..."]} (results[0] must be an object, not \'...\'): is this CVAT'),
     ((200, ""), "answers no JSON (''): is this CVAT's address?"),
     ((401, {"detail": "Invalid token."}), "answers 401: give a valid token (ADVCAM_CVAT_TOKEN) of a user who may see"),
     ((403, {}), "answers 403: give a valid token (ADVCAM_CVAT_TOKEN)"),

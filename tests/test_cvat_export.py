@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from defectcam.feedback import harvest
-from defectcam.feedback.cvat import CvatError, CvatExport
+from defectcam.cvat.client import CvatError
+from defectcam.feedback.cvat_export import CvatExport
 from defectcam.proposal_log import ProposalLog, image_hash
 from tests.conftest import textured
 

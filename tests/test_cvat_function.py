@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from defectcam.polygons import outline_length_px
-from defectcam.request import RequestError
+from defectcam.settings import RequestError
 from defectcam.weights import WeightsError
 from tests.conftest import ROOT, dark_wall, dark_weights
 
@@ -305,7 +305,7 @@ def test_parameters_come_before_the_environment_before_the_manifest(monkeypatch)
     effective = function.model.effective("crack", function.model.settings)
     assert (effective["iterations"], effective["max_proposals"], effective["cam_threshold"]) == (2, 5, 0.2)
     assert (effective["hole_share"], effective["tolerance_px"]) == (0.5, 2.0)
-    assert effective["threshold"] == function.model.weights.facts["crack"].threshold
+    assert effective["threshold"] == function.model.weights.configs["crack"].threshold
     assert function.model.cvat_task is None
 
 
@@ -319,7 +319,8 @@ print([label.name for label in function.create(iterations=4).spec.labels])
 """
 
 
-def test_cvat_cli_can_load_it_from_any_folder(tmp_path):
+def test_cvat_cli_can_load_it_from_any_folder(exported_weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVCAM_WEIGHTS", str(exported_weights))  # OpenVINO loads sooner than PyTorch
     command = [sys.executable, "-I", "-c", LOADED_BY_CVAT_CLI, str(ROOT / "cvat_function.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -373,7 +374,7 @@ def server(photo_rgb, tmp_path):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     config = Config(cache_dir=tmp_path, verify_ssl=False)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     with Client(url, config=config, check_server_version=False) as client:

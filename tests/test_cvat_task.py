@@ -22,7 +22,7 @@ from defectcam import cvat_runs, cvat_task
 from defectcam.cvat_runs import Defaults, Run, frames_at
 from defectcam.cvat_task import CvatTask, TaskSetting
 from defectcam.proposal_log import ProposalLog, read_proposal_log
-from defectcam.request import RequestError
+from defectcam.settings import RequestError
 from tests.conftest import DATA, ROOT, dark_wall, dark_weights
 
 EXCHANGES = DATA / "cvat_exchanges"
@@ -47,8 +47,10 @@ NEWER = {"id": "action=autoannotate&target=task&target_id=7", "progress": None}
 SELECT = {
     "id": 22, "name": "note", "mutable": True, "input_type": "select", "default_value": "b", "values": ["a", "b", "c"],
 }  # fmt: skip
-FRAMES = {"size": 3, "start_frame": 0, "stop_frame": 2, "deleted_frames": []}
-JOB = {"id": 7, "task_id": 7, "frame_count": 3, "start_frame": 0, "stop_frame": 2, "type": "annotation"}
+NAMES = ("train_7Q3A9060-1.jpg", "train_7Q3A9064-20.jpg", "train_IMG74.jpg")
+PHOTOS = [{"width": 544, "height": 384, "name": name, "related_files": 0, "has_related_context": False} for name in NAMES]
+FRAMES = {"size": 3, "start_frame": 0, "stop_frame": 2, "frames": PHOTOS, "deleted_frames": []}
+JOB = {"id": 7, "task_id": 7, "frame_count": 3, "start_frame": 0, "stop_frame": 2, "type": "annotation", "state": "new"}
 
 
 def test_the_answers_above_are_those_of_a_real_cvat():
@@ -86,7 +88,7 @@ def labels_with(masks=(), **default: str) -> dict:
         own = SELECT | {"name": "iterations", "values": ["0", "1", "2", "8", "auto"]}
         attributes = [own | {"default_value": default[name]}] if name in default else []
         kind = "mask" if name in masks else "polygon"
-        results.append({"name": name, "type": kind, "attributes": [SELECT, *attributes]})
+        results.append({"id": len(results), "name": name, "type": kind, "attributes": [SELECT, *attributes]})
     return {"count": len(results), "next": None, "previous": None, "results": results}
 
 
@@ -368,7 +370,7 @@ def test_a_job_begins_with_its_own_first_frame(running, progress):
 
 
 def drop(handler):
-    handler.connection.close()
+    handler.close_connection = True
 
 
 def sleep(handler):
@@ -443,7 +445,11 @@ def test_a_cvat_that_is_down_costs_one_log_line(caplog):
     assert look_up(CvatTask("http://cvat.invalid", TOKEN, "det-attrs", LOG), photo(1)) == {}
 
 
-def test_the_token_goes_nowhere_else(running, caplog):
+def test_the_token_goes_nowhere_else(running, caplog, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert look_up(task_of(running), photo(1)) == {"crack": 8}, "no proxy of the environment is asked"
+    running.asked.clear()
     elsewhere = f"{running.url}/elsewhere"
     running.routes[RUNS] = lambda handler: reply(handler, 302, b"", Location=elsewhere)
     assert look_up(task_of(running), photo(1)) == {}
@@ -659,6 +665,7 @@ def test_a_get_says_the_last_problem_and_when_it_was(running):
     ({"ADVCAM_CVAT_URL": " "}, ["ADVCAM_CVAT_URL is not set"]),
     ({"ADVCAM_CVAT_URL": "cvat:8080"}, ["ADVCAM_CVAT_URL", "cvat:8080", "http://"]),
     ({"ADVCAM_CVAT_URL": "file:///etc/passwd"}, ["ADVCAM_CVAT_URL", "http://"]),
+    ({"ADVCAM_CVAT_URL": "http://cvat:8080:1"}, ["ADVCAM_CVAT_URL is 'http://cvat:8080:1', which is no address"]),
     ({"ADVCAM_CVAT_TOKEN": "sec ret"}, ["ADVCAM_CVAT_TOKEN", "blanks"]),
     ({"ADVCAM_CVAT_TOKEN": "sec\nret"}, ["ADVCAM_CVAT_TOKEN", "blanks"]),
     ({"NUCLIO_FUNCTION_NAME": ""}, ["NUCLIO_FUNCTION_NAME"]),
@@ -671,7 +678,7 @@ def test_a_wrong_deployment_does_not_start(changes, words):
     assert all(word in str(error.value) for word in words) and "ret" not in str(error.value)
 
 
-def test_without_url_and_token_nobody_is_asked():
+def test_without_url_and_token_no_server_is_asked():
     assert CvatTask.from_env({"NUCLIO_FUNCTION_NAME": "f"}, LOG) is None
 
 
@@ -706,7 +713,7 @@ def values(answer: list[dict], attribute: str) -> set[str]:
 
 
 def test_the_handler_uses_the_tasks_setting_and_the_requests_own_wins(handled):
-    default = str(handled.model.weights.facts["crack"].iterations)
+    default = str(handled.model.weights.configs["crack"].iterations)
     asked_for = "1" if default != "1" else "2"
     handled.cvat.routes[LABELS] = labels_with(crack=asked_for)
     assert values(handled.answer(), "iterations") == {asked_for}
@@ -733,7 +740,7 @@ def test_the_handler_answers_masks_for_labels_of_type_mask_and_names_and_logs_th
 def test_auto_on_a_label_of_an_earlier_version_is_the_weights_own_t(handled):
     handled.model.settings = replace(handled.model.settings, iterations=1)
     handled.cvat.routes[LABELS] = labels_with(crack="auto")
-    assert values(handled.answer(), "iterations") == {str(handled.model.weights.facts["crack"].iterations)} == {"2"}
+    assert values(handled.answer(), "iterations") == {str(handled.model.weights.configs["crack"].iterations)} == {"2"}
     handled.cvat.routes[RUNS] = []
     assert values(handled.answer(), "iterations") == {"1"}
 
@@ -741,7 +748,7 @@ def test_auto_on_a_label_of_an_earlier_version_is_the_weights_own_t(handled):
 def test_a_refused_token_is_told_by_a_tag_beside_the_proposals_and_by_get(handled, tmp_path):
     spec = json.loads(yaml.safe_load((ROOT / "function.yaml").read_text())["metadata"]["annotations"]["spec"])
     handled.model.proposal_log = ProposalLog(tmp_path, LOG)
-    default = handled.model.weights.facts["crack"].iterations
+    default = handled.model.weights.configs["crack"].iterations
     handled.cvat.routes[RUNS] = status(401)
     assert [tag["label"] for tag in handled.answer(image=b"no photo")] == ["unprocessed"]
     *shapes, tag = handled.answer()

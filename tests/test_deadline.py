@@ -22,7 +22,7 @@ def test_work_that_fits_may_begin_and_other_work_is_late_by_the_rest():
     deadline.check_work(90, 64, "megapixels")
     with pytest.raises(TimeLimitError, match="100 s late at the least") as error:
         deadline.check_work(200, 64, "megapixels")
-    assert error.value.late_s == pytest.approx(100, abs=1) and error.value.fitting in ("about 31 megapixels", "about 32 megapixels")
+    assert error.value.overrun_s == pytest.approx(100, abs=1) and error.value.fitting in ("about 31 megapixels", "about 32 megapixels")
 
 
 def test_once_it_passed_nothing_may_begin():
@@ -30,10 +30,10 @@ def test_once_it_passed_nothing_may_begin():
     assert deadline.left_s() < 0
     with pytest.raises(TimeLimitError, match="the deadline passed") as error:
         deadline.check()
-    assert error.value.late_s == 0 and error.value.fitting == ""
+    assert error.value.overrun_s == 0 and error.value.fitting == ""
     with pytest.raises(TimeLimitError) as error:
         deadline.check_work(20, 64, "megapixels")
-    assert error.value.late_s == pytest.approx(25, abs=1) and error.value.fitting == ""
+    assert error.value.overrun_s == pytest.approx(25, abs=1) and error.value.fitting == ""
 
 
 def test_work_that_turns_out_to_be_late_is_refused_while_it_is_done(monkeypatch):
@@ -45,5 +45,5 @@ def test_work_that_turns_out_to_be_late_is_refused_while_it_is_done(monkeypatch)
     progress.started -= 20
     with pytest.raises(TimeLimitError, match="s late at the least") as error:
         progress.done(10)  # 210 in 30 s: 113 s for the rest, 100 are left
-    assert error.value.late_s == pytest.approx(13, abs=1)
+    assert error.value.overrun_s == pytest.approx(13, abs=1)
     progress.done(900)  # all of it is done

@@ -7,6 +7,7 @@ against the option lists of the real tools.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 import tomllib
+from collections import Counter
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +30,9 @@ import pytest
 import yaml
 
 from defectcam.cvat_labels import check_label_name, labels_with
-from tests.conftest import ROOT, tiny_weights
+from tests import deploy_tools
+from tests.conftest import ROOT
+from tests.deploy_tools import HELPER
 
 NUCTL_OPTIONS = ROOT.parent / "shared" / "data" / "cli" / "nuctl-1.14.1.json"
 REAL_DOCKER = shutil.which("docker")
@@ -36,7 +40,6 @@ DEPLOYMENT_TOOLS = ("docker", "nuctl", "kubectl", "curl")  # whose commands a dr
 SECRET = "s3cr3t-t0ken"
 CVAT = {"ADVCAM_CVAT_URL": "http://cvat.example:8080", "ADVCAM_CVAT_TOKEN": SECRET}
 PORTS = 6
-HELPER = "gcr.io/iguazio/alpine:3.17"  # of the container that nuctl keeps its records in
 
 # The function in every image of this world: what it says and proposes depends on its weights and settings.
 MAIN = '''
@@ -71,188 +74,14 @@ def handler(context, event):
     body = json.dumps(answer(b"" if event.method == "GET" else event.body, os.environ))
     return context.Response(body=body, headers={}, content_type="application/json", status_code=200)
 '''
-
-STAND_IN = r'''#!{python}
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
-
-world, tool, arguments = Path({world!r}), Path(sys.argv[0]).name, sys.argv[1:]
-with open(world / "calls", "a") as record:
-    record.write(json.dumps([tool, *arguments]) + "\n")
-call = " ".join([tool, *arguments])
-faults = json.loads((world / "faults").read_text())
-for start, fault in faults.items():
-    if call.startswith(start):
-        if fault == "fail":
-            sys.exit(f"{{call}}: failed")
-        if fault in ("SIGKILL", "SIGINT", "hang"):  # once: of the whole run, as at a power cut or a Ctrl-C
-            if arguments[0] == "deploy":
-                path = world / "functions" / arguments[1]
-                new = {{"port": 0, "weights": "", "environ": {{}}, "arguments": []}}
-                function = json.loads(path.read_text()) if path.exists() else new
-                path.write_text(json.dumps(function | {{"state": "building"}}))
-            (world / "faults").write_text("{{}}")
-            if fault != "hang":
-                os.killpg(0, getattr(signal, fault))
-            time.sleep(30)
-        print(fault)
-        sys.exit()
-
-
-def value(option):
-    return arguments[arguments.index(option) + 1]
-
-
-def path_of(kind, name):
-    return world / kind / name.replace("/", "_")
-
-
-def docker_info():
-    print({{"{{{{.ServerVersion}}}}": "28.0", "{{{{json .Runtimes}}}}": '{{"nvidia": 1}}'}}.get(arguments[-1], str(world)))
-
-
-def docker_inspect():
-    print({helper!r} if arguments[-1] == "nuclio-local-storage-reader" else "quay.io/nuclio/dashboard:1.14.1-amd64")
-
-
-def docker_build():
-    manifest = Path(arguments[-1]) / "manifest.json"
-    if "--file" in arguments:
-        source = Path(value("--file")).read_text().split()[1]
-        assert path_of("images", source).exists(), f"no image {{source}}"
-    else:
-        manifest = Path(arguments[-1]) / "weights" / "manifest.json"
-    path_of("images", value("--tag")).write_text(json.loads(manifest.read_text())["version"])
-
-
-def docker_image():
-    sys.exit(not path_of("images", arguments[2]).exists())
-
-
-def docker_rmi():
-    missing = [tag for tag in arguments[1:] if not path_of("images", tag).exists()]
-    for tag in set(arguments[1:]) - set(missing):
-        path_of("images", tag).unlink()
-    sys.exit(f"no image {{missing}}" if missing else 0)
-
-
-def docker_tag():
-    path_of("images", arguments[2]).write_text(path_of("images", arguments[1]).read_text())
-
-
-def docker_save():
-    tags = [tag for tag in arguments[3:] if tag != {helper!r}]
-    images = {{tag: path_of("images", tag).read_text() for tag in tags}}
-    Path(value("--output")).write_text(json.dumps(images | {{"padding": "0" * 100_000}}))
-
-
-def docker_load():
-    for tag, version in json.load(sys.stdin).items():
-        if tag != "padding":
-            path_of("images", tag).write_text(version)
-
-
-def docker_run():
-    image = arguments[arguments.index("python") - 1]
-    given = dict(arguments[i + 1].split("=", 1) for i, word in enumerate(arguments) if word == "--env")
-    inherited = {{name: value for name, value in os.environ.items() if not name.startswith("ADVCAM_")}}
-    environ = inherited | given | {{"WEIGHTS": path_of("images", image).read_text()}}
-    program = [{python!r}, *arguments[arguments.index("python") + 1 :]]
-    sys.exit(subprocess.run(program, env=environ, cwd=world).returncode)
-
-
-def docker_port():
-    function = path_of("functions", arguments[1].removeprefix("nuclio-nuclio-"))
-    if not function.exists():
-        sys.exit("no such container")
-    port = json.loads(function.read_text())["port"]
-    print(f"0.0.0.0:{{port}}\n[::]:{{port}}")
-
-
-def docker_exec():
-    name = value("--env").removeprefix("NUCLIO_FUNCTION_NAME=")
-    assert arguments[3:] == ["nuclio-nuclio-" + name, "python", "-m", "defectcam", "doctor"]
-    sys.exit("wrong        token")
-
-
-def docker_logs():
-    print("the function's log")
-
-
-def docker_push():
-    (world / "pushed").open("a").write(arguments[1] + "\n")
-
-
-def nuctl_version():
-    print('Client version:\n"Label: 1.14.1, Git commit: 0123abc, OS: linux, Arch: amd64, Go version: go1.23"')
-
-
-def nuctl_get():
-    print((world / "project").read_text() if (world / "project").exists() else "No projects found")
-
-
-def nuctl_create():
-    (world / "project").write_text(arguments[2])
-
-
-def nuctl_deploy():
-    import yaml
-
-    config = yaml.safe_load(Path(value("--file")).read_text())
-    assert config["metadata"]["name"] == arguments[0 + 1]
-    assert "build" not in config["spec"], "nuctl would build again"
-    path = path_of("functions", arguments[1])
-    ports = json.loads((world / "ports").read_text())
-    taken = [json.loads(other.read_text())["port"] for other in path.parent.iterdir() if other != path]
-    port = path.exists() and json.loads(path.read_text())["port"] or min(set(ports) - set(taken))
-    environ = dict(arguments[i + 1].split("=", 1) for i, word in enumerate(arguments) if word == "--env")
-    weights = path_of("images", value("--run-image")).read_text()
-    before = json.loads(path.read_text()) if path.exists() else None
-    path.write_text(json.dumps({{"port": port, "before": before, "image": value("--run-image"), "weights": weights, "environ": environ,
-                                 "config": config, "arguments": arguments}}))
-
-
-def nuctl_delete():
-    function = path_of("functions", arguments[2])
-    if function.exists() and "state" in json.loads(function.read_text()) and "--force" not in arguments:
-        sys.exit("Function is building and cannot be deleted")
-    function.unlink(missing_ok=True)
-
-
-def kubectl_get():
-    answers = {{"deployments": "quay.io/nuclio/dashboard:1.14.1-amd64", "nodes": "1"}}
-    print(answers.get(arguments[1], ""))
-
-
-def kubectl_exec():
-    name = arguments[-5].removeprefix("NUCLIO_FUNCTION_NAME=")
-    assert arguments[1:6] == ["--namespace", "nuclio", "deployment/nuclio-" + name, "--", "env"]
-    sys.exit("wrong        token")
-
-
-def kubectl_port_forward():
-    assert not Path("/proc/self/fd/9").exists(), "an orphan would hold the lock"
-    function = path_of("functions", arguments[3].removeprefix("service/nuclio-"))
-    print(f"Forwarding from 127.0.0.1:{{json.loads(function.read_text())['port']}} -> 8080", flush=True)
-    time.sleep(600)
-
-
-def curl_noproxy():
-    os.execv({curl!r}, ["curl", *arguments])
-
-
-def df_Pk():
-    print("Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/sda1 900000000 1 90000000 1% /")
-
-
-globals()[f"{{tool}}_{{arguments[0].strip('-').replace('-', '_')}}"]()
-'''
+FUNCTION: dict = {}
+exec(MAIN, FUNCTION)
 
 
 class World:
     """A machine with stand-ins for its tools and a copy of what deploy.sh reads of the repository."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stand_in: str, ports: list[int]) -> None:
         self.folder, self.repository = folder / "world", folder / "repository"
         self.bin = folder / "bin"
         self.path = f"{self.bin}:{os.environ['PATH']}"
@@ -265,9 +94,10 @@ class World:
         self.write_weights(self.repository / "weights", "old")
         (self.folder / "main.py").write_text(MAIN)
         self.faults({})
-        script = STAND_IN.format(python=sys.executable, world=str(self.folder), curl=shutil.which("curl"), helper=HELPER)
+        self.old_answers = Counter()  # of functions, by their ports
+        (self.folder / "ports").write_text(json.dumps(ports))
         for tool in (*DEPLOYMENT_TOOLS, "df"):
-            (self.bin / tool).write_text(script)
+            (self.bin / tool).write_text(stand_in)
             (self.bin / tool).chmod(0o755)
 
     def write_weights(self, folder: Path, version: str) -> Path:
@@ -277,7 +107,7 @@ class World:
         return folder
 
     def faults(self, faults: dict[str, str]) -> None:
-        """What to do at a call that starts so: fail, SIGKILL, SIGINT, hang, else print the text."""
+        """What to do at a call whose start such a pattern matches: fail, SIGKILL, SIGINT, hang, else print the text."""
         (self.folder / "faults").write_text(json.dumps(faults))
 
     def start(self, *arguments, cwd=None, environ={}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) -> subprocess.Popen:
@@ -328,51 +158,64 @@ class World:
         return {name: f["config"]["metadata"]["annotations"]["name"] for name, f in self.functions.items()}
 
 
-@pytest.fixture
-def world(tmp_path):
-    """A World whose deployed functions answer over HTTP, each on its own port."""
-    world = World(tmp_path)
-    module: dict = {}
-    exec(MAIN, module)
+class DeployedFunction(BaseHTTPRequestHandler):
+    """The function of `world` at the port that is asked."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, body: bytes) -> None:
-            port = self.server.server_address[1]
-            function = next((f for f in world.functions.values() if f["port"] == port), None)
-            if function is None:
-                self.send_error(503)
-                return
-            faults = json.loads((world.folder / "faults").read_text())
-            if function["before"] and body == b"" and self.server.old_answers < faults.get("old answers", 0):
-                self.server.old_answers += 1  # a copy that a rolling update has not ended yet
-                function = function["before"]
-            lies = faults.get("answer " + function["weights"], {})
-            variables = {v["name"]: v["value"] for v in function["config"]["spec"]["env"]}
-            environ = {"WEIGHTS": function["weights"]} | variables | function["environ"] | lies
-            answer = json.dumps(module["answer"](body, environ)).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+    world: World
 
-        def do_GET(self):
-            self.reply(b"")
+    def reply(self, body: bytes) -> None:
+        port = self.server.server_address[1]
+        function = next((f for f in self.world.functions.values() if f["port"] == port), None)
+        if function is None:
+            self.send_error(503)
+            return
+        faults = json.loads((self.world.folder / "faults").read_text())
+        if function["before"] and body == b"" and self.world.old_answers[port] < faults.get("old answers", 0):
+            self.world.old_answers[port] += 1  # a copy that a rolling update has not ended yet
+            function = function["before"]
+        lies = faults.get("answer " + function["weights"], {})
+        environ = {"WEIGHTS": function["weights"]} | variables_of(function["config"]) | function["environ"] | lies
+        answer = json.dumps(FUNCTION["answer"](body, environ)).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
 
-        def do_POST(self):
-            self.reply(self.rfile.read(int(self.headers["Content-Length"])))
+    def do_GET(self):
+        self.reply(b"")
 
-        def log_message(self, *_):
-            pass
+    def do_POST(self):
+        self.reply(self.rfile.read(int(self.headers["Content-Length"])))
 
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(PORTS)]
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def ports():
+    """Ports at which the functions of the present world answer."""
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), DeployedFunction) for _ in range(PORTS)]
     for server in servers:
-        server.old_answers = 0
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    (world.folder / "ports").write_text(json.dumps([server.server_address[1] for server in servers]))
-    yield world
+    yield [server.server_address[1] for server in servers]
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="module")
+def stand_in():
+    """The script of every tool, with a process that answers it."""
+    command = [sys.executable, deploy_tools.__file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield deploy_tools.STAND_IN.format(port=int(process.stdout.readline()), curl=shutil.which("curl"))
+
+
+@pytest.fixture
+def world(tmp_path, stand_in, ports):
+    """A World whose deployed functions answer over HTTP, each on its own port."""
+    DeployedFunction.world = World(tmp_path, stand_in, ports)
+    return DeployedFunction.world
 
 
 # Command line
@@ -945,7 +788,7 @@ def test_weights_that_do_not_load_are_refused_before_anything_is_touched(world):
 @pytest.mark.parametrize(
     "fault",
     [
-        {"nuctl deploy advcam-defects-t-2": "fail"},
+        {"nuctl deploy advcam-defects-t-2 (?!.*/releases/OLD/)": "fail"},  # going back must work
         {"answer newer": {"ADVCAM_ITERATIONS": "9"}},
         {"answer newer": {"WEIGHTS": "old"}},
         {"nuctl deploy advcam-defects-t-2": "SIGINT"},
@@ -955,34 +798,15 @@ def test_weights_that_do_not_load_are_refused_before_anything_is_touched(world):
 def test_weights_go_back_by_themselves(world, fault):
     world.succeed("cpu", "--iterations", "2")
     new = world.write_weights(world.folder / "new", "newer")
-    if "fail" in fault.values():  # only with the new image: going back must work
-        name = next(iter(fault))
-        fault = {f"{name} --project-name cvat --file {world.repository}/out/deploy/local-nuclio/releases/NEW": "fail"}
-        done = run_with_fault_in_new_release(world, fault, new)
-    else:
-        world.faults(fault)
-        done = world.run("weights", new)
+    (old,) = releases(world)
+    world.faults({call.replace("OLD", old): kind for call, kind in fault.items()})
+    done = world.run("weights", new)
     assert done.returncode != 0 and "is deployed again" in done.stderr
     assert world.weights == {"old"} and len(world.functions) == 2
     world.faults({})
     assert "weights old" in world.succeed("status")
     world.succeed("weights", new)
     assert world.weights == {"newer"}
-
-
-def run_with_fault_in_new_release(world, fault, new):
-    """Run `weights` with a fault at the first release that is not there yet (its name is a time)."""
-    (start,) = fault
-    present = {path.name for path in (world.repository / "out/deploy/local-nuclio/releases").iterdir()}
-    assert len(present) == 1
-    script = (world.bin / "nuctl").read_text()
-    guard = f'if "deploy" in arguments and "advcam-defects-t-2" in arguments and {present.pop()!r} not in call:\n'
-    broken = script.replace("def value(", guard + '    sys.exit("failed")\n\n\ndef value(', 1)
-    (world.bin / "nuctl").write_text(broken)
-    try:
-        return world.run("weights", new)
-    finally:
-        (world.bin / "nuctl").write_text(script)
 
 
 # Deployments with a name
@@ -1185,12 +1009,9 @@ def wait_until(true) -> None:
 def test_two_runs_at_once_are_refused(world):
     lock = world.repository / "out" / "deploy" / "lock"
     lock.parent.mkdir(parents=True)
-    with subprocess.Popen(["flock", lock, "sleep", "60"]) as holder:
-        time.sleep(0.5)
-        try:
-            assert "another deploy.sh is at work" in world.refused("cpu")
-        finally:
-            subprocess.run(["pkill", "-P", str(holder.pid)])
+    with open(lock, "w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        assert "another deploy.sh is at work" in world.refused("cpu")
 
 
 # The rest
@@ -1454,11 +1275,11 @@ def nuctl_options(_: str) -> dict[tuple[str, ...], dict[str, bool]]:
     return {
         tuple(command.split()): {
             name: flag["value"] is not None
-            for long, flag in facts["flags"].items()
+            for long, flag in own["flags"].items()
             for name in (long, flag["short"])
             if name
         }
-        for command, facts in commands.items()
+        for command, own in commands.items()
     }
 
 
@@ -1494,14 +1315,13 @@ def run_in_image(name: str, data: str, **environ: str) -> subprocess.CompletedPr
     )
 
 
-def test_expected_answers_come_from_the_real_handler(tmp_path):
-    weights = tiny_weights(tmp_path, ["crack"])
-    environ = {"ADVCAM_WEIGHTS": str(weights)}
+def test_expected_answers_come_from_the_real_handler(exported_weights):
+    environ = {"ADVCAM_WEIGHTS": str(exported_weights)}
     encoded = subprocess.run(["base64", "-w0"], input=small_png(), capture_output=True).stdout.decode()
     done = run_in_image("ANSWER_PROGRAM", json.dumps({"image": encoded}), ADVCAM_ITERATIONS="1", **environ)
     assert done.returncode == 0, done.stderr
     described, answer = map(json.loads, done.stdout.splitlines())
-    assert described["weights"] == json.loads((weights / "manifest.json").read_text())["version"]
+    assert described["weights"] == json.loads((exported_weights / "manifest.json").read_text())["version"]
     assert all(default["iterations"] == 1 for default in described["defaults"].values())
     assert isinstance(answer, list)
     refused = run_in_image("ANSWER_PROGRAM", json.dumps({"image": encoded}), ADVCAM_ITERATIONS="many", **environ)

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
 
-from defectcam.request import ITERATIONS_MAX, Settings, parse_request
+from defectcam.request import parse_request
+from defectcam.settings import ITERATIONS_MAX, Settings
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -75,6 +77,9 @@ def test_modules_import_only_what_the_image_holds(source):
             assert f"{'/'.join(parts[:3])}.py" in in_image(), f"{source.name} imports {module}, which the image lacks"
 
 
+distributions_of = cache(packages_distributions)  # it reads what is known of every package
+
+
 def not_installed(extra: str, sources: list[Path], imported=imports) -> set[tuple[str, str]]:
     """(file, module) of every import that an extra does not install."""
     names = {re.split(r"[<>=\[; ]", line)[0] for line in PROJECT["optional-dependencies"][extra]}
@@ -82,7 +87,7 @@ def not_installed(extra: str, sources: list[Path], imported=imports) -> set[tupl
     found = set()
     for source in sources:
         for module in {name.split(".")[0] for name in imported(source)} - set(sys.stdlib_module_names) - OWN:
-            provided = {name.lower().replace("_", "-") for name in packages_distributions().get(module, [module])}
+            provided = {name.lower().replace("_", "-") for name in distributions_of().get(module, [module])}
             if not provided & required:
                 found.add((source.name, module))
     return found

@@ -9,6 +9,7 @@ import pytest
 
 from defectcam import __main__
 from defectcam.cvat import doctor
+from defectcam.cvat_answers import Label
 from defectcam.cvat_labels import COLOURS, labels_with, task_labels
 from tests.conftest import DATA, dark_wall, running_function, tiny_weights
 from tests.cvat_state import ACCESS_TOKEN, KEY, CvatState, serving
@@ -133,7 +134,7 @@ FAULTS = {
     "malformed spec": (answers(FUNCTIONS, 500, "Server Error"), "list of models", "has a malformed spec: find it with curl", NEEDS),
     "no Nuclio": (answers(FUNCTIONS, 503, "refused"), "list of models", "503: refused; CVAT does not reach Nuclio: start", NEEDS),
     "a web page": (answers(FUNCTIONS, 200, "<html>CVAT"), "list of models", "a web page and no JSON ('<html>CVAT')", NEEDS),
-    "no list": (answers(FUNCTIONS, 200, {}), "list of models", "answers {}, no list: is this CVAT's address?", NEEDS),
+    "no list": (answers(FUNCTIONS, 200, {}), "list of models", "answers {} (must be a valid array, not {}): is this CVAT's address?", NEEDS),
     "another name": (other_function, "list of models", "advcam-defects is not among pth-sam. Deploy it in the Nuclio", NEEDS),
     "click tool": (old_click_tool, "list of models", "'AdvCAM click' is version 1, but must be 2", ()),
     "no such task": (
@@ -235,8 +236,7 @@ def test_the_server_of_these_tests_takes_and_gives_what_the_recorded_one_does(ma
     models = recorded("12")["response"]["body"]
     assert set(cvat.functions["advcam-defects"][0]) == set(models[0])
     body = recorded("14")["request"]["body"]
-    mapping = doctor.mapping_of(models[0]["labels_v2"], [  # the labels of the recorded task
-        {"name": name, "type": "any", "attributes": [{"name": a} for a in own.get("attributes", {})]} for name, own in body["mapping"].items()
-    ])  # fmt: skip
+    labels = [Label.model_validate(label) for label in recorded("08")["response"]["body"]["results"]]
+    mapping = doctor.mapping_of(models[0]["labels_v2"], labels)
     assert {name: {"attributes": {}} | own for name, own in body["mapping"].items()} == mapping
     assert {"owner", "assignee", "organization", "project_id"} <= set(recorded("06")["response"]["body"])

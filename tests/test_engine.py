@@ -52,6 +52,29 @@ def test_images_of_a_batch_do_not_know_each_other(engine):
             np.testing.assert_allclose(one[index], other[0], rtol=1e-5, atol=1e-6 * np.abs(one).max())
 
 
+def test_a_batch_too_large_for_the_memory_is_halved_and_stays_so(engine, monkeypatch):
+    """The real network with a limit of its own, since only a GPU raises this error."""
+    small, images, tried = TorchEngine(random_network()), images_like(5, count=7), []
+    real = small.network.score_map
+
+    def limited(tensor: torch.Tensor) -> torch.Tensor:
+        tried.append(len(tensor))
+        if len(tensor) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(tensor)
+
+    monkeypatch.setattr(small.network, "score_map", limited)
+    for found, wanted in zip(small.score_and_gradient(images), engine.score_and_gradient(images), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
+    assert tried == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    tried.clear()
+    np.testing.assert_allclose(small.score(images), engine.score(images), rtol=1e-5, atol=1e-5)
+    assert max(tried) == 1
+    monkeypatch.setattr(small.network, "score_map", lambda tensor: limited(tensor.expand(3, -1, -1, -1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        small.score(images)
+
+
 def test_several_threads_and_earlier_calls_change_nothing():
     engine = TorchEngine(random_network(dtype=torch.float32))
     images = [images_like(seed, height=32 + 16 * (seed % 2)) for seed in range(6)]

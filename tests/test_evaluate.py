@@ -27,7 +27,7 @@ from defectcam.proposals import find_components
 from defectcam.pyramid import Pyramid
 from defectcam.tiling import cut
 from defectcam.torch_engine import TorchEngine
-from defectcam.weights import DefectWeights, Weights, load_weights, write_manifest
+from defectcam.weights import DefectConfig, Weights, load_weights, write_manifest
 
 SLOPE, MIDDLE = 8.0, -0.5  # S = SLOPE * (MIDDLE - grey), grey in -1..1
 
@@ -91,7 +91,7 @@ def write_weights(folder, **fields):
 
 def dark_predictor(defect="spalling", **fields):
     """A Predictor that runs the engine without a network."""
-    weights = Weights("1", {defect: DefectWeights(**ENTRY | fields)}, Path("no files"))
+    weights = Weights("1", {defect: DefectConfig(**ENTRY | fields)}, Path("no files"))
     with patch("defectcam.predict.make_engine", return_value=DarknessEngine()):
         return Predictor(weights)
 
@@ -163,11 +163,11 @@ def test_figures_of_a_set():
     assert found["f1_2px"] == 0.5 and found["f1_2px_all"] == pytest.approx(2 / (664 / 600 + 1200 / 600), abs=1e-3)
     assert found["found_recall"] == 0.5 and found["found_precision"] == pytest.approx(1 / 3, abs=1e-4)
     assert found["found_iou"] == found["pieces"] == found["vertex_ratio"] == 1 and found["holes"] == 0
-    assert found["quiet_share"] == 0 and found["healthy_photos"] == 1
+    assert found["specificity"] == 0 and found["healthy_photos"] == 1
     assert found["false_per_mp"] == pytest.approx(1 / 0.003, abs=1e-3)
     assert "cl_iou" not in found and found["iou_95"][0] == 0
     healthy = figures("rust", [(photos[2], np.zeros_like(truth))])
-    assert healthy == {"photos": 0, "false_components": 0, "false_per_mp": 0, "false_per_mp_95": [0, 0], "quiet_share": 1,
+    assert healthy == {"photos": 0, "false_components": 0, "false_per_mp": 0, "false_per_mp_95": [0, 0], "specificity": 1,
                        "healthy_photos": 1}  # fmt: skip
     assert figures("rust", []) == {"photos": 0}
 
@@ -199,7 +199,7 @@ def test_a_crack_in_pieces():
     healthy = LabelledPhoto("s", "b", photo.image_rgb, None)
     found = figures("crack", [(photo, truth), (healthy, truth)])  # the same line where there is no crack
     assert found["cl_iou"] == 0.5 and found["cl_iou_photo_mean"] == 1 and found["iou"] == 0.5
-    assert found["found_precision"] == 0.5 and found["quiet_share"] == 0
+    assert found["found_precision"] == 0.5 and found["specificity"] == 0
 
 
 def test_sets_add_up_and_intervals_narrow():
@@ -268,7 +268,7 @@ def test_the_table_has_a_row_per_set_method_and_number_of_steps(data_dir, tmp_pa
     assert rows["walls", "ours", 0]["iou"] == pytest.approx(sum(discs(16)) / sum(discs(18)), abs=1e-4)
     assert rows["walls", "ours", 0]["photos"] == 2 and rows["walls", "ours", 0]["healthy_photos"] == 1
     assert rows["walls", "four: ours", 0]["iou"] == 0  # no confidence reaches 0.9999
-    assert rows["plain", "ours", 8]["healthy_photos"] == 2 and rows["plain", "ours", 8]["quiet_share"] == 0.5
+    assert rows["plain", "ours", 8]["healthy_photos"] == 2 and rows["plain", "ours", 8]["specificity"] == 0.5
     assert rows["plain", "ours", 8]["false_per_mp"] == pytest.approx(1 / 0.0128, rel=1e-3)
     (table,) = [one for one in found["confidence"] if one["method"] == "ours"]
     assert sum(row["proposals"] for row in table["bins"]) == 3 and table["bins"][-1]["right"] == pytest.approx(2 / 3)
@@ -312,7 +312,7 @@ def test_plain_cam_and_the_papers_setting_are_their_formulas(tmp_path):
     predictor = Predictor(load_weights(tmp_path / "w"))
     image_rgb, _ = dark_spot(70, 80, (30, 40), 16, softness_px=8, brightest=250)
     maps = predictor.maps(Pyramid(image_rgb), "spalling")
-    masks = {method: painted(found, (70, 80)) for method, _, found in evaluate.answers(predictor, maps, "spalling")}
+    masks = {method: painted(found, (70, 80)) for method, _, found in evaluate.answers(predictor, maps, "spalling", [0])}
     activation = SLOPE * (1 - grey_of(image_rgb))  # S - b, nowhere below 0
     assert np.array_equal(masks["plain CAM"], activation > 0.1 * activation.max())
     tile = cut(image_rgb, (-24, 104, -24, 104))  # with the network's halo, as one tile
@@ -326,9 +326,10 @@ def test_plain_cam_and_the_papers_setting_are_their_formulas(tmp_path):
 def test_sets_come_from_the_record_or_the_command(data_dir, tmp_path, capsys):
     write_weights(tmp_path / "w")
     common = ["--weights", tmp_path / "w", "--data", data_dir, "--out", tmp_path / "out"]
-    run(capsys, *common, "--sets", "other", "--healthy-sets", "")
+    run(capsys, *common, "--sets", "other", "--healthy-sets", "", "--steps", "0,3")
     rows = json.loads((tmp_path / "out" / "evaluate.json").read_text())["rows"]
     assert {row["set"] for row in rows} == {"other"} and rows[0]["iou"] == 1 and rows[0]["eq3"] == 0.95
+    assert [row["T"] for row in rows if row["method"] == "ours"] == [0, 3]
     write_weights(tmp_path / "no-record", training={})
     for extra, message in [
         (["--weights", tmp_path / "no-record"], "do not say which sets they were chosen on: name them with --sets"),
@@ -344,6 +345,8 @@ def test_sets_come_from_the_record_or_the_command(data_dir, tmp_path, capsys):
             run(capsys, *common, *extra)
     for extra, message in [(["--photos", 0], "'0' is not a number of 1 or more"), (["--compare", "x"], "not NAME=FOLDER"),
                            (["--dial", "--compare", "x=y"], "--compare belongs to the table"),
+                           (["--dial", "--steps", "0"], "--steps belongs to the table"),
+                           (["--steps", "51"], "--steps 51: at most 50"), (["--steps", "x"], "'x' is not a number of steps"),
                            (["--dial", "--scale"], "not allowed with")]:  # fmt: skip
         with pytest.raises(SystemExit):
             run(capsys, *common, *extra)

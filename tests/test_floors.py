@@ -14,15 +14,15 @@ import cv2
 import httpx
 import pytest
 
-from tests.conftest import ROOT, dark_wall, tiny_weights
+from tests.conftest import ROOT, dark_wall
 
 PACKAGE = ROOT / "defectcam"
 # From the lowest to the highest. A folder stands for all of its modules. `defectcam` is the package's own __init__.py.
 FLOORS = (
-    "defectcam text command_line deadline encoders licences overlay cvat_xml proposal_log",
-    "image tiff paths request memory credentials network cvat_labels cvat_runs cvat_task",
+    "defectcam text command_line deadline encoders licences overlay cvat_xml proposal_log validation cvat_answers",
+    "settings image tiff paths request memory credentials network cvat_labels cvat_runs cvat_task",
     "engine torch_engine openvino_engine",
-    "climb tiling pace pyramid",
+    "climb tiling throughput pyramid",
     "postprocess",
     "proposals regions polygons weights predict",
     "interactor handler info evaluation training",
@@ -125,7 +125,7 @@ def installed(tmp_path_factory):
     return folder / "installed"
 
 
-# One process, since PyTorch takes seconds to load.
+# One process, and weights with a graph: to load OpenVINO takes a second, to load PyTorch several.
 COMMANDS = """
 import os, sys
 from defectcam.__main__ import main
@@ -144,7 +144,7 @@ run("serve", "--port", "0")
 """
 
 
-def test_a_wheel_works_without_the_repository(installed, tmp_path):
+def test_a_wheel_works_without_the_repository(installed, with_graph, tmp_path):
     """--help, demo and serve, from another folder; the labels of function.yaml and the sample photo come with the wheel."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ADVCAM_")}
     environ |= {"PYTHONPATH": str(installed), "ADVCAM_DEVICE": "cpu"}
@@ -153,7 +153,7 @@ def test_a_wheel_works_without_the_repository(installed, tmp_path):
     assert "usage: defectcam COMMAND" in subprocess.run([*python, "-m", "defectcam", "--help"], **given).stdout
 
     cv2.imwrite(str(tmp_path / "wall.png"), dark_wall([(60, 50, 30)])[0])
-    tiny_weights(tmp_path / "weights of a user", ["crack"])
+    with_graph(tmp_path / "weights of a user")
     with subprocess.Popen([*python, "-u", "-c", COMMANDS], stderr=subprocess.STDOUT, **given) as process:
         try:
             said = []

@@ -30,10 +30,11 @@ from defectcam import function, predict, pyramid
 from defectcam.deadline import Deadline, Progress, TimeLimitError
 from defectcam.feedback.shown import proposals_of_record
 from defectcam.handler import ModelHandler, out_of_memory
-from defectcam.pace import SAMPLE_PX
+from defectcam.throughput import SAMPLE_PX
 from defectcam.proposal_log import ProposalLog, read_proposal_log
 from defectcam.proposals import Component, Proposal
-from defectcam.request import Request, RequestError, Settings, parse_request
+from defectcam.request import Request, parse_request
+from defectcam.settings import RequestError, Settings
 from defectcam.tiling import tile_grid
 from tests.conftest import ROOT, dark_wall, dark_weights, late_tiles, running_function
 
@@ -148,7 +149,10 @@ def test_get_tells_what_runs_here(client, weights, path):
         "iterations": 1, "threshold": 0.5, "cam_threshold": 0.5, "shape": "polygon", "tolerance_px": 1.0,
         "hole_share": 0.02, "max_proposals": 200,
     }  # fmt: skip
-    assert answer["limits"]["max_megapixels"] == 64
+    assert answer["limits"] == {
+        "max_megapixels": 64, "time_limit_s": 80_000, "iterations": [0, 50], "threshold": [0, 1], "cam_threshold": [0, 1],
+        "max_proposals": [1, 10_000], "shape": ["polygon", "mask"], "tolerance_px": [0, 20], "hole_share": [0, 1],
+    }  # fmt: skip
     assert answer["terms"] == {"overall": "unknown", "defects": {"crack": "unknown"}}
 
 
@@ -447,9 +451,9 @@ def slow_model(handler_of, monkeypatch):
 
     def slowed(seconds_per_px: float) -> ModelHandler:
         model = handler_of(time_limit_s=6000)
-        monkeypatch.setattr(model.predictor.pace, "measure", lambda defect: None)
-        monkeypatch.setattr(model.predictor.pace, "learn", lambda *_: None)
-        model.predictor.pace.fastest = {"crack": seconds_per_px}
+        monkeypatch.setattr(model.predictor.throughput, "measure", lambda defect: None)
+        monkeypatch.setattr(model.predictor.throughput, "learn", lambda *_: None)
+        model.predictor.throughput.fastest = {"crack": seconds_per_px}
         return model
 
     return slowed
@@ -468,9 +472,9 @@ def test_a_photo_that_takes_too_long_is_refused_before_it_is_decoded(slow_model,
 def test_the_pace_is_measured_anew_before_a_photo_is_refused(handler_of):
     """It was first measured at a moment when other programs kept the machine busy."""
     model = handler_of()
-    model.predictor.pace.fastest["crack"] = 1e3
+    model.predictor.throughput.fastest["crack"] = 1e3
     assert answer_and_pixels(model, sound(16, 16), iterations=0) == ([], 2 * SAMPLE_PX**2 + 80**2)
-    assert model.predictor.pace.fastest["crack"] < 1
+    assert model.predictor.throughput.fastest["crack"] < 1
 
 
 PLACE_SEEN_PX = 160**2  # a place of 96 px and what is repeated around it
@@ -494,8 +498,8 @@ def test_what_the_enlarged_level_will_take_counts_before_it_is_read(slow_model, 
     photo = np.tile(dark_wall([(24, 24, 14), (72, 72, 14)], 96, 96)[0], (6, 6, 1))
     model = slow_model(5e-3)  # 4500 s for the plain map
     assert answer_and_pixels(model, photo, iterations=0)[0][0]["label"] == "crack"
-    (fact,) = model.weights.facts.values()
-    monkeypatch.setitem(model.weights.facts, "crack", replace(fact, finest_scale=2.0))
+    (config,) = model.weights.configs.values()
+    monkeypatch.setitem(model.weights.configs, "crack", replace(config, finest_scale=2.0))
     monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", 0.0)
     (tag,), seen_px = answer_and_pixels(model, photo, iterations=0)
     assert re.match(r"too slow \d+>6000 s; about \d megapixels would fit|too slow \d+>6000 s; use", reason_of(tag))
@@ -518,7 +522,7 @@ def test_nothing_is_looked_at_where_there_is_time_for_everything(slow_model, spo
 
 def test_a_deadline_that_passes_is_said_too(handler_of, spotted_rgb):
     model = handler_of(time_limit_s=1e-6)
-    model.predictor.pace.fastest.clear()  # as on a GPU before its first photo
+    model.predictor.throughput.fastest.clear()  # as on a GPU before its first photo
     answer, _ = answer_and_pixels(model, spotted_rgb, iterations=0)
     assert reason_of(answer[0]).startswith("too slow >1e-06 s")
 
@@ -534,7 +538,7 @@ def test_work_that_turns_out_to_be_late_is_refused_while_it_is_done(monkeypatch)
     clock.now += 40
     with pytest.raises(TimeLimitError) as told:
         deadline.done(100)  # 60 s for a half: 20 s late
-    assert told.value.late_s == pytest.approx(20) and told.value.fitting == "about 16 megapixels"
+    assert told.value.overrun_s == pytest.approx(20) and told.value.fitting == "about 16 megapixels"
     done = Progress(Deadline(1), total_px=10, amount=1, unit="megapixels")
     clock.now += 50
     done.done(10)  # there is the result, late or not
@@ -624,7 +628,7 @@ def test_what_was_left_out_reaches_the_log_and_is_no_proposal_there(handler_of, 
         ({"ADVCAM_IDLE_SECONDS": "300"}, ["ADVCAM_IDLE_SECONDS was removed", "stay on the GPU", "unset it"]),
         ({"ADVCAM_MAX_PROPOSALS": "0"}, ["ADVCAM_MAX_PROPOSALS", "0", "1 to 10000"]),
         ({"ADVCAM_DEVICE": "tpu"}, ["ADVCAM_DEVICE", "tpu", "cpu"]),
-        ({"ADVCAM_ENGINE": "onnx"}, ["ADVCAM_ENGINE", "onnx", "torch and openvino"]),
+        ({"ADVCAM_ENGINE": "onnx"}, ["ADVCAM_ENGINE", "onnx", '"torch" or "openvino"']),
         ({"ADVCAM_ENGINE": "openvino"}, ["no graph of 'crack'", "defectcam export", "ADVCAM_ENGINE=torch"]),
         ({"ADVCAM_MAX_MEGAPIXELS": "-1"}, ["ADVCAM_MAX_MEGAPIXELS", "-1", "178"]),
         ({"ADVCAM_TIME_LIMIT": "soon"}, ["ADVCAM_TIME_LIMIT", "soon"]),
@@ -650,14 +654,15 @@ def test_weights_of_an_earlier_version_are_refused_with_what_to_do(weights, tmp_
         ModelHandler.from_env({"ADVCAM_WEIGHTS": str(tmp_path)}, LOG)
 
 
-def test_settings_come_from_request_then_env_then_manifest(weights):
-    environ = {"ADVCAM_WEIGHTS": str(weights), "ADVCAM_ITERATIONS": "7", "ADVCAM_DEVICE": "cpu"}
+def test_settings_come_from_request_then_env_then_manifest(weights, caplog):
+    environ = {"ADVCAM_WEIGHTS": str(weights), "ADVCAM_ITERATIONS": "7", "ADVCAM_DEVICE": "cpu", "ADVCAM_ITERATION": "4"}
     model = ModelHandler.from_env(environ, LOG)
-    fact = model.weights.facts["crack"]
+    assert "ADVCAM_ITERATION is no setting and has no effect: did you mean ADVCAM_ITERATIONS?" in caplog.text
+    config = model.weights.configs["crack"]
     assert model.describe()["defaults"]["crack"]["iterations"] == 7
     assert model.effective("crack", Settings(iterations=3))["iterations"] == 3
-    assert model.effective("crack", Settings())["iterations"] == fact.iterations == 1
-    assert model.effective("crack", Settings())["cam_threshold"] == fact.cam_threshold
+    assert model.effective("crack", Settings())["iterations"] == config.iterations == 1
+    assert model.effective("crack", Settings())["cam_threshold"] == config.cam_threshold
 
 
 def test_runtime_half_imports_nothing_of_the_offline_half():

@@ -103,7 +103,7 @@ def test_a_further_training_learns_from_them(data_dir, tmp_path, monkeypatch, la
     hard_negatives.main([f"--data={data_dir}", "--defect=crack", f"--network={tmp_path / 'first'}", "--none-sets=beams",
                          f"--out={tmp_path / 'hard.csv'}"])  # fmt: skip
     clicks = read_clicks(tmp_path / "hard.csv", with_photos=True)
-    assert clicks and {(click.photo_group, click.defect, click.absent) for click in clicks} == {("beams/1", "none", "crack")}
+    assert clicks and {(click.photo_group, click.defect, click.negative_for) for click in clicks} == {("beams/1", "none", "crack")}
     assert {click.patch_px for click in clicks} == {hard_negatives.PATCH_PX}
     train.main([*words, f"--clicks={tmp_path / 'hard.csv'}", f"--init={tmp_path / 'first' / 'best.safetensors'}",
                 f"--out={tmp_path / 'second'}"])  # fmt: skip

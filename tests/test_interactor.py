@@ -34,7 +34,8 @@ from defectcam.postprocess import Cleaning
 from defectcam.predict import find_cores, paste
 from defectcam.proposals import find_components
 from defectcam.pyramid import Pyramid
-from defectcam.request import Clicks, RequestError, Settings, parse_request
+from defectcam.request import Clicks, parse_request
+from defectcam.settings import RequestError, Settings
 from tests.conftest import DATA, ROOT, dark_wall, dark_weights, late_tiles, running_function
 
 LOG = logging.getLogger("test")
@@ -82,7 +83,7 @@ def model(weights) -> ModelHandler:
 def spots(model, photo_rgb) -> list[np.ndarray]:
     """All regions that the detector has on the photo, as masks of the photo, largest first."""
     masks = []
-    for core in find_cores(model.predictor.maps(Pyramid(photo_rgb), "crack"), model.weights.facts["crack"]):
+    for core in find_cores(model.predictor.maps(Pyramid(photo_rgb), "crack"), model.weights.configs["crack"]):
         masks.append(np.zeros(photo_rgb.shape[:2], bool))
         paste(masks[-1], core.component)
     assert len(masks) >= 2
@@ -292,7 +293,7 @@ def test_an_outline_climbs_as_far_as_the_request_says_and_not_by_itself(model, p
         calls.clear()
         model.answer(parse_request(body | given, model.settings, model.defects))
         assert len(calls) == wanted * len(model.predictor.maps(Pyramid(photo_rgb), "crack").scales)
-    assert model.weights.facts["crack"].iterations == 2
+    assert model.weights.configs["crack"].iterations == 2
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (3, 2)])
@@ -341,7 +342,7 @@ def test_a_click_reads_the_map_around_it_alone_and_as_the_whole_photo_has_it(mod
         body = as_cvat_sends(photo, [click])
         there = np.array(model.answer(parse_request(body, model.settings, ["crack"]))["mask"], bool)
     assert sum(seen) == model.predictor.plain_pixels(1024, 1024, "crack", [click], NEAR_PX)
-    cores = find_cores(model.predictor.maps(Pyramid(photo), "crack"), model.weights.facts["crack"])
+    cores = find_cores(model.predictor.maps(Pyramid(photo), "crack"), model.weights.configs["crack"])
     masks = [np.zeros(photo.shape[:2], bool) for _ in cores]
     for mask, core in zip(masks, cores):
         paste(mask, core.component)
@@ -375,9 +376,9 @@ def slow_model(weights, monkeypatch):
 
     def slowed(seconds_per_px: float) -> ModelHandler:
         model = handler_with(weights, 6000)
-        monkeypatch.setattr(model.predictor.pace, "measure", lambda defect: None)
-        monkeypatch.setattr(model.predictor.pace, "learn", lambda *_: None)
-        model.predictor.pace.fastest = {"crack": seconds_per_px}
+        monkeypatch.setattr(model.predictor.throughput, "measure", lambda defect: None)
+        monkeypatch.setattr(model.predictor.throughput, "learn", lambda *_: None)
+        model.predictor.throughput.fastest = {"crack": seconds_per_px}
         return model
 
     return slowed
@@ -387,7 +388,7 @@ def test_clicks_that_would_be_late_are_refused_before_the_network_is_asked(slow_
     photo, clicks = sound(2000, 2000), [(x, y) for x in range(200, 2000, 400) for y in range(200, 2000, 400)]
     model = slow_model(1.0)
     all_px = model.predictor.plain_pixels(2000, 2000, "crack", clicks, NEAR_PX)
-    model.predictor.pace.fastest = {"crack": 18_000 / all_px}
+    model.predictor.throughput.fastest = {"crack": 18_000 / all_px}
     for body, words in [
         (as_cvat_sends(photo, clicks), r"too slow 1800[01]>6000 s; about 8 clicks would fit; "),
         (as_cvat_sends(photo, clicks) | {"iterations": 1}, r"too slow 7740[01]>6000 s; about 1 clicks would fit; "),
@@ -407,7 +408,7 @@ def test_clicks_that_turn_out_to_be_late_are_refused_while_they_are_done(slow_mo
     clicks = Clicks(tuple((x, y) for x in (300.0, 2000.0, 3500.0, 4500.0) for y in (100.0, 1100.0)), (), None)
     with pytest.raises(TimeLimitError) as told:
         outline_clicked(model.predictor, sound(1200, 4800), clicks, PLAIN, Deadline(6000))
-    assert len(done) == 1 and told.value.late_s > 300 and re.fullmatch(r"about [1-7] clicks", told.value.fitting)
+    assert len(done) == 1 and told.value.overrun_s > 300 and re.fullmatch(r"about [1-7] clicks", told.value.fitting)
 
 
 # ---- bad input ----

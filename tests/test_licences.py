@@ -1,15 +1,14 @@
 """What the data of weights allow: read from a file, kept in the manifest, told by `defectcam info` and by the function."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from defectcam import info
 from defectcam.licences import FREE, NOT_STATED, RESEARCH_ONLY, UNKNOWN, licences_of, read_licences, sets_of, strictest
 from defectcam.weights import WeightsError, load_weights, read_manifest
-from tests.conftest import DATA, ROOT, tiny_weights
+from tests.conftest import DATA, tiny_weights
 
 OWN = {"licence": "own photos", "terms": "free", "source": "us"}
 RESEARCH = {"licence": "for research", "terms": "research only", "source": "a university"}
@@ -79,12 +78,12 @@ def weights(tmp_path):
 
 def test_each_defect_and_all_weights_have_terms(weights):
     loaded = load_weights(weights)
-    assert {defect: fact.terms for defect, fact in loaded.facts.items()} == {"crack": FREE, "rust": RESEARCH_ONLY}
+    assert {defect: config.terms for defect, config in loaded.configs.items()} == {"crack": FREE, "rust": RESEARCH_ONLY}
     assert loaded.terms == RESEARCH_ONLY
     manifest = json.loads((weights / "manifest.json").read_text())
     manifest["defects"]["crack"]["training"]["sets"].append("found on the web")
     write(weights / "manifest.json", manifest)
-    assert load_weights(weights).terms == UNKNOWN == load_weights(weights).facts["crack"].terms
+    assert load_weights(weights).terms == UNKNOWN == load_weights(weights).configs["crack"].terms
 
 
 def test_terms_that_a_manifest_cannot_have_are_named(weights):
@@ -95,15 +94,9 @@ def test_terms_that_a_manifest_cannot_have_are_named(weights):
         read_manifest(weights)
 
 
-def info(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "defectcam", "info", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_info_tells_what_weights_are(weights):
-    done = info("--weights", weights)
-    assert done.returncode == 0, done.stderr
-    version, terms, _, crack, crack_terms, mine, _, rust, rust_terms, *rust_sets = done.stdout.splitlines()
+def test_info_tells_what_weights_are(weights, capsys):
+    info.main(["--weights", str(weights)])
+    version, terms, _, crack, crack_terms, mine, _, rust, rust_terms, *rust_sets = capsys.readouterr().out.splitlines()
     assert version == f"weights {load_weights(weights).version} in {weights}" and terms == "terms: research only"
     assert crack == "crack: encoder efficientnet-lite0, finest scale 1, T 2, threshold 0.5, theta 0.8"
     assert crack_terms == "  terms: free" and mine.split() == "mine free own photos (us)".split()
@@ -111,18 +104,19 @@ def test_info_tells_what_weights_are(weights):
     assert [line.split()[:2] for line in rust_sets] == [["mine", "free"], ["lab", "research"]]
 
 
-def test_info_helps_and_names_what_is_wrong(tmp_path):
-    assert "defectcam info --weights out/weights" in info("--help").stdout
-    done = info("--weights", tmp_path / "nowhere")
-    assert done.returncode == 2 and "nowhere" in done.stderr and "manifest.json" in done.stderr
+def test_info_names_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        info.main(["--weights", str(tmp_path / "nowhere")])
+    error = capsys.readouterr().err
+    assert "nowhere" in error and "manifest.json" in error
 
 
 def test_the_shipped_weights_say_of_every_set_what_is_known(shipped_weights):
     known = read_licences(shipped_weights / "licences.json")
     weights = load_weights(shipped_weights)
-    for fact in weights.facts.values():
-        assert set(fact.licences) >= set(sets_of(fact.training)) | {"rissbilder_volker", "phinet_labelled"}
-        assert all(known[name] == licence for name, licence in fact.licences.items())
+    for config in weights.configs.values():
+        assert set(config.licences) >= set(sets_of(config.training)) | {"rissbilder_volker", "phinet_labelled"}
+        assert all(known[name] == licence for name, licence in config.licences.items())
     assert weights.terms == UNKNOWN
     terms = {name: licence["terms"] for name, licence in known.items()}
     assert terms["deepcrack"] == RESEARCH_ONLY and terms["uav_kaggle315"] == FREE and terms["phinet_labelled"] == UNKNOWN

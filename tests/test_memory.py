@@ -12,7 +12,7 @@ from PIL import Image
 
 from defectcam import memory
 from defectcam.request import MAX_BODY_BYTES
-from tests.conftest import ROOT, tiny_weights
+from tests.conftest import ROOT
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these limits")
@@ -33,11 +33,11 @@ for line in sys.stdin:
 """
 
 
-def answers(container_bytes, process_bytes, *bodies, folder):
+def answers(container_bytes, process_bytes, *bodies, folder, weights):
     """What the function answers, one after another, in such a container and with such a limit from who starts it."""
     (folder / "memory.max").write_text(f"{container_bytes}\n")
     environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_MAX_MEGAPIXELS": "178", "ADVCAM_TIME_LIMIT": "80000"}
-    environ |= {"ADVCAM_WEIGHTS": str(tiny_weights(folder / "weights", ["crack"], threshold=1.0))}
+    environ |= {"ADVCAM_WEIGHTS": str(weights)}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder / "memory.max"), str(process_bytes)],
         input="\n".join(map(json.dumps, bodies)),
@@ -59,17 +59,18 @@ def flat_photo(side: int) -> dict:
     ("container_bytes", "process_bytes"),
     [(1412 << 20, resource.RLIM_INFINITY), (1412 << 20, 64 << 30), (64 << 30, 1500 << 20)],
 )
-def test_a_photo_too_large_for_its_limits_costs_itself_alone(tmp_path, container_bytes, process_bytes):
+def test_a_photo_too_large_for_its_limits_costs_itself_alone(tmp_path, with_graph, container_bytes, process_bytes):
     photos = [flat_photo(side) for side in (64, 13_000, 64)]
-    done, (first, large, last) = answers(container_bytes, process_bytes, *photos, folder=tmp_path)
+    weights = with_graph(tmp_path / "weights", threshold=1.0)
+    done, (first, large, last) = answers(container_bytes, process_bytes, *photos, folder=tmp_path, weights=weights)
     assert done.returncode == 0 and first == last == []
     assert large[0]["label"] == "unprocessed"
     assert large[0]["attributes"][0]["value"].startswith("out of memory: needs 5070 MB, "), "it was not decoded"
 
 
 @pytest.mark.parametrize("process_bytes", [resource.RLIM_INFINITY, 64 << 30])
-def test_a_container_with_too_little_memory_does_not_start(tmp_path, process_bytes):
-    done, _ = answers(1000 << 20, process_bytes, folder=tmp_path)
+def test_a_container_with_too_little_memory_does_not_start(tmp_path, exported_weights, process_bytes):
+    done, _ = answers(500 << 20, process_bytes, folder=tmp_path, weights=exported_weights)
     assert done.returncode == 1 and "give the container more" in done.stderr
 
 
@@ -80,7 +81,7 @@ def test_what_the_processor_holds_of_a_body_is_left_free():
 
 # As Nuclio's wrapper does it: the event is made by the SDK, from a body that came over a socket.
 HOSTILE = """
-import logging, sys
+import itertools, logging, sys
 import nuclio_sdk
 from nuclio_sdk.event import EventDeserializerKinds
 import main
@@ -98,30 +99,28 @@ bodies = {
     "wide": b'{"image": "\\\\ud83d\\\\ude00' + text * (size // 4) + b'"}',
     "image": b'{"image": "' + text * (size // 4) + b'"}',
 }
-message = {"content_type": sys.argv[2], "fields": {}, "headers": {}, "id": "1", "method": "POST", "path": "/", "url": "",
+message = {"fields": {}, "headers": {}, "id": "1", "method": "POST", "path": "/", "url": "",
            "shard_id": 0, "num_shards": 0, "size": 0, "timestamp": 0, "type": "", "type_version": "", "version": "",
            "trigger": {"kind": "http", "name": "t"}}
-for name, body in bodies.items():
+for content_type, (name, body) in itertools.product(sys.argv[2:], bodies.items()):
     before = _bytes_of("/proc/self/status")["VmRSS"]
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-    event = nuclio_sdk.Event.deserialize(message | {"body": body}, kind=EventDeserializerKinds.msgpack)
+    given = message | {"body": body, "content_type": content_type}
+    event = nuclio_sdk.Event.deserialize(given, kind=EventDeserializerKinds.msgpack)
     status = main.handler(context, event).status_code
     print(name, status, (_bytes_of("/proc/self/status")["VmHWM"] - before) / len(body), flush=True)
 """
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
-def test_no_body_takes_more_memory_than_a_few_times_its_size(tmp_path, content_type):
+def test_no_body_takes_more_memory_than_a_few_times_its_size(exported_weights):
     """Parsed as a whole, lists would take 21 times their size."""
-    command = [sys.executable, "-c", HOSTILE, str(24 << 20), content_type]
-    weights = tiny_weights(tmp_path, ["crack"])
-    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_WEIGHTS": str(weights), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOSTILE, str(24 << 20), "application/json", "text/plain"]
+    environ = os.environ | {"ADVCAM_DEVICE": "cpu", "ADVCAM_WEIGHTS": str(exported_weights), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in lines] == [
-        "lists", "lists-beside", "keys", "endless", "escapes", "wide", "image",
-    ], done.stderr  # fmt: skip
-    assert [status for _, status, _ in lines] == ["400"] * 6 + ["200"]  # the last one is a photo of no known format
+    names = ["lists", "lists-beside", "keys", "endless", "escapes", "wide", "image"]
+    assert [name for name, *_ in lines] == 2 * names, done.stderr
+    assert [status for _, status, _ in lines] == 2 * (["400"] * 6 + ["200"])  # the last one is a photo of no known format
     assert all(float(times) < 5 for _, _, times in lines), lines
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from defectcam.feedback import cvat, next_images
-from defectcam.feedback.next_images import Look, entropy_bits, mean_of_most, photo_paths, ranked, window_means
+from defectcam.feedback.next_images import AcquisitionStats, entropy_bits, mean_of_highest, photo_paths, ranked, window_means
 from defectcam.predict import Predictor
 from defectcam.weights import load_weights
 from tests.conftest import DATA, dark_wall, dark_weights, tiny_weights
@@ -119,9 +119,9 @@ def test_sources_without_photos_are_named(weights_dir, tmp_path, name, content, 
     assert not (tmp_path / "out").exists()
 
 
-def test_entropy_and_the_mean_of_most():
+def test_entropy_and_the_mean_of_highest():
     assert entropy_bits(np.array([0.0, 0.5, 1.0, 0.25])) == pytest.approx([0, 1, 0, 0.8113], abs=1e-4)
-    assert mean_of_most(np.arange(100)) == np.mean(range(90, 100)) and mean_of_most(np.array([[0.25]])) == 0.25
+    assert mean_of_highest(np.arange(100)) == np.mean(range(90, 100)) and mean_of_highest(np.array([[0.25]])) == 0.25
 
 
 def test_windows_are_means_over_64_px_around_every_32nd_pixel():
@@ -136,38 +136,38 @@ def test_a_sure_network_is_not_in_doubt_and_agrees_with_itself_on_the_mirror_ima
     """Inside and outside of what it knows its probabilities are near 1 and 0, at the edge half of a window is either."""
     photo, _ = dark_wall([(90, 60, 40)], 128, 192)
     sure, doubtful = (
-        next_images.look_at(Predictor(load_weights(dark_weights(tmp_path / name, platt=platt))), None, photo)
+        next_images.acquisition_stats(Predictor(load_weights(dark_weights(tmp_path / name, platt=platt))), None, photo)
         for name, platt in (("sure", [20.0, 0.0]), ("doubtful", [0.5, 0.0]))
     )
     assert sure.uncertainty < 0.1 and sure.disagreement < 0.05 and doubtful.uncertainty > 0.7
     assert sure.features == pytest.approx(doubtful.features), "what is on the photo has nothing to do with it"
-    assert sure.doubts.shape == (4, 6)
+    assert sure.entropies.shape == (4, 6)
 
 
 def test_of_several_defects_the_one_with_most_counts(tmp_path):
     weights = load_weights(tiny_weights(tmp_path, ["crack", "rust"]))
 
-    def look(*defects):
-        some = replace(weights, facts={name: weights.facts[name] for name in defects})
-        return next_images.look_at(Predictor(some), None, texture(0, 8))
+    def stats(*defects):
+        some = replace(weights, configs={name: weights.configs[name] for name in defects})
+        return next_images.acquisition_stats(Predictor(some), None, texture(0, 8))
 
-    both, alone = look("crack", "rust"), [look("crack"), look("rust")]
+    both, alone = stats("crack", "rust"), [stats("crack"), stats("rust")]
     assert alone[0].information != alone[1].information
     best = max(alone, key=lambda one: one.information)
     assert (both.defect, both.information) == (best.defect, best.information)
 
 
 def test_a_wall_seen_before_comes_after_another_one_that_is_less_uncertain():
-    def look(name, information, *features):
-        return Look(name, "crack", information, information, np.array(features, float), np.zeros((1, 1)))
+    def stats(name, information, *features):
+        return AcquisitionStats(name, "crack", information, information, np.array(features, float), np.zeros((1, 1)))
 
-    photos = [look("a", 0.9, 0, 0), look("a again", 0.8, 0.1, 0), look("b", 0.5, 9, 0), look("c", 0.0, 0, 9)]
+    photos = [stats("a", 0.9, 0, 0), stats("a again", 0.8, 0.1, 0), stats("b", 0.5, 9, 0), stats("c", 0.0, 0, 9)]
     order = ranked(photos)
-    assert [one.look.path for one in order] == ["a", "b", "a again", "c"]
+    assert [one.stats.path for one in order] == ["a", "b", "a again", "c"]
     assert [one.nearest for one in order] == [None, "a", "a", "a"]
     assert order[0].score == 0.9 and order[1].score < 0.5
-    same = ranked([look(name, 0.5, 1, 1) for name in "ab"])
-    assert [(one.look.path, one.diversity) for one in same] == [("a", 1), ("b", 0)]
+    same = ranked([stats(name, 0.5, 1, 1) for name in "ab"])
+    assert [(one.stats.path, one.diversity) for one in same] == [("a", 1), ("b", 0)]
 
 
 # ---------------------------------------------------------------- a CVAT over HTTP
@@ -179,7 +179,7 @@ class Cvat:
     def __init__(self, newer=True, status="finished", bodies=None):
         self.newer, self.status = newer, status
         self.bodies = bodies or {"task": {"id": 7, "name": "x"}, "finish": {"client_files": []}}
-        self.looks = 0
+        self.stats = 0
         self.asked, self.task, self.finish, self.files = [], None, None, {}
 
     def __call__(self, method, path, headers, body):
@@ -203,8 +203,8 @@ class Cvat:
             self.finish = json.loads(body)
             return 202, {"rq_id": "action=create&target=task&id=7"} if self.newer else self.bodies["finish"]
         if path == ("/api/requests/action=create&target=task&id=7" if self.newer else "/api/tasks/7/status"):
-            self.looks += 1
-            status = "started" if self.looks == 1 else self.status
+            self.stats += 1
+            status = "started" if self.stats == 1 else self.status
             return 200, {"status" if self.newer else "state": status, "message": "no image in it"}
         return 404, "<html>not found</html>"
 
@@ -229,7 +229,7 @@ def serving(answer):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -274,7 +274,7 @@ def test_a_task_holds_the_first_photos_in_their_order(weights_dir, two_photos, t
         assert attribute["default_value"] == attribute["values"][0] and attribute["mutable"] is False
     data = "POST /api/tasks/7/data/ Upload"
     assert server.asked[:5] == ["POST /api/tasks", f"{data}-Start", *[f"{data}-Multiple"] * 2, f"{data}-Finish"]
-    assert "task 7: http://127.0.0.1" in capsys.readouterr().out and server.looks == 2
+    assert "task 7: http://127.0.0.1" in capsys.readouterr().out and server.stats == 2
 
 
 @pytest.mark.skipif(not EXCHANGES.exists(), reason="no recorded exchanges (../shared/data) on this machine")

@@ -11,17 +11,17 @@ import pytest
 from defectcam import pyramid
 from defectcam.deadline import Deadline, TimeLimitError
 from defectcam.postprocess import regions
-from defectcam.predict import ENGINES, Predictor, device_and_engine, find_cores, pixels_of, proposals_for
+from defectcam.predict import Predictor, device_and_engine, find_cores, pixels_of, proposals_for
 from defectcam.proposals import Proposal, component_confidence, component_features, find_components, probability
 from defectcam.pyramid import PhotoMaps, Pyramid
-from defectcam.request import RequestError
+from defectcam.settings import ENGINES, RequestError
 from defectcam.tiling import tile_grid
 from defectcam.torch_engine import TorchEngine
-from defectcam.weights import DefectWeights, WeightsError, load_weights
+from defectcam.weights import DefectConfig, WeightsError, load_weights
 from tests.conftest import SmallNetwork, dark_wall, dark_weights, textured, tiny_weights
 
-FACT = DefectWeights(
-    file="", sha256="", encoder="", decoder_channels=(), downsamplings=1, pooling="",
+CONFIG = DefectConfig(
+    file="crack.safetensors", sha256="", encoder="resnet34", decoder_channels=(8, 8, 8), downsamplings=2, pooling="average",
     finest_scale=1.0, levels=3, sharpness=1.0,
     climb={"form": "local", "xi": 0.1, "g_ref": [0.5, 1.0]},
     platt=(0.5, -0.2), cam_threshold=0.5, closing_radius_px=0, gap_px=0, min_area_px=4,
@@ -43,21 +43,21 @@ class Case:
             self.photo[top:bottom, left:right] = textured(bottom - top, right - left, seed)
         self.photo = cv2.GaussianBlur(self.photo, (0, 0), 1.5)
         self.engine = TorchEngine(SmallNetwork(seed))
-        self.fact = replace(FACT, closing_radius_px=closing_radius_px, gap_px=gap_px, **fields)
+        self.config = replace(CONFIG, closing_radius_px=closing_radius_px, gap_px=gap_px, **fields)
         logits = self.maps().merged()
         monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", float(np.quantile(logits, 0.98)))
-        slope, intercept = self.fact.platt
+        slope, intercept = self.config.platt
         self.theta = float(probability(slope * float(np.quantile(logits, 1 - share)) + intercept))
-        self.cores = find_cores(self.maps(), self.fact, self.theta)
+        self.cores = find_cores(self.maps(), self.config, self.theta)
         self.threshold = sorted(core.confidence for core in self.cores)[-accepted]
         self.accepted = [core for core in self.cores if core.confidence >= self.threshold]
         assert accepted <= len(self.accepted) < len(self.cores)
 
     def maps(self, batch=1) -> PhotoMaps:
-        return PhotoMaps(self.engine, self.fact.reading, Pyramid(self.photo), batch)
+        return PhotoMaps(self.engine, self.config.reading, Pyramid(self.photo), batch)
 
     def proposals(self, wanted, maps=None, **given) -> dict[int, list[Proposal]]:
-        return proposals_for(maps or self.maps(), self.fact, wanted, self.threshold, self.theta, **given)
+        return proposals_for(maps or self.maps(), self.config, wanted, self.threshold, self.theta, **given)
 
 
 def pixels_in(proposal: Proposal, shape: tuple[int, int]) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_a_proposal_is_a_region_of_the_climbed_map(monkeypatch):
     core = np.zeros((maps.height, maps.width), bool)
     for one in case.accepted:
         core |= pixels_in(one, core.shape)
-    mask = regions(maps.merged(2), case.fact.least_logit(case.theta), case.fact.cleaning) | core
+    mask = regions(maps.merged(2), case.config.least_logit(case.theta), case.config.cleaning) | core
     wanted = [one for one in find_components(mask) if (pixels_in(Proposal(one, 0.0), core.shape) & core).any()]
     assert {one.component.box_xyxy for one in proposals} == {one.box_xyxy for one in wanted}
     assert sum(one.component.area_px for one in proposals) == sum(one.area_px for one in wanted)
@@ -126,7 +126,7 @@ def test_climbing_around_the_accepted_regions_is_enough(
     monkeypatch, seed, accepted, share, closing_radius_px, gap_px, finest_scale, levels, wanted, grows
 ):
     """What grows beyond the tiles that climbed first is followed; what lies elsewhere does not climb."""
-    fields = {"finest_scale": finest_scale, "levels": levels, "climb": FACT.climb | {"xi": 0.2}}
+    fields = {"finest_scale": finest_scale, "levels": levels, "climb": CONFIG.climb | {"xi": 0.2}}
     case = Case(seed, monkeypatch, closing_radius_px, gap_px, accepted, share, **fields)
     gated, whole, rounds = case.maps(), case.maps(), []
     climb = gated.climb
@@ -151,27 +151,27 @@ def test_the_threshold_acts_on_the_confidence_of_the_plain_map_s_regions(monkeyp
     maps = case.maps()
     for core in case.cores:
         features = component_features(core.component, maps.merged(), maps.levels)
-        assert core.confidence == component_confidence(features, case.fact.confidence_weights)
+        assert core.confidence == component_confidence(features, case.config.confidence_weights)
     everything = case.proposals([2])[2]
     for threshold in sorted(core.confidence for core in case.cores)[-4:]:
-        proposals = proposals_for(case.maps(), case.fact, [0, 2], threshold, case.theta)
+        proposals = proposals_for(case.maps(), case.config, [0, 2], threshold, case.theta)
         assert len(proposals[0]) == sum(core.confidence >= threshold for core in case.cores)
         assert all(one.confidence >= threshold for one in proposals[2])
         assert len(proposals[2]) <= len(everything) or threshold < case.threshold
-    assert proposals_for(case.maps(), case.fact, [0, 2], 1.0, case.theta) == {0: [], 2: []}
+    assert proposals_for(case.maps(), case.config, [0, 2], 1.0, case.theta) == {0: [], 2: []}
 
 
 def test_without_an_accepted_region_nothing_climbs(monkeypatch):
     case = Case(5, monkeypatch)
     monkeypatch.setattr(case.engine, "score_and_gradient", lambda images: pytest.fail("it climbed"))
-    assert proposals_for(case.maps(), case.fact, [8], 1.0, case.theta) == {8: []}
+    assert proposals_for(case.maps(), case.config, [8], 1.0, case.theta) == {8: []}
     assert told(case.proposals([0])[0])
 
 
 @pytest.mark.parametrize("theta", [0.0, 1.0])
 def test_theta_at_its_ends_is_everything_and_nothing(monkeypatch, theta):
     case = Case(6, monkeypatch)
-    found = proposals_for(case.maps(), case.fact, [0, 2], 0.0, theta)
+    found = proposals_for(case.maps(), case.config, [0, 2], 0.0, theta)
     areas = {0.0: [240 * 350], 1.0: []}[theta]
     assert [[one.component.area_px for one in found[steps]] for steps in (0, 2)] == [areas, areas]
 
@@ -214,9 +214,9 @@ def photo() -> np.ndarray:
 
 def test_the_weights_own_values_count_where_none_are_given(predictor, photo):
     assert predictor.defects == ["crack", "rust"]
-    fact = predictor.weights.facts["crack"]
+    config = predictor.weights.configs["crack"]
     found = told(predictor.propose(photo, "crack"))
-    assert found == told(predictor.propose(photo, "crack", fact.iterations, fact.threshold, fact.cam_threshold))
+    assert found == told(predictor.propose(photo, "crack", config.iterations, config.threshold, config.cam_threshold))
     plain = told(predictor.propose(photo, "crack", 0))
     assert plain and plain != found and found != told(predictor.propose(photo, "rust"))
     assert predictor.propose(photo, "crack", threshold=1.0) == []
@@ -266,7 +266,7 @@ def test_both_engines_propose_the_same(weights):
     for name in ENGINES:
         predictor = Predictor(weights, "cpu", name)
         assert predictor.engines["crack"].name == name
-        found[name] = proposals_for(predictor.maps(Pyramid(image_rgb), "crack"), weights.facts["crack"], [0, 2, 8])
+        found[name] = proposals_for(predictor.maps(Pyramid(image_rgb), "crack"), weights.configs["crack"], [0, 2, 8])
     for steps in (0, 2, 8):
         one, other = (
             sorted(found[name][steps], key=lambda proposal: proposal.component.box_xyxy[:2]) for name in ENGINES
@@ -322,11 +322,11 @@ def test_pytorch_s_engine_is_there_for_what_it_alone_can(weights):
     "environ, wanted",
     [
         ({}, ("cpu", None)),
-        ({"ADVCAM_DEVICE": "", "ADVCAM_ENGINE": ""}, ("cpu", None)),
+        ({"ADVCAM_DEVICE": "", "ADVCAM_ENGINE": " "}, ("cpu", None)),
         ({"ADVCAM_DEVICE": "cpu"}, ("cpu", None)),
         ({"ADVCAM_ENGINE": "torch"}, ("cpu", "torch")),
         ({"ADVCAM_ENGINE": "openvino"}, ("cpu", "openvino")),
-        ({"ADVCAM_ENGINE": "torch", "ADVCAM_DEVICE": "cpu"}, ("cpu", "torch")),
+        ({"ADVCAM_ENGINE": " torch\n", "ADVCAM_DEVICE": "cpu"}, ("cpu", "torch")),
     ],
 )
 def test_device_and_engine_are_the_environment_s(environ, wanted, monkeypatch):
@@ -351,8 +351,8 @@ def test_a_gpu_is_used_where_there_is_one_but_not_by_openvino(environ, wanted, m
 @pytest.mark.parametrize(
     "environ, hidden, message",
     [
-        ({"ADVCAM_DEVICE": "tpu"}, (), "ADVCAM_DEVICE is 'tpu'; allowed are cpu and cuda"),
-        ({"ADVCAM_ENGINE": "onnx"}, (), "ADVCAM_ENGINE is 'onnx'; allowed are torch and openvino"),
+        ({"ADVCAM_DEVICE": "tpu"}, (), 'ADVCAM_DEVICE is .tpu., but must be "cpu" or "cuda"'),
+        ({"ADVCAM_ENGINE": "onnx"}, (), 'ADVCAM_ENGINE is .onnx., but must be "torch" or "openvino"'),
         ({"ADVCAM_DEVICE": "cuda"}, (), "ADVCAM_DEVICE is 'cuda' but torch sees no GPU; set cpu, or give the container a GPU"),
         ({"ADVCAM_ENGINE": "openvino", "ADVCAM_DEVICE": "cuda"}, (), "ADVCAM_ENGINE is 'openvino', .* ADVCAM_DEVICE .*; unset one"),
         ({"ADVCAM_ENGINE": "openvino"}, ("openvino",), "ADVCAM_ENGINE is 'openvino', but openvino is not installed; unset it"),

@@ -8,7 +8,6 @@ import pytest
 from defectcam.proposals import (
     FEATURES,
     LARGEST_LOGIT,
-    Component,
     component_confidence,
     component_features,
     find_components,

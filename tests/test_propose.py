@@ -18,6 +18,7 @@ import time
 import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 from xml.etree import ElementTree
 
 import cv2
@@ -33,13 +34,13 @@ from cvat_sdk.masks import decode_mask  # noqa: E402
 from defectcam.bulk import propose  # noqa: E402
 from defectcam.bulk.exports import region_of_answer, write_coco, write_cvat_xml  # noqa: E402
 from defectcam.bulk.parts import parts_of  # noqa: E402
-from defectcam.credentials import SECRETS  # noqa: E402
 from defectcam.deadline import NO_DEADLINE  # noqa: E402
-from defectcam.feedback.cvat import CvatExport  # noqa: E402
+from defectcam.feedback.cvat_export import CvatExport  # noqa: E402
 from defectcam.handler import cvat_shape  # noqa: E402
 from defectcam.proposals import Proposal, find_components  # noqa: E402
 from defectcam.regions import region_of  # noqa: E402
 from defectcam.request import parse_request  # noqa: E402
+from defectcam.settings import SECRETS  # noqa: E402
 from tests.conftest import ROOT, dark_wall, dark_weights  # noqa: E402
 
 CRACKED, TWIN, BROKEN = "a/b/crack & 'rüst'.JPG", "same.jpg", "a/broken.jpg"
@@ -50,6 +51,12 @@ FEW = dict(ADVCAM_DEFECTS="crack", ADVCAM_DEVICE="cpu", OMP_NUM_THREADS="1", RAY
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     return dark_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def with_openvino(with_graph, tmp_path_factory) -> dict[str, str]:
+    """Environment for weights with a graph: a process that runs OpenVINO starts sooner than one that loads PyTorch."""
+    return {"ADVCAM_WEIGHTS": str(with_graph(tmp_path_factory.mktemp("openvino")))}
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +91,18 @@ def environment(weights):
 
 
 @pytest.fixture(scope="module")
-def proposer() -> propose.Proposer:
-    return propose.Proposer({})
+def proposer(with_openvino) -> propose.Proposer:
+    with patch.dict(os.environ, with_openvino):
+        return propose.Proposer({})
 
 
 @pytest.fixture(scope="module")
-def finished(original, tmp_path_factory) -> tuple[Path, str, str]:
+def finished(original, with_openvino, tmp_path_factory) -> tuple[Path, str, str]:
     """(--out, what was printed, what was printed as errors) of a run in one go."""
     out = tmp_path_factory.mktemp("finished") / "out"
     with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as errors:
-        assert run(original, "--out", out, "--iterations", 1) == 1, "one photo is broken"
+        with patch.dict(os.environ, with_openvino):
+            assert run(original, "--out", out, "--iterations", 1) == 1, "one photo is broken"
     return out, printed.getvalue(), errors.getvalue()
 
 
@@ -136,7 +145,8 @@ def test_every_photo_gets_the_functions_answer_and_a_picture(original, finished,
     assert f"{BROKEN}: {reason}" in errors and "cut off" in reason
 
 
-def test_a_run_goes_on_where_it_was_killed(original, finished, tmp_path):
+def test_a_run_goes_on_where_it_was_killed(original, finished, with_openvino, tmp_path):
+    os.environ |= with_openvino
     out = tmp_path / "out"
     command = [sys.executable, "-m", "defectcam", "propose", original, "-o", out, "--iterations", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -206,8 +216,9 @@ def watch_processes(told: set[bytes], stop: threading.Event) -> None:
                 told.add(path.read_bytes())
 
 
-def test_rays_workers_make_the_very_same_files(original, finished, tmp_path, monkeypatch):
+def test_rays_workers_make_the_very_same_files(original, finished, with_openvino, tmp_path, monkeypatch):
     """And neither their command lines and environments nor Ray's logs have a secret of this process."""
+    os.environ |= with_openvino
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[bulk]'")
     secret = secrets.token_hex()  # which no other run of these tests has
     for name in SECRETS:

@@ -10,7 +10,6 @@ import pytest
 from defectcam import pyramid
 from defectcam.climb import LocalClimb
 from defectcam.deadline import Deadline, TimeLimitError
-from defectcam.encoders import normalised
 from defectcam.pyramid import PhotoMaps, Pyramid, Reading, enlarged_to, halved, level_scales
 from defectcam.tiling import tile_grid
 from defectcam.torch_engine import TorchEngine

@@ -52,7 +52,7 @@ def run(predictor, image_rgb, defect, wanted=(0, 2), batch=1, **given) -> dict[i
     """T -> proposals."""
     predictor.batch = batch
     maps = predictor.maps(Pyramid(np.ascontiguousarray(image_rgb)), defect)
-    return proposals_for(maps, predictor.weights.facts[defect], wanted, **given)
+    return proposals_for(maps, predictor.weights.configs[defect], wanted, **given)
 
 
 def masks(proposals: dict[int, list[Proposal]], image_rgb) -> dict[int, np.ndarray]:
@@ -86,8 +86,8 @@ def full(predictor, scenes) -> dict[str, dict[int, list[Proposal]]]:
 
 def test_the_shipped_weights_load_and_say_when_they_were_made():
     weights = load_weights(ROOT / "weights")
-    assert sorted(weights.facts) == sorted(SET_OF)
-    assert all(fact.iterations == 2 for fact in weights.facts.values()), "the paper's T"
+    assert sorted(weights.configs) == sorted(SET_OF)
+    assert all(config.iterations == 2 for config in weights.configs.values()), "the paper's T"
     assert datetime.date.fromisoformat(weights.version[:10]) <= datetime.date.today()
     assert re.fullmatch("-[0-9a-f]{6}", weights.version[10:])
 
@@ -169,7 +169,7 @@ def test_neither_threads_nor_earlier_photos_matter(predictor, scenes, full, monk
 
 
 def test_both_engines_propose_the_same(predictor, scenes, full):
-    without = [defect for defect, fact in predictor.weights.facts.items() if not fact.graph]
+    without = [defect for defect, config in predictor.weights.configs.items() if not config.graph]
     if without:
         pytest.skip(f"weights/ has no graph for OpenVINO of {', '.join(without)}")
     assert {engine.name for engine in predictor.engines.values()} == {"openvino"}

@@ -59,8 +59,8 @@ def two_jobs(tmp_path):
 
 
 def test_figures(two_jobs):
-    events = report.read_events(open_store(two_jobs))
-    total = report.figures(events)
+    interactions = report.read_interactions(open_store(two_jobs))
+    total = report.Figures(interactions)
     assert (total.proposals, total.missed) == (5, 1)
     assert (total.accepted, total.modified, total.rejected) == (0.4, 0.4, 0.2)
     assert total.saved == pytest.approx((0.95 + 0.5 + 0.95) / 3)
@@ -68,11 +68,11 @@ def test_figures(two_jobs):
     assert total.seconds_per_shape == pytest.approx(100 / 3)  # the second job has no times
     assert total.hours == pytest.approx(100 / 3600)
     assert total.hours_saved == pytest.approx(100 / 3600 * 0.6 / 0.4)
-    by_defect = report.grouped(events, lambda event: event.defect)
+    by_defect = report.grouped(interactions, "defect")
     assert list(by_defect) == ["crack", "rust"] and by_defect["rust"].rejected == pytest.approx(1 / 3)
     assert by_defect["crack"].missed == 1 and by_defect["rust"].missed == 0
-    assert {event.week for event in events} == {"2026-W47", "2026-W48"}
-    only_rejected = report.figures([event for event in events if event.outcome == "rejected"])
+    assert {one.week for one in interactions} == {"2026-W47", "2026-W48"}
+    only_rejected = report.Figures([one for one in interactions if one.outcome == "rejected"])
     assert only_rejected.saved is None and only_rejected.saved_of_all is None and only_rejected.hours_saved is None
 
 
@@ -83,7 +83,7 @@ def test_eq_3_gives_the_papers_figures(tmp_path, defect):
     shares += [0.3] * (instances - len(shares))
     engine = open_store(str(tmp_path / "paper.db"))
     fill(engine, {1: ("anna", "", None, [instance("modified", defect, share) for share in shares])})
-    found = report.figures(report.read_events(engine))
+    found = report.Figures(report.read_interactions(engine))
     assert found.saved == found.saved_of_all == pytest.approx(relative_time_saving_of_groups(instances, groups))
     assert round(100 * found.saved) == {"crack": 57, "spalling": 58, "rust": 40}[defect]
 

@@ -8,7 +8,8 @@ from dataclasses import fields
 
 import pytest
 
-from defectcam.request import MAX_CLICKS, MAX_REST_BYTES, RequestError, Settings, parse_request, settings_from_env
+from defectcam.request import MAX_CLICKS, MAX_REST_BYTES, parse_request
+from defectcam.settings import RequestError, Settings, settings_from_env
 
 DEFECTS = ("crack", "spalling", "rust")
 PAYLOAD = bytes(range(256))

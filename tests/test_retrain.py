@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from defectcam.evaluation.photos import LabelledPhoto
 from defectcam.feedback import retrain
-from defectcam.feedback.retrain import Judged, changes_of, figures_of, merged_clicks, no_worse
+from defectcam.feedback.compare import ComparedPhoto, changes_of, figures_of, most_different, no_worse, picture_of
+from defectcam.feedback.retrain import merged_clicks
+from defectcam.feedback.versions import NOT_PROMOTED, assemble
 from defectcam.paths import file_name
 from defectcam.training import calibrate, train
 from defectcam.training.clicks import Click, read_clicks, write_clicks
@@ -115,7 +117,7 @@ def test_weights_of_an_earlier_version_are_calibrated_again_beside_sound_ones_al
     with pytest.raises(WeightsError, match="'spalling'"):
         read_manifest(weights)
     calibrate_spalling(data_dir, run, weights)
-    assert load_weights(weights).facts.keys() == {"spalling", "rust"}
+    assert load_weights(weights).configs.keys() == {"spalling", "rust"}
 
     spoil("rust")
     before = contents(weights)
@@ -143,15 +145,15 @@ def promoted(data_dir, running, new, tmp_path_factory):
 
 
 def test_promoted_weights_load_and_name_their_parent(promoted, running):
-    weights, (running_version, running_facts) = load_weights(promoted), read_manifest(running)
-    assert weights.version != running_version and list(weights.facts) == ["spalling", "rust"]
+    weights, (running_version, running_configs) = load_weights(promoted), read_manifest(running)
+    assert weights.version != running_version and list(weights.configs) == ["spalling", "rust"]
     parent = json.loads((promoted / "manifest.json").read_text())["parent"]
     assert parent["version"] == running_version and len(parent["manifest_sha256"]) == 64
-    fact, before = weights.facts["spalling"], running_facts["spalling"]
-    record = fact.training["network"]
-    assert (record["steps"], record["crop_px"], record["batch"]) == (3, 32, 4) and fact.training["sets"] == ["walls"]
-    assert record["init_sha256"] == before.sha256 != fact.sha256
-    assert {name: record[name] for name in RECORD} == RECORD and fact.iterations == before.iterations == 1
+    config, before = weights.configs["spalling"], running_configs["spalling"]
+    record = config.training["network"]
+    assert (record["steps"], record["crop_px"], record["batch"]) == (3, 32, 4) and config.training["sets"] == ["walls"]
+    assert record["init_sha256"] == before.sha256 != config.sha256
+    assert {name: record[name] for name in RECORD} == RECORD and config.iterations == before.iterations == 1
     began_with = {name: record[name] for name in ("labels", "scales", "none_regions")}  # for the next retraining
     assert began_with == {"labels": "outlines", "scales": [0.9, 1.1], "none_regions": ["plain:spalling"]}
     assert json.loads((promoted / "retrain.json").read_text())["promoted"] is True
@@ -184,8 +186,8 @@ def test_clicks_on_val_photos_are_left_out(promoted):
     clicks = read_clicks(promoted / "clicks" / "spalling.csv")
     assert [click.interaction for click in clicks] == ["interaction0", "interaction1", "interaction2", "interaction4"]
     assert [click.weight for click in clicks] == [1, 1.25, 1.5, 2]
-    facts = json.loads((promoted / "retrain.json").read_text())["facts"]["defects"]["spalling"]
-    assert (facts["new_clicks"], facts["on_val"]) == (4, 1)
+    identity = json.loads((promoted / "retrain.json").read_text())["identity"]["defects"]["spalling"]
+    assert (identity["new_clicks"], identity["on_val"]) == (4, 1)
     record = json.loads((promoted / "work" / "spalling" / "network" / "record.json").read_text())
     assert record["positive_clicks"] == 3 and record["photos"] >= 3  # people's; of the sets the outlines are learnt
 
@@ -200,8 +202,10 @@ def test_the_report_shows_figures_and_pictures(promoted):
     assert 0 < len(pictures) <= 4
 
 
-def test_a_defect_with_a_name_that_no_file_can_have(data_dir, running, new, tmp_path):
+def test_a_defect_with_a_name_that_no_file_can_have(data_dir, running, new, tmp_path, monkeypatch):
     """The sets' masks lie in folders called so; files that the commands write are called otherwise."""
+    graph = (running / "spalling.onnx").read_bytes()  # of another network, since to export takes 10 s
+    monkeypatch.setattr("defectcam.training.calibrate.graph_of", lambda network: graph)
     odd = "sp/$x^$ <b>"
     data, weights, feedback = (shutil.copytree(folder, tmp_path / folder.name) for folder in (data_dir, running, new))
     (data / "walls" / "masks" / odd).parent.mkdir()
@@ -209,14 +213,15 @@ def test_a_defect_with_a_name_that_no_file_can_have(data_dir, running, new, tmp_
     manifest = json.loads((weights / "manifest.json").read_text())
     manifest["defects"] = {odd: manifest["defects"]["spalling"]}
     (weights / "manifest.json").write_text(json.dumps(manifest))
-    clicks = [replace(click, absent=click.absent and odd, defect=odd if click.defect == "spalling" else click.defect)
+    clicks = [replace(click, negative_for=click.negative_for and odd, defect=odd if click.defect == "spalling" else click.defect)
               for click in read_clicks(feedback / "clicks" / "spalling.csv")]  # fmt: skip
     write_clicks(feedback / "clicks" / file_name(odd, ".csv"), clicks)
     (feedback / "masks" / "spalling").rename(feedback / "masks" / file_name(odd))
     before = contents(tmp_path)
     out = tmp_path / "two"
     retrain.main(arguments(data, weights, feedback, out, "--margin", 1, "--steps", 1, "--val-photos", 1))
-    assert load_weights(out).facts[odd].file == "sp%2F$x^$ %3Cb%3E.safetensors"
+    config = load_weights(out).configs[odd]
+    assert (config.file, config.graph) == ("sp%2F$x^$ %3Cb%3E.safetensors", "sp%2F$x^$ %3Cb%3E.onnx")
     assert len(read_clicks(out / "clicks" / file_name(odd, ".csv"))) == 4
     assert before.keys() == {path for path in contents(tmp_path) if path.parts[0] != "two"}
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -240,12 +245,12 @@ def test_every_defect_keeps_a_file_of_its_own(running, tmp_path):
     tensors = {name: value + 1 for name, value in load_file(new / "spalling.safetensors").items()}
     save_file(tensors, new / "spalling.safetensors")
     (tmp_path / "out" / "work").mkdir(parents=True)
-    folder = retrain.assemble(weights, {"spalling": new}, {"version": "one"}, tmp_path / "out" / "work" / "candidate")
-    facts = read_manifest(folder)[1]
-    assert (folder / facts["spalling"].file).read_bytes() == (new / "spalling.safetensors").read_bytes()
-    assert (folder / facts["rust"].file).read_bytes() == (weights / "spalling.safetensors").read_bytes()
+    folder = assemble(weights, {"spalling": new}, tmp_path / "out" / "work" / "candidate")
+    configs = read_manifest(folder)[1]
+    assert (folder / configs["spalling"].file).read_bytes() == (new / "spalling.safetensors").read_bytes()
+    assert (folder / configs["rust"].file).read_bytes() == (weights / "spalling.safetensors").read_bytes()
     assert load_weights(folder).graph("spalling") == b"of the new weights"
-    assert (folder / facts["rust"].graph).read_bytes() == (weights / "spalling.onnx").read_bytes()
+    assert (folder / configs["rust"].graph).read_bytes() == (weights / "spalling.onnx").read_bytes()
 
 
 def test_the_same_command_again_changes_nothing(promoted, data_dir, running, new, capsys):
@@ -264,7 +269,7 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
     out, before = tmp_path / "two", contents(running)
     with pytest.raises(SystemExit) as error:
         retrain.main(arguments(data_dir, running, new, out, "--margin", -1, "--outlines"))
-    assert error.value.code == retrain.NOT_PROMOTED == 3
+    assert error.value.code == NOT_PROMOTED == 3
     assert "not promoted" in capsys.readouterr().out
     assert contents(running) == before
     assert not {*out.glob("*.safetensors"), *out.glob("*.onnx")} and not (out / "manifest.json").exists()
@@ -274,7 +279,7 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
     assert (record["photos"], record["photos_without"]) == (3 + 3 + 1 + 3, 1 + 3)  # people's and the sets'
     assert (record["scales"], record["crop_px"]) == ([0.9, 1.1], 32)
     weights = load_weights(out / "rejected")
-    assert weights.facts["spalling"].training["network"] == record
+    assert weights.configs["spalling"].training["network"] == record
 
 
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir, running, new, tmp_path, monkeypatch):
@@ -366,11 +371,11 @@ def test_the_verdict_counts_misses_and_false_proposals():
     truth[10:30, 10:40] = True
     nothing, image = np.zeros_like(truth), np.zeros((50, 60, 3), np.uint8)
     wall, plain = LabelledPhoto("walls", "a", image, truth), LabelledPhoto("plain", "b", image, None)
-    same = figures_of("rust", [Judged(wall, truth, truth), Judged(plain, nothing, nothing)])
+    same = figures_of("rust", [ComparedPhoto(wall, truth, truth), ComparedPhoto(plain, nothing, nothing)])
     assert set(same) == {"walls", "plain", "all"} and changes_of(same["all"]) == {"mean_saved": 0, "iou": 0}
-    missed = changes_of(figures_of("rust", [Judged(wall, truth, nothing)])["all"])
+    missed = changes_of(figures_of("rust", [ComparedPhoto(wall, truth, nothing)])["all"])
     assert missed == {"mean_saved": -1, "iou": -1}
-    flooded = changes_of(figures_of("rust", [Judged(wall, truth, truth), Judged(plain, nothing, ~nothing)])["all"])
+    flooded = changes_of(figures_of("rust", [ComparedPhoto(wall, truth, truth), ComparedPhoto(plain, nothing, ~nothing)])["all"])
     assert flooded["mean_saved"] == 0 and flooded["iou"] == pytest.approx(600 / 3600 - 1, abs=1e-3)
     assert no_worse({"mean_saved": -0.02, "iou": 0.5}, 0.02) and not no_worse({"mean_saved": -0.0201, "iou": 0.5}, 0.02)
 
@@ -379,6 +384,6 @@ def test_the_photos_that_differ_most_come_first():
     masks = [np.zeros((20, 20), bool) for _ in range(3)]
     masks[1][:10], masks[2][:9] = True, True
     photo = LabelledPhoto("walls", "a", np.zeros((20, 20, 3), np.uint8), masks[1])
-    far, near = Judged(photo, masks[1], masks[0]), Judged(photo, masks[1], masks[2])
-    assert retrain.most_different([Judged(photo, masks[1], masks[1]), near, far]) == [far, near]
-    assert retrain.picture_of(near).shape == (360, 3 * 360, 3)
+    far, near = ComparedPhoto(photo, masks[1], masks[0]), ComparedPhoto(photo, masks[1], masks[2])
+    assert most_different([ComparedPhoto(photo, masks[1], masks[1]), near, far]) == [far, near]
+    assert picture_of(near).shape == (360, 3 * 360, 3)

@@ -22,7 +22,7 @@ from nuclio_sdk import Response
 from PIL import Image
 
 from defectcam import serve
-from tests.conftest import ROOT, tiny_weights
+from tests.conftest import ROOT
 
 JSON = {"Content-Type": "application/json"}
 LIMIT = 100_000
@@ -314,24 +314,15 @@ def test_command_serves_and_fails_with_the_traceback(tmp_path):
     assert server.returncode == 1
 
 
-def test_a_memory_hungry_request_over_http_costs_its_photo_alone(tmp_path):
+def test_a_memory_hungry_request_over_http_costs_its_photo_alone(with_graph, tmp_path):
     """The real function in a process of its own, whose memory is limited for good: it answers, and goes on."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    listener.close()
     environ = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "ADVCAM_TIME_LIMIT": "80000"}
-    environ |= {"ADVCAM_WEIGHTS": str(tiny_weights(tmp_path, ["crack"], threshold=1.0, iterations=1))}
-    command = [sys.executable, "-m", "defectcam", "serve", "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.DEVNULL) as process:
+    environ |= {"ADVCAM_WEIGHTS": str(with_graph(tmp_path, threshold=1.0, iterations=1))}
+    command = [sys.executable, "-m", "defectcam", "serve", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True) as process:
         try:
-            url = f"http://127.0.0.1:{port}/"
-            for _ in range(600):
-                try:
-                    httpx.get(url)
-                    break
-                except httpx.ConnectError:
-                    time.sleep(0.2)
+            line = next(line for line in process.stderr if "running on" in line)
+            url = line.split("running on ")[1].split()[0]
             small, huge = envelope_of_flat_photo(64, 64), envelope_of_flat_photo(7000, 7000)
             assert httpx.post(url, json=small, timeout=120).json() == []
             status = Path(f"/proc/{process.pid}/status").read_text()

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from defectcam import function, serve
-from tests.conftest import ROOT, dark_wall, dark_weights
+from tests.conftest import ROOT, dark_wall
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Nuclio's processor runs on Linux only")
 
@@ -65,11 +65,6 @@ asyncio.run(wrapper())
 """
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return dark_weights(tmp_path_factory.mktemp("weights"))
-
-
 @contextmanager
 def wrapped(weights, last_answer_s: float):
     """A worker process that has said "ready"."""
@@ -102,17 +97,17 @@ def begin(process, side_px: int, iterations: int) -> None:
     time.sleep(0.5)  # for the handler itself to be called
 
 
-def test_a_worker_does_not_wait_for_a_long_answer(weights):
-    with wrapped(weights, last_answer_s=2) as process:
-        begin(process, 600, iterations=50)  # a minute
+def test_a_worker_does_not_wait_for_a_long_answer(exported_weights):
+    with wrapped(exported_weights, last_answer_s=1) as process:
+        begin(process, 1200, iterations=50)  # a minute
         process.send_signal(signal.SIGUSR1)
         assert process.wait(60) == 0
         assert process.stdout.read() == ""
 
 
-def test_a_worker_gives_a_short_answer_before_it_ends(weights):
+def test_a_worker_gives_a_short_answer_before_it_ends(exported_weights):
     """And then ends at once, as an idle one does."""
-    with wrapped(weights, last_answer_s=600) as process:
+    with wrapped(exported_weights, last_answer_s=600) as process:
         begin(process, 256, iterations=4)
         process.send_signal(signal.SIGUSR1)
         assert process.wait(90) == 0
@@ -133,16 +128,17 @@ def handler(context, event):
     stop.wait({seconds})
     return "done"
 serve.function = sys.modules["__main__"]
+serve.LAST_ANSWER_S = {last_answer_s}
 serve.main()
 """
 
 
 @contextmanager
-def served(folder, seconds: float):
+def served(folder, seconds: float, last_answer_s: float):
     """`defectcam serve` of a handler that takes so long: its process and URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-    command = [sys.executable, "-c", SLOW.format(seconds=seconds), "--port", port]
+    command = [sys.executable, "-c", SLOW.format(seconds=seconds, last_answer_s=last_answer_s), "--port", port]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -156,7 +152,7 @@ def served(folder, seconds: float):
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_does_not_wait_for_a_long_answer(tmp_path, stop):
-    with served(tmp_path, seconds=600) as (process, url):
+    with served(tmp_path, seconds=600, last_answer_s=1) as (process, url):
         answers = []
         caller = threading.Thread(target=lambda: answers.append(httpx.get(url, timeout=600).status_code))
         caller.start()
@@ -168,7 +164,7 @@ def test_the_command_does_not_wait_for_a_long_answer(tmp_path, stop):
 
 
 def test_the_command_gives_a_short_answer_before_it_ends(tmp_path):
-    with served(tmp_path, seconds=1) as (process, url):
+    with served(tmp_path, seconds=1, last_answer_s=600) as (process, url):
         answers = []
         caller = threading.Thread(target=lambda: answers.append(httpx.get(url, timeout=60).text))
         caller.start()

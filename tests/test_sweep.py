@@ -10,8 +10,8 @@ import pytest
 
 from defectcam.evaluation import sweep
 from defectcam.predict import STEPS
-from defectcam.request import Settings
 from defectcam.handler import ModelHandler
+from defectcam.settings import Settings
 from tests.conftest import dark_wall, dark_weights
 
 NUMBERS = re.compile(r"\d+(?:\.\d+)?")

@@ -107,7 +107,7 @@ def test_completed_jobs_are_known_wholly_and_others_in_part(tmp_path, is_new, la
     assert np.array_equal(masks[2] == 0, (near(shown) | wrong | cut) & ~shown) and (masks[2] == UNKNOWN).mean() > 0.7
     assert np.array_equal(masks[4] == 0, pixels(square(10, 10))) and not (masks[4] == 255).any()
     clicks = {int(click.image.rpartition("/")[2][:6]): click for click in read_clicks(found.clicks, with_photos=True)}
-    assert sorted(clicks) == [0, 2, 4] and {(c.defect, c.absent) for c in clicks.values()} == {("none", "crack")}
+    assert sorted(clicks) == [0, 2, 4] and {(c.defect, c.negative_for) for c in clicks.values()} == {("none", "crack")}
     assert wrong[clicks[2].y, clicks[2].x] and pixels(square(60, 10))[clicks[0].y, clicks[0].x]
 
 

@@ -36,7 +36,7 @@ from defectcam.training.calibrate import (
     regions_with_features,
     spread,
 )
-from defectcam.training.click_judge import fit_of_clicks
+from defectcam.training.click_judge import overlap_of_clicks
 from defectcam.training.confidence import reliability_of
 from defectcam.training.config import TrainConfig
 from defectcam.training.dark_lines import dark_lines
@@ -194,11 +194,11 @@ def record_of(folder):
 
 def test_calibrated_weights_say_what_their_sets_allow(trained):
     """What they began with counts as a set, and its terms are unknown."""
-    fact = load_weights(trained / "weights-outlines").facts["spalling"]
-    start = f"start {fact.training['network']['init_sha256'][:12]}"
-    assert set(fact.training["licences"]) == {"walls", "plain", start}
-    assert fact.licences["walls"] == OWN and fact.licences["plain"] == fact.licences[start] == NOT_STATED
-    without = load_weights(trained / "weights-second").facts["spalling"]
+    config = load_weights(trained / "weights-outlines").configs["spalling"]
+    start = f"start {config.training['network']['init_sha256'][:12]}"
+    assert set(config.training["licences"]) == {"walls", "plain", start}
+    assert config.licences["walls"] == OWN and config.licences["plain"] == config.licences[start] == NOT_STATED
+    without = load_weights(trained / "weights-second").configs["spalling"]
     assert set(without.licences) == {"walls", "plain", start} and without.licences["walls"] == NOT_STATED
 
 
@@ -249,20 +249,20 @@ def test_clicks_teach_where_the_defect_is_and_the_second_round_learns_from_nothi
 def test_calibrated_weights_load_and_say_how_they_were_made(trained):
     for name, steps, iterations in (("clicks", 40, 2), ("outlines", 30, 1), ("second", 30, 1)):
         weights = load_weights(trained / f"weights-{name}")
-        fact = weights.facts["spalling"]
-        assert fact.training["network"] == record_of(trained / name) and fact.training["network"]["steps"] == steps
-        assert fact.training["sets"] == ["walls"] and fact.training["healthy_sets"] == ["plain"]
-        assert fact.training["calibration"].startswith("defectcam calibrate --defect spalling --data ")
-        assert (fact.encoder, fact.decoder_channels) == ("efficientnet-lite0", (8, 8, 8, 8))
-        assert (fact.iterations, fact.pooling) == (iterations, "log-mean-exp")
-        tried = fact.training["readings_tried"]
+        config = weights.configs["spalling"]
+        assert config.training["network"] == record_of(trained / name) and config.training["network"]["steps"] == steps
+        assert config.training["sets"] == ["walls"] and config.training["healthy_sets"] == ["plain"]
+        assert config.training["calibration"].startswith("defectcam calibrate --defect spalling --data ")
+        assert (config.encoder, config.decoder_channels) == ("efficientnet-lite0", (8, 8, 8, 8))
+        assert (config.iterations, config.pooling) == (iterations, "log-mean-exp")
+        tried = config.training["readings_tried"]
         assert len(tried) == len(calibrate.OTHER_FINEST) * len(calibrate.SHARPNESSES)
-        assert f"finest {fact.finest_scale:g}, sharpness {fact.sharpness:g}" in tried
-        assert fact.climb["xi"] == 0.012 and fact.climb["g_ref"][0] > 0 and fact.climb["g_ref"][1] is None
-        assert fact.graph == ("spalling.onnx" if name == "outlines" else "")
-        judged = fact.training["reliability"]
+        assert f"finest {config.finest_scale:g}, sharpness {config.sharpness:g}" in tried
+        assert config.climb["xi"] == 0.012 and config.climb["g_ref"][0] > 0 and config.climb["g_ref"][1] is None
+        assert config.graph == ("spalling.onnx" if name == "outlines" else "")
+        judged = config.training["reliability"]
         assert judged["regions"] == sum(row["proposals"] for row in judged["bins"]) >= judged["right"] > 0 and judged["folds"] > 1
-        files = {"manifest.json", "spalling-reliability.png", fact.file, fact.graph} - {""}
+        files = {"manifest.json", "spalling-reliability.png", config.file, config.graph} - {""}
         assert {path.name for path in (trained / f"weights-{name}").iterdir()} == files
         assert cv2.imread(str(trained / f"weights-{name}" / "spalling-reliability.png")) is not None
 
@@ -291,15 +291,15 @@ def test_clicks_alone_calibrate_weights_that_find_what_was_clicked_on(trained, d
                         f"--out={tmp_path / 'second'}"])  # fmt: skip
 
 
-def test_the_fit_of_clicks_is_the_harmonic_mean_of_hit_clicks_and_free_patches():
+def test_the_overlap_of_clicks_is_the_harmonic_mean_of_hit_clicks_and_free_patches():
     truth = np.zeros((60, 60), bool)
     truth[10, 10] = truth[40, 40] = True
     photos = [SimpleNamespace(truth=truth, patches_xyxy=((20, 0, 40, 20), (0, 30, 20, 50))),
               SimpleNamespace(truth=None, patches_xyxy=((0, 0, 60, 60), (5, 5, 10, 10)))]  # fmt: skip
     masks = [np.zeros((60, 60), bool) for _ in photos]
-    assert fit_of_clicks(photos, masks) == 0
+    assert overlap_of_clicks(photos, masks) == 0
     masks[0][5:15, 5:15] = masks[1][30:35, 30:35] = True  # one of two clicks, one of four patches
-    assert fit_of_clicks(photos, masks) == pytest.approx(2 * 0.5 * 0.75 / 1.25)
+    assert overlap_of_clicks(photos, masks) == pytest.approx(2 * 0.5 * 0.75 / 1.25)
 
 
 def calibration_of(trained, data_dir, arm):
@@ -325,7 +325,7 @@ def test_photos_and_maps_in_the_file_are_those_of_the_photos(trained, data_dir):
             maps, wanted = work.maps(kept, reading), PhotoMaps(work.engine, reading, Pyramid(photo.image_rgb))
             assert np.array_equal(maps.merged(), wanted.merged()) and maps.levels.keys() == wanted.levels.keys()
     assert any(one.enlarged for one in work.plain.values())
-    own = load_weights(trained / "weights-outlines").facts["spalling"].reading
+    own = load_weights(trained / "weights-outlines").configs["spalling"].reading
     climbed, reading = [], replace(reading, climbs=own.climbs[:1])
     for photo in photos:
         maps = PhotoMaps(work.engine, reading, Pyramid(photo.image_rgb))
@@ -387,13 +387,13 @@ def test_the_function_proposes_what_calibration_judged(trained, data_dir):
     """Theta is a probability, calibration thresholds the map; the function climbs around its regions alone."""
     work = calibration_of(trained, data_dir, "outlines")
     predictor = Predictor(load_weights(trained / "weights-outlines"))
-    fact = predictor.weights.facts["spalling"]
-    climbed = work.climbed(work.labelled, fact.reading, fact.iterations)
-    fit, least = work.best_threshold(work.labelled, climbed, fact.cleaning)
-    assert fact.least_logit(fact.cam_threshold) == pytest.approx(least, abs=0.05)
-    assert fit > 0.6
+    config = predictor.weights.configs["spalling"]
+    climbed = work.climbed(work.labelled, config.reading, config.iterations)
+    overlap, least = work.best_threshold(work.labelled, climbed, config.cleaning)
+    assert config.least_logit(config.cam_threshold) == pytest.approx(least, abs=0.05)
+    assert overlap > 0.6
     for photo, logits in zip(work.labelled, climbed):
-        judged = regions(logits, least, fact.cleaning)
+        judged = regions(logits, least, config.cleaning)
         proposals = predictor.propose(photo.image_rgb, "spalling")
         assert iou(painted([one.component for one in proposals], judged.shape), judged) > 0.95
     for photo in work.healthy:

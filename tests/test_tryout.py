@@ -24,8 +24,8 @@ from defectcam.handler import ModelHandler
 from defectcam.predict import proposals_for
 from defectcam.proposals import Proposal
 from defectcam.pyramid import Pyramid
-from defectcam.request import Settings
 from defectcam.serve.photos import STEPS, Job, Photos
+from defectcam.settings import Settings
 from defectcam.training.config import TrainConfig
 from defectcam.training.label_files import read_cvat_xml, read_json
 from defectcam.training.sources import gather
@@ -67,18 +67,18 @@ def read(url: str, photo: bytes) -> list[dict]:
 
 def test_the_page_gives_the_functions_own_answers_for_every_t_from_one_climb(wall, tmp_path):
     model = ModelHandler(dark_weights(tmp_path, **FAST), "cpu", Settings(), Silent())
-    photos, job, fact = Photos(model), Job(), model.weights.facts["crack"]
+    photos, job, defect_config = Photos(model), Job(), model.weights.configs["crack"]
     photo = photos.add(encoded(wall))
     names = [(name, work()) for name, work in photos.stages(photo, job)]
     assert [name for name, _ in names] == ["looking for crack", "climbing for crack"] and job.share > 0.99
     assert len(photo.parts["crack"]) > 1
     counts, areas = set(), set()
     maps = model.predictor.maps(Pyramid(wall), "crack")
-    surest = max(one.confidence for one in photo.proposals("crack", fact, 0, 0.0, 0.5))
+    surest = max(one.confidence for one in photo.proposals("crack", defect_config, 0, 0.0, 0.5))
     for threshold, theta in ((surest, 0.5), (0.1, 0.15), (0.6, 0.9)):
-        whole = proposals_for(maps, fact, STEPS, threshold, theta)
+        whole = proposals_for(maps, defect_config, STEPS, threshold, theta)
         for steps in STEPS:
-            found = photo.proposals("crack", fact, steps, threshold, theta)
+            found = photo.proposals("crack", defect_config, steps, threshold, theta)
             assert list(map(as_plain, found)) == list(map(as_plain, whole[steps]))
             counts.add(len(found))
             areas.add(sum(one.component.area_px for one in found))

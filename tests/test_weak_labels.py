@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from defectcam.feedback import labels, report
-from defectcam.feedback.labels import free_pixel_xy, set_and_stem
+from defectcam.feedback.labels import free_pixel_xy
+from defectcam.feedback.photos import PhotoFolder, set_and_stem
 from defectcam.feedback.store import open_store
 from defectcam.proposal_log import image_hash
 from defectcam.regions import region_of
@@ -67,7 +68,7 @@ def test_every_interaction_gives_its_click(done):
     by_proposal = {(rows[c.interaction]["proposal"], c.defect): c for own in clicks.values() for c in own}
     assert set(by_proposal) == {(A, "crack"), (B, "crack"), (C, "none"), (D, "none"), (D, "rust"), ("", "rust")}
     assert sum(map(len, clicks.values())) == 6
-    assert all(c.defect == "crack" or c.absent == "crack" for c in clicks["crack"]), "one file per defect"
+    assert all(c.defect == "crack" or c.negative_for == "crack" for c in clicks["crack"]), "one file per defect"
     final_b = done.cvat.of(B)["points"]
     places = {(A, "crack"): square(10, 10), (B, "crack"): final_b, (C, "none"): square(160, 110),
               (D, "none"): square(100, 60), (D, "rust"): square(100, 60), ("", "rust"): square(10, 100)}  # fmt: skip
@@ -77,7 +78,7 @@ def test_every_interaction_gives_its_click(done):
         name = "two.png" if key[0] == D else "one.png"
         assert Path(click.image) == done.folder / "data" / "bridge" / "images" / name
         assert click.photo_group == f"bridge/{name[:3]}"
-    assert {by_proposal[C, "none"].absent, by_proposal[D, "none"].absent} == {"crack"}
+    assert {by_proposal[C, "none"].negative_for, by_proposal[D, "none"].negative_for} == {"crack"}
 
 
 def test_harder_cases_weigh_more(done):
@@ -90,8 +91,8 @@ def test_harder_cases_weigh_more(done):
     assert miss.weight == 2
 
 
-def test_no_none_click_beside_the_defect(workplace):  # noqa: F811
-    """The patch around a none-click vouches for its whole content, so a crack in it forbids the click."""
+def test_no_negative_click_beside_the_defect(workplace):  # noqa: F811
+    """The patch around a negative click is labelled as a whole, so a crack in it forbids the click."""
     place, cvat = workplace, workplace.cvat
     place.answer(0, [proposal(A, square(20, 20)), proposal(B, square(41, 20, 60))])
     cvat.shapes.remove(cvat.of(B))
@@ -250,7 +251,7 @@ def test_of_two_jobs_with_one_photo_the_last_one_counts(workplace):  # noqa: F81
     assert {click.defect for click in clicks["crack"]} == {"none", "crack"}
     mask = cv2.imread(str(out / "masks" / "crack" / "bridge" / "one.png"), cv2.IMREAD_GRAYSCALE) > 0
     assert (mask == polygon_mask(square(100, 100))).all()
-    total = report.figures(report.read_events(open_store(str(place.db))))
+    total = report.Figures(report.read_interactions(open_store(str(place.db))))
     assert (total.proposals, total.rejected, total.missed) == (1, 1.0, 1)
 
 
@@ -282,7 +283,7 @@ def test_free_pixel():
     occupied[:, 15:] = True
     x, _ = free_pixel_xy(region, occupied, 10)
     assert x <= 10
-    assert free_pixel_xy(region, occupied, 20) is None and free_pixel_xy(None, occupied, 2) is None
+    assert free_pixel_xy(region, occupied, 20) is None
 
 
 @pytest.mark.parametrize(
@@ -302,8 +303,8 @@ def test_of_photos_with_one_name_the_one_that_was_proposed_on_is_taken(tmp_path)
         folder.mkdir(exist_ok=True)
         cv2.imwrite(str(folder / "IMG_1.png"), rng.integers(0, 256, (15, 20, 3), np.uint8))
     image = image_hash(np.ascontiguousarray(cv2.imread(str(tmp_path / "pier" / "IMG_1.png"))[..., ::-1]))
-    assert labels.PhotoFolder(tmp_path).find("IMG_1.png", image) == tmp_path / "pier" / "IMG_1.png"
-    assert labels.PhotoFolder(tmp_path).find("IMG_1.png") == tmp_path / "IMG_1.png"
+    assert PhotoFolder(tmp_path).find("IMG_1.png", 20, 15, image).path == tmp_path / "pier" / "IMG_1.png"
+    assert PhotoFolder(tmp_path).find("IMG_1.png", 20, 15).path == tmp_path / "IMG_1.png"
 
 
 def test_a_photo_that_cannot_be_read_does_not_stop_the_others(done, capsys):

@@ -5,7 +5,7 @@ for characters that not every file system takes:
 
 <photo>.json             the function's own answer with the photo's size and what it was made with
 overlays/<photo>.jpg     the shapes drawn onto the photo
-cvat.xml, coco.json      all shapes, to be imported into CVAT as "CVAT 1.1" or "COCO 1.0" (docs/cvat.md has the clicks)
+cvat.xml, coco.json      all shapes, to be imported into CVAT as "CVAT 1.1" or "COCO 1.0" (docs/try.md has the clicks)
 shapes.csv               a table: area, length, mean and largest width of every shape, in px and by --mm-per-px in mm
 labels.json              the labels that CVAT's task must have, for the tab Raw of its label editor
 summary.json             how many proposals there are, why photos were not processed, what was left out on others, and how
@@ -16,7 +16,7 @@ A photo larger than ADVCAM_MAX_MEGAPIXELS is processed in parts that overlap; a 
 The same command once more goes on where a run ended. It leaves out photos that have an answer, unless the photo's size
 in bytes or time of change, the weights or a setting are others now; photos that could not be processed are tried again.
 
-Every other setting is the function's own: its ADVCAM_* variables count (README), only the time limit is off unless
+Every other setting is the function's own: its variables count (below), only the time limit is off unless
 ADVCAM_TIME_LIMIT sets one. With --workers Ray starts so many processes, each with a GPU of its own where there
 are GPUs, else with one CPU; on the machines of the cluster that RAY_ADDRESS names, otherwise on this one. All machines
 need FOLDER and this repository under the same paths.
@@ -51,14 +51,14 @@ from defectcam.bulk.exports import region_of_answer, replacing, write_coco, writ
 from defectcam.bulk.measures import shape_size
 from defectcam.bulk.parts import propose_in_parts
 from defectcam.command_line import command_parser
-from defectcam.credentials import SECRETS
 from defectcam.cvat import auto_annotation
 from defectcam.cvat_labels import NOTICE, UNPROCESSED, task_labels
 from defectcam.image import PHOTO_SUFFIXES, ImageError, decode_image, upright_size
 from defectcam.memory import check_memory
 from defectcam.overlay import draw_shapes
 from defectcam.paths import not_read, photo_files, relative_path
-from defectcam.request import Request, RequestError
+from defectcam.request import Request
+from defectcam.settings import ITERATIONS_MAX, SECRETS, RequestError, read_variable, variables_help
 from defectcam.weights import WeightsError
 
 LARGEST_PX = 4_000_000_000  # of a photo in parts
@@ -107,7 +107,7 @@ class Proposer:
         self.made_with = {
             "version": __version__,
             "weights": self.model.weights.version,
-            "manifest": hashlib.blake2s(repr(self.model.weights.facts).encode(), digest_size=16).hexdigest(),
+            "manifest": hashlib.blake2s(repr(self.model.weights.configs).encode(), digest_size=16).hexdigest(),
             "settings": {defect: self.model.effective(defect, self.model.settings) for defect in defects},
         }
 
@@ -269,7 +269,7 @@ def made_by_ray(photos: Sequence[Photo], given: Mapping[str, str], workers: int)
     except Exception as error:  # of all kinds, the plain one among them
         raise ProposeError(f"Ray does not start, or RAY_ADDRESS cannot be reached: {error}") from error
     try:
-        resources = resources_of_worker(ray.cluster_resources(), workers, os.environ.get("ADVCAM_DEVICE"))
+        resources = resources_of_worker(ray.cluster_resources(), workers, read_variable(os.environ, "ADVCAM_DEVICE"))
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         # A block for each photo: it is stored when it is done, not when a hundred others are.
@@ -302,10 +302,10 @@ def resources_of_worker(there: Mapping[str, float], workers: int, device: str | 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam propose`."""
-    parser = command_parser("propose", __doc__)
+    parser = command_parser("propose", __doc__, variables_help())
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the photos")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/propose"), help="folder to write to (default: %(default)s)")
-    parser.add_argument("--iterations", help="climbing steps, 0 to 50 (default: each defect's own)")
+    parser.add_argument("--iterations", help=f"climbing steps, 0 to {ITERATIONS_MAX} (default: each defect's own)")
     parser.add_argument("--defects", help="comma separated, of those with weights (default: all)")
     parser.add_argument("--mm-per-px", type=_millimetres, metavar="MM",
                         help="how many mm of the structure a pixel shows: shapes.csv then has sizes in mm, too")  # fmt: skip

@@ -14,7 +14,7 @@ The same command goes on where a run ended: frames that have proposals of this r
 reload the job afterwards; what they save from a page opened before comes on top.
 
 Labels of type mask get masks, all others polygons, unless ADVCAM_SHAPE names one shape for all. Every other setting is the
-function's own: its ADVCAM_* variables count (README), only the time limit is off unless ADVCAM_TIME_LIMIT sets one.
+function's own: its variables count (below), only the time limit is off unless ADVCAM_TIME_LIMIT sets one.
 
 Exit status: 0 if all photos were processed, 1 if not, 2 for a wrong command, 130 if interrupted.
 
@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from defectcam import cvat_answers
 from defectcam.bulk.exports import region_of_answer
 from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatError, add_server_options, client_of
@@ -57,14 +58,15 @@ from defectcam.cvat.shapes import (
 from defectcam.cvat.target import task_id
 from defectcam.cvat_labels import NOTICE, UNPROCESSED
 from defectcam.cvat_runs import ATTRIBUTE, MASK
-from defectcam.deadline import NO_TIME_LIMIT_S
-from defectcam.feedback.cvat import UNTOUCHED, CvatServer, Frame, Job, LeftOut, proposal_name
+from defectcam.feedback.cvat import CvatServer
+from defectcam.feedback.jobs import UNTOUCHED, Frame, Job, LeftOut, proposal_name
 from defectcam.feedback.shown import LoggedProposals
 from defectcam.handler import ModelHandler
 from defectcam.image import ImageError, decode_image
 from defectcam.proposal_log import ProposalLog, image_hash, read_proposal_log
-from defectcam.request import Request, RequestError
-from defectcam.weights import WeightsError
+from defectcam.request import Request
+from defectcam.settings import ITERATIONS_MAX, NOT_OF_COMMANDS, RequestError, function_environ, variables_help
+from defectcam.weights import WeightsError, add_weights_option
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 LABEL_TYPES = ("polygon", MASK, "any")
@@ -117,7 +119,7 @@ class SecondRun:
         for job, photo in tqdm(work, desc="photos", unit="photo", disable=None):
             try:
                 if job.id not in before:
-                    before = {job.id: self.server.annotations(job)["shapes"]}
+                    before = {job.id: self.server.shapes(job)}
                 told = self._frame(job, photo, before[job.id])
             except LeftOut as reason:
                 told = f"left alone: {reason}"
@@ -132,8 +134,8 @@ class SecondRun:
         Raises:
             CvatError: names label, attribute and remedy.
         """
-        model, labels = self.model, {label["name"]: label for label in self.server.labels(self.task).values()}
-        model.masks = frozenset(name for name, label in labels.items() if label["type"] == MASK)
+        model, labels = self.model, {label.name: label for label in self.server.labels(self.task).values()}
+        model.masks = frozenset(name for name, label in labels.items() if label.type == MASK)
         wanted = model.settings.defects or model.defects
         self.in_force = {defect: model.effective(defect, model.settings) for defect in wanted}
         for defect, effective in self.in_force.items():
@@ -141,14 +143,14 @@ class SecondRun:
             label = labels.get(defect)
             if label is None:
                 raise CvatError(f"task {self.task} has no label {defect!r}: {remedy}, or leave it out of --defects")
-            if label["type"] not in LABEL_TYPES:
-                raise CvatError(f"label {defect!r} has the type {label['type']}, which holds no polygons: {remedy}")
-            attributes = {attribute["name"]: attribute for attribute in label["attributes"]}
+            if label.type not in LABEL_TYPES:
+                raise CvatError(f"label {defect!r} has the type {label.type}, which holds no polygons: {remedy}")
+            attributes = {attribute.name: attribute for attribute in label.attributes}
             lacking = next((name for name in OURS if name not in attributes), None)
             if lacking:
                 raise CvatError(f"label {defect!r} of task {self.task} has no attribute {lacking!r}: {remedy}")
             own, steps = attributes[ATTRIBUTE], str(effective["iterations"])
-            if own["input_type"] == "select" and steps not in own["values"]:
+            if own.input_type == "select" and steps not in own.values:
                 remedy = f"run defectcam cvat set-iterations task:{self.task} {steps}"
                 raise CvatError(f"{ATTRIBUTE} of label {defect!r} of task {self.task} has no value {steps}: {remedy}")
 
@@ -175,9 +177,9 @@ class SecondRun:
             if reasons := texts_of(answer, UNPROCESSED):
                 raise ImageError("; ".join(reasons))
         # People may have gone on meanwhile: what counts is what is there now.
-        if self.server.client.json(f"/api/jobs/{job.id}", "state")["state"] == "completed":
+        if self.server.client.json(f"/api/jobs/{job.id}", cvat_answers.Job).state == "completed":
             raise LeftOut("its job was completed meanwhile")
-        now = self.server.annotations(job)["shapes"]
+        now = self.server.shapes(job)
         if any(raw["label_id"] not in labels for raw in now):
             raise CvatError("a label was added meanwhile; run this again")
         here = stored_shapes(of_frame(now, photo), labels, width, height)
@@ -284,7 +286,7 @@ class SecondRun:
         return kept, mine, old
 
     def _for_cvat(self, job: Job, photo: Frame, elements: Sequence[dict]) -> list[dict]:
-        labels = {label["name"]: label for label in self.server.labels(job.task_id).values()}
+        labels = {label.name: label for label in self.server.labels(job.task_id).values()}
         return [shape_for_cvat(one, labels[one["label"]], photo.number, photo.width, photo.height) for one in elements]
 
     def _change(self, job: Job, action: str, shapes: Sequence[dict]) -> None:
@@ -302,7 +304,7 @@ class SecondRun:
     def _named(self, job: Job, job_shapes: Sequence[dict]) -> set[tuple[int, str]]:
         """(frame, name) of all shapes of the job that have the name of a proposal."""
         specs = {
-            spec["id"]: spec["name"] for label in self.server.labels(job.task_id).values() for spec in label["attributes"]
+            spec.id: spec.name for label in self.server.labels(job.task_id).values() for spec in label.attributes
         }
         found = set()
         for raw in job_shapes:
@@ -341,21 +343,18 @@ def model_of(args: argparse.Namespace) -> ModelHandler:
         RequestError, WeightsError: as `ModelHandler.from_env`.
     """
     given = {"iterations": args.iterations, "threshold": args.threshold, "defects": args.defects, "weights": args.weights}
-    environ = {"ADVCAM_TIME_LIMIT": NO_TIME_LIMIT_S, **os.environ}
-    environ |= {f"ADVCAM_{name.upper()}": str(value) for name, value in given.items() if value is not None}
-    # T is given, and of the answers only what is stored is logged.
-    environ |= {"ADVCAM_CVAT_URL": "", "ADVCAM_CVAT_TOKEN": "", "ADVCAM_LOG_DIR": ""}
-    return ModelHandler.from_env(environ, LOG)
+    # Of the answers only what is stored is logged.
+    return ModelHandler.from_env(function_environ(os.environ, **given, log_dir=""), LOG)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam cvat annotate`."""
-    parser = command_parser("cvat annotate", __doc__)
+    parser = command_parser("cvat annotate", __doc__, variables_help([*NOT_OF_COMMANDS, "ADVCAM_LOG_DIR"]))
     parser.add_argument("task", type=task_id, metavar="TASK", help="its id, as in its address in CVAT")
-    parser.add_argument("--iterations", type=steps_of, required=True, metavar="T", help="climbing steps, 0 to 50")
+    parser.add_argument("--iterations", type=steps_of, required=True, metavar="T", help=f"climbing steps, 0 to {ITERATIONS_MAX}")
     parser.add_argument("--threshold", metavar="P", help="minimum confidence of a proposal, 0 to 1 (default: the weights')")
     parser.add_argument("--defects", metavar="NAMES", help="comma separated (default: all of the weights)")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="weights folder (default: $ADVCAM_WEIGHTS or weights)")
+    add_weights_option(parser)
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="the function's ADVCAM_LOG_DIR: what was rejected")
     add_server_options(parser)
     args = parser.parse_args(argv)

@@ -29,9 +29,9 @@ from cvat_sdk.masks import encode_mask
 
 from defectcam.cvat_labels import NOTICE, labels_with
 from defectcam.cvat_runs import MASK
-from defectcam.deadline import NO_TIME_LIMIT_S
 from defectcam.handler import ModelHandler
-from defectcam.request import Request, RequestError
+from defectcam.request import Request
+from defectcam.settings import RequestError, function_environ
 from defectcam.training.names import meaning, suggestion
 
 
@@ -66,11 +66,8 @@ def create(
         RequestError: a value that is not allowed; names its ADVCAM_* variable, value and what is allowed.
         WeightsError: weights that must not be used.
     """
-    given = {key: str(value) for key, value in locals().items() if value is not None and key != "labels"}
-    environ = {"ADVCAM_TIME_LIMIT": NO_TIME_LIMIT_S, **os.environ}
-    environ |= {f"ADVCAM_{key.upper()}": value for key, value in given.items()}
-    environ |= {"ADVCAM_CVAT_URL": "", "ADVCAM_CVAT_TOKEN": ""}  # T is an argument here, not the task's
-    model = ModelHandler.from_env(environ, logging.getLogger("defectcam"))
+    given = {key: value for key, value in locals().items() if key != "labels"}
+    model = ModelHandler.from_env(function_environ(os.environ, **given), logging.getLogger("defectcam"))
     return DefectFunction(model, _label_of_defect(labels or "", model))
 
 

@@ -12,12 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import TypeAdapter, ValidationError
 
-from defectcam.credentials import TOKEN, checked_token, checked_url
-from defectcam.request import RequestError
+from defectcam.credentials import TOKEN, checked_token, checked_url, http_client, is_login_key
+from defectcam.cvat_answers import Page, T
+from defectcam.settings import RequestError, read_variable
+from defectcam.validation import first_problem
 
 TIMEOUT_S = 120
-CONNECT_RETRIES = 3  # of connections alone: a request that may have arrived is never sent twice
+CONNECT_RETRIES = 3
 SHOWN_CHARACTERS = 200  # of an answer that is no answer
 CERTIFICATE_REMEDY = (
     "its certificate is not trusted: set SSL_CERT_FILE to a PEM file with the certificate of the server or of its authority"
@@ -45,24 +48,14 @@ class CvatClient:
 
     def __init__(self, url: str, token: str, organisation: str = "") -> None:
         self.url = checked_url(url, "--url")
-        self._token = token = checked_token(token)
-        # Keys of CVAT's own login are 40 hex digits; personal access tokens, which newer servers have, are not.
-        self.has_login_key = bool(re.fullmatch("[0-9a-f]{40}", token))
-        scheme = "Token" if self.has_login_key else "Bearer"
-        headers = {"Authorization": f"{scheme} {token}", "Accept": "application/vnd.cvat+json, application/json, */*"}
+        self._token = checked_token(token)
+        self.has_login_key = is_login_key(self._token)
+        self._client = http_client(self.url, self._token, "--url", CONNECT_RETRIES, timeout=TIMEOUT_S)
+        self._client.headers["Accept"] = "application/vnd.cvat+json, application/json, */*"
         if organisation:
             if not re.fullmatch(r"[\w.-]+", organisation, re.ASCII):
                 raise RequestError(f"--org is {organisation!r}, but must be the organisation's short name, such as bridges")
-            headers["X-Organization"] = organisation
-        try:
-            transport = httpx.HTTPTransport(retries=CONNECT_RETRIES)
-        except OSError as error:  # of a certificate file
-            file = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
-            raise RequestError(f"SSL_CERT_FILE is {file!r}, which cannot be read as PEM: {error}") from None
-        try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S, transport=transport)
-        except httpx.InvalidURL as error:
-            raise RequestError(f"--url is {self.url!r}, which is no address: {error}") from None
+            self._client.headers["X-Organization"] = organisation
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """CVAT's answer of any status.
@@ -105,47 +98,52 @@ class CvatClient:
         if response.is_redirect:
             parts = urlsplit(response.headers.get("Location", ""))
             raise CvatError(f"{where}: it sends to {parts.scheme}://{parts.netloc}; give that address as --url")
-        raise CvatError(f"{where}: {self._shown(response)}")
+        raise CvatError(f"{where}: {self._text(response)[:SHOWN_CHARACTERS]}")
 
-    def json(self, path: str, *keys: str) -> dict:
-        """CVAT's answer to GET, a JSON object.
+    def json(self, path: str, kind: type[T] = dict) -> T:
+        """CVAT's answer to GET; arguments and errors as of `read`."""
+        return self.read(path, self.request("GET", path), kind)
+
+    def patch(self, path: str, body: dict) -> dict:
+        """CVAT's answer to a PATCH; errors as of `read`."""
+        return self.read(path, self.request("PATCH", path, json=body), dict)
+
+    def read(self, path: str, response: httpx.Response, kind: type[T]) -> T:
+        """What an answer of status 200 holds.
 
         Args:
-            keys: that it must have.
+            kind: what it must be, such as one of `defectcam.cvat_answers`, dict or list[dict].
 
         Raises:
-            CvatError: another status, no JSON, no object, or a key is missing.
+            CvatError: another status, no JSON, or a field that is missing or of another type; names the address.
         """
-        return self._object(path, self.checked("GET", path, 200), keys)
-
-    def patch(self, path: str, body: dict, *keys: str) -> dict:
-        """CVAT's answer to a PATCH, a JSON object; arguments and errors as of `json`."""
-        return self._object(path, self.checked("PATCH", path, 200, json=body), keys)
-
-    def objects(self, path: str, response: httpx.Response) -> list[dict]:
-        """The JSON list of objects that an answer of status 200 holds; errors as of `json`."""
         self.check(path, response, 200)
-        answer = self._parsed(path, response)
-        if not isinstance(answer, list) or not all(isinstance(one, dict) for one in answer):
-            raise CvatError(f"{self.url}{path} answers {self._shown(response):.60}, no list: is this CVAT's address?")
-        return answer
+        text = self._text(response)
+        try:
+            return TypeAdapter(kind).validate_json(text)
+        except ValidationError as error:
+            odd = f"{text[:60]} ({first_problem(error)})"
+            if error.errors()[0]["type"] == "json_invalid":
+                html = "html" in response.headers.get("Content-Type", "") or text.lstrip().startswith("<")
+                odd = f"{'a web page and no JSON' if html else 'no JSON'} ({text!r:.60})"
+            raise CvatError(f"{self.url}{path} answers {odd}: is this CVAT's address?") from None
 
-    def pages(self, path: str) -> list[dict]:
+    def pages(self, path: str, kind: type[T] = dict) -> list[T]:
         """All results of a list, page by page.
 
         The link to the next page may name a host or a scheme that only the server knows, and lack the path in which a
         proxy serves CVAT. So only its query is used.
 
         Raises:
-            CvatError: as of `json`.
+            CvatError: as of `read`.
         """
-        results: list[dict] = []
+        results: list[T] = []
         here, asked = path, set()
         while here and here not in asked:
             asked.add(here)
-            page = self.json(here, "results")
-            results += page["results"]
-            query = urlsplit(page.get("next") or "").query
+            page = self.json(here, Page[kind])
+            results += page.results
+            query = urlsplit(page.next or "").query
             here = query and f"{path.partition('?')[0]}?{query}"
         return results
 
@@ -155,26 +153,9 @@ class CvatClient:
         path = parts.path.removeprefix(urlsplit(self.url).path)
         return f"{path}?{parts.query}" if parts.query else path
 
-    def _parsed(self, path: str, response: httpx.Response) -> Any:
-        try:
-            return response.json()
-        except ValueError:
-            html = "html" in response.headers.get("Content-Type", "") or response.text.lstrip().startswith("<")
-            what = "a web page and no JSON" if html else "no JSON"
-            shown = f"{self._shown(response)!r:.60}"
-            raise CvatError(f"{self.url}{path} answers {what} ({shown}): is this CVAT's address?") from None
-
-    def _object(self, path: str, response: httpx.Response, keys: tuple[str, ...]) -> dict:
-        answer = self._parsed(path, response)
-        missing = [key for key in keys if not isinstance(answer, dict) or key not in answer]
-        if not isinstance(answer, dict) or missing:
-            lacks = f" without {missing[0]!r}" if missing else ", no object"
-            raise CvatError(f"{self.url}{path} answers {self._shown(response):.60}{lacks}: is this CVAT's address?")
-        return answer
-
-    def _shown(self, response: httpx.Response) -> str:
-        """The beginning of an answer without the token: a server's error page may repeat what it was sent."""
-        return response.text.replace(self._token, "...")[:SHOWN_CHARACTERS]
+    def _text(self, response: httpx.Response) -> str:
+        """An answer without the token: a server's error page may repeat what it was sent."""
+        return response.text.replace(self._token, "...")
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +165,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         def __call__(self, parser, *_) -> None:
             parser.error(f"others can see what is on the command line: give the token as {TOKEN}, not by --token")
 
-    url = os.environ.get("ADVCAM_CVAT_URL", "")
+    url = read_variable(os.environ, "ADVCAM_CVAT_URL") or ""
     parser.add_argument("--url", default=url, help=f"CVAT's (default: $ADVCAM_CVAT_URL); the token is read from ${TOKEN}")
     parser.add_argument("--org", default="", metavar="NAME", help="short name of the organisation, if the tasks have one")
     parser.add_argument("--token", action=Refused, help=argparse.SUPPRESS)
@@ -196,7 +177,7 @@ def client_of(args: argparse.Namespace) -> CvatClient:
     Raises:
         RequestError: none is named, or not well.
     """
-    token = os.environ.get(TOKEN, "")
-    if not (args.url.strip() and token.strip()):
+    token = read_variable(os.environ, TOKEN)
+    if not (args.url.strip() and token):
         raise RequestError(f"give --url (or ADVCAM_CVAT_URL), and a token as {TOKEN}")
     return CvatClient(args.url, token, args.org)

@@ -32,10 +32,12 @@ from defectcam.credentials import TOKEN, checked_url
 from defectcam.cvat.client import TIMEOUT_S, CvatClient, CvatError, add_server_options, client_of
 from defectcam.cvat.setup import LABEL_TYPES, Setup
 from defectcam.cvat.target import Target, task_id
+from defectcam.cvat_answers import About, AccessToken, Data, Label, Task, User
 from defectcam.cvat_labels import NOTICE, UNPROCESSED, task_labels
 from defectcam.cvat_runs import Defaults, Run, iterations_of
-from defectcam.pace import climb_passes
-from defectcam.request import MAX_BODY_BYTES, RequestError
+from defectcam.throughput import climb_passes
+from defectcam.request import MAX_BODY_BYTES
+from defectcam.settings import RequestError
 
 NAME, CLICK_TOOL = "advcam-defects", "advcam-click"  # in function.yaml and interactor.yaml
 IN_CONTAINER = "http://127.0.0.1:8080"  # where Nuclio's processor serves the function
@@ -96,12 +98,12 @@ class Doctor:
     def __init__(self, client: CvatClient, function: str, address: str | None, task: int | None) -> None:
         self.client, self.function, self.address, self.task = client, function, address, task
         self.version: str | None = None  # of CVAT; "" where it is not told
-        self.user: dict | None = None  # whose the token is
+        self.user: User | None = None  # whose the token is
         self.has_read_only_token = False
         self.said: dict | None = None  # what the function says of itself
         self.model: dict | None = None  # what CVAT says of the function
-        self.record: dict | None = None  # of the task
-        self.labels: list[dict] | None = None  # of the task
+        self.record: Task | None = None  # of the task
+        self.labels: list[Label] | None = None  # of the task
         self.photos: list[Photo] | None = None  # of the task, the largest first
         self.photo_s: float | None = None  # that the largest photo took
 
@@ -142,15 +144,15 @@ class Doctor:
         if answer.status_code in (401, 403):
             self.version = ""
             return f"{self.client.url} answers; it tells its version to a valid token only"
-        self.version = self.client.json(about, "version")["version"]
+        self.version = self.client.json(about, About).version
         return f"version {self.version} at {self.client.url}"
 
     def check_token(self) -> str:
         """The token is valid, and does not end by itself."""
         known(self.version, "CVAT")
         with remedies({401: "the token has ended, or its user signed out of the web page, which deletes keys of the login"}):
-            self.user = self.client.json("/api/users/self", "id", "username")
-        name = self.user["username"]
+            self.user = self.client.json("/api/users/self", User)
+        name = self.user.username
         if self.client.has_login_key:
             if self.client.request("GET", "/api/auth/access_tokens").status_code == 404:
                 return (
@@ -161,13 +163,12 @@ class Doctor:
                 f"it is a key of the login of {name}, which is deleted when {name} signs out of the web page: set {TOKEN} to a "
                 "personal access token of that user (web page: Profile, Security)"
             )
-        token = self.client.json("/api/auth/access_tokens/self", "expiry_date", "read_only")
-        self.has_read_only_token = token["read_only"]
-        if token["expiry_date"] is None:
+        token = self.client.json("/api/auth/access_tokens/self", AccessToken)
+        self.has_read_only_token = token.read_only
+        if token.expiry_date is None:
             return f"a personal access token of {name}, without an end"
-        end = datetime.fromisoformat(token["expiry_date"])
-        what = f"a personal access token of {name} that ends on {end:%Y-%m-%d}"
-        if end - datetime.now(timezone.utc) < ENDS_SOON:
+        what = f"a personal access token of {name} that ends on {token.expiry_date:%Y-%m-%d}"
+        if token.expiry_date - datetime.now(timezone.utc) < ENDS_SOON:
             raise CvatError(f"it is {what}: set {TOKEN} to a new one")
         return what
 
@@ -211,8 +212,7 @@ class Doctor:
         if self.client.json("/api/server/plugins").get("MODELS") is False:
             raise CvatError("CVAT's web page shows no models: start CVAT with its serverless file (CVAT_SERVERLESS: 1)")
         with remedies(LIST_REMEDIES):
-            path = "/api/lambda/functions"
-            models = {model.get("id"): model for model in self.client.objects(path, self.client.request("GET", path))}
+            models = {model.get("id"): model for model in self.client.json("/api/lambda/functions", list[dict])}
         model = models.get(self.function)
         if model is None:
             raise CvatError(
@@ -239,12 +239,12 @@ class Doctor:
             raise NotChecked("give one with --task, for its labels, its photos and an answer to one of them")
         known(self.user, "the token")
         place = Target("task", self.task)
-        record = self.client.json(place.path, "id")
-        meta = self.client.json(f"{place.path}/data/meta", "frames", "deleted_frames")
+        record = self.client.json(place.path, Task)
+        data = self.client.json(f"{place.path}/data/meta", Data)
         photos = [
-            Photo(number, frame["name"], frame["width"], frame["height"])
-            for number, frame in enumerate(meta["frames"])
-            if number not in meta["deleted_frames"]
+            Photo(number, frame.name, frame.width, frame.height)
+            for number, frame in enumerate(data.frames)
+            if number not in data.deleted_frames
         ]
         if not photos:
             raise CvatError(f"{place} has no photos: give another one")
@@ -252,10 +252,9 @@ class Doctor:
         self.record, self.photos = record, sorted(photos, key=lambda photo: -photo.megapixels)
         return f"photos: {len(photos)}; the largest is {self.photos[0]}"
 
-    def place_of(self, record: dict) -> Target:
+    def place_of(self, record: Task) -> Target:
         """Whose the labels of a task are: its own, or its project's."""
-        project = record.get("project_id")
-        return Target("task", record["id"]) if project is None else Target("project", project)
+        return Target("task", record.id) if record.project_id is None else Target("project", record.project_id)
 
     def check_labels(self) -> str:
         """The task's labels are those that `defectcam cvat setup` would make."""
@@ -309,7 +308,7 @@ class Doctor:
         if response.status_code == 403 and self.has_read_only_token:
             raise NotChecked("the token is read-only: it suffices for T, but CVAT lets it call no function")
         with remedies({status: text.format(function=self.function) for status, text in FRAME_REMEDIES.items()}):
-            answer = self.client.objects(path, response)
+            answer = self.client.read(path, response, list[dict])
         reasons = {shape["label"]: value_of(shape) for shape in answer if shape.get("type") == "tag"}
         took = f"{took_s:.3g}{' of {time_limit_s:g}'.format(**limits) if limits else ''} s for {photo}"
         if UNPROCESSED in reasons:
@@ -343,7 +342,7 @@ class Doctor:
             )
         if not self.sees_runs(record):
             raise CvatError(
-                f"the task's labels ask for {text}, but {self.user['username']} does not see the task's runs: make that user "
+                f"the task's labels ask for {text}, but {self.user.username} does not see the task's runs: make that user "
                 "its assignee, or an administrator"
             )
         if self.photo_s is not None:
@@ -356,11 +355,11 @@ class Doctor:
                 raise NotChecked(f"{text}: whether that is too slow shows in a run; it then gets the tag {UNPROCESSED}")
         return text
 
-    def sees_runs(self, record: dict) -> bool:
+    def sees_runs(self, record: Task) -> bool:
         """Whether CVAT lists the runs of a task to the token's user, as far as its answers tell."""
-        people = [(record.get(role) or {}).get("id") for role in ("owner", "assignee")]
-        is_administrator = self.user.get("is_superuser") or "admin" in self.user.get("groups", ())
-        return is_administrator or self.user["id"] in people or any(map(record.get, ("organization", "project_id")))
+        is_administrator = self.user.is_superuser or "admin" in self.user.groups
+        is_theirs = self.user.id in [person.id for person in (record.owner, record.assignee) if person]
+        return bool(is_administrator or is_theirs or record.organization or record.project_id)
 
 
 class Unchanged:
@@ -394,13 +393,13 @@ def known(value, check: str):
     return value
 
 
-def mapping_of(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, dict]:
+def mapping_of(ours: Sequence[dict], theirs: Sequence[Label]) -> dict[str, dict]:
     """The function's labels and attributes to those of equal name of a task, as CVAT's dialog maps them."""
-    by_name, mapping = {label["name"]: label for label in theirs}, {}
+    by_name, mapping = {label.name: label for label in theirs}, {}
     for label in ours:
         there = by_name.get(label["name"])
-        if there and there["type"] in LABEL_TYPES.get(label["type"], (label["type"], "any")):
-            names = {attribute["name"] for attribute in there["attributes"]}
+        if there and there.type in LABEL_TYPES.get(label["type"], (label["type"], "any")):
+            names = {attribute.name for attribute in there.attributes}
             own = [attribute["name"] for attribute in label["attributes"] if attribute["name"] in names]
             mapping[label["name"]] = {"name": label["name"], "attributes": dict(zip(own, own))}
     return mapping

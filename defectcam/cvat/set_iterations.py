@@ -1,6 +1,6 @@
 """Set T of a task or project in CVAT: the default of the attribute `iterations` on all defect labels at once.
 
-The next run of the function over the task uses it (docs/cvat.md). A select that lacks the value gets it. Labels without
+The next run of the function over the task uses it (docs/annotate.md). A select that lacks the value gets it. Labels without
 the attribute `iterations` are left alone. For a task that belongs to a project give the project.
 
 Example:
@@ -12,7 +12,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +19,7 @@ from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatClient, CvatError, add_server_options, client_of
 from defectcam.cvat.target import Target, target
 from defectcam.cvat_runs import ATTRIBUTE
-from defectcam.request import ITERATIONS_MAX, RequestError
+from defectcam.settings import ITERATIONS_MAX, RequestError
 
 SETUP_REMEDY = "make the labels with defectcam cvat setup"
 
@@ -35,28 +34,26 @@ def set_iterations(client: CvatClient, place: Target, steps: int) -> Iterator[st
     place.check_owns_labels(client)
     found = []
     for label in place.labels(client):
-        attributes = copy.deepcopy(label["attributes"])
-        own = next((attribute for attribute in attributes if attribute["name"] == ATTRIBUTE), None)
+        own = next((attribute for attribute in label.attributes if attribute.name == ATTRIBUTE), None)
         if own is None:
             continue
-        if own["input_type"] != "select":
+        if own.input_type != "select":
             raise CvatError(
-                f"{ATTRIBUTE} of label {label['name']!r} of {place} is of the type {own['input_type']}, but must be select: "
+                f"{ATTRIBUTE} of label {label.name!r} of {place} is of the type {own.input_type}, but must be select: "
                 f"rename it in CVAT, then {SETUP_REMEDY} {place.kind}:{place.id}"
             )
-        found.append((label, attributes, own))
+        found.append((label, own))
     if not found:
         raise CvatError(f"no label of {place} has the attribute {ATTRIBUTE}: {SETUP_REMEDY} {place.kind}:{place.id}")
-    for label, attributes, own in found:
-        before, value = own["default_value"], str(steps)
-        is_new = value not in own["values"]
+    for label, own in found:
+        before, value = own.default_value, str(steps)
+        is_new = value not in own.values
         if before == value and not is_new:
-            yield f"label {label['name']!r}: T is {value} already"
+            yield f"label {label.name!r}: T is {value} already"
             continue
-        own["default_value"], own["values"] = value, [*own["values"], *[value] * is_new]
-        body = {"name": label["name"], "color": label["color"], "attributes": attributes}
-        client.patch(f"/api/labels/{label['id']}", body)
-        yield f"label {label['name']!r}: T {before} -> {value}{', a new value of the select' if is_new else ''}"
+        own.default_value, own.values = value, [*own.values, *[value] * is_new]
+        client.patch(f"/api/labels/{label.id}", label.model_dump(include={"name", "color", "attributes"}))
+        yield f"label {label.name!r}: T {before} -> {value}{', a new value of the select' if is_new else ''}"
 
 
 def steps_of(text: str) -> int:

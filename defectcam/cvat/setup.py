@@ -18,19 +18,17 @@ Example:
 from __future__ import annotations
 
 import colorsys
-import copy
-import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatClient, CvatError, add_server_options, client_of
 from defectcam.cvat.target import Target, target
+from defectcam.cvat_answers import Attribute, Label
 from defectcam.cvat_labels import COLOURS, labels_with, task_labels
-from defectcam.request import RequestError
-from defectcam.weights import WeightsError, read_manifest, weights_folder
+from defectcam.settings import RequestError
+from defectcam.weights import WeightsError, add_weights_option, read_manifest
 
 PALE = 0.6  # saturation (0..1) below which a thin crack is hard to see; CVAT's own colours have about 0.3
 LABEL_TYPES = {"polygon": ("polygon", "mask", "any"), "tag": ("tag", "any")}  # types of a task's label that can hold ours
@@ -60,8 +58,8 @@ class Setup:
         """
         self.place.check_owns_labels(self.client)
         present = self.place.labels(self.client)
-        by_name = {label["name"]: label for label in present}
-        taken = {label["color"].lower() for label in present if label.get("color")}
+        by_name = {label.name: label for label in present}
+        taken = {label.color.lower() for label in present if label.color}
         missing = []
         for label in wanted:
             there = by_name.get(label["name"])
@@ -80,53 +78,54 @@ class Setup:
         taken.add(colour)
         return {**label, "color": colour}
 
-    def _repair(self, there: dict, wanted: dict, taken: set[str]) -> None:
+    def _repair(self, there: Label, wanted: dict, taken: set[str]) -> None:
         """Change a label that is there, as little as needed."""
-        name = there["name"]
-        if there["type"] not in LABEL_TYPES[wanted["type"]]:
+        name = there.name
+        if there.type not in LABEL_TYPES[wanted["type"]]:
             self.left.append(
-                f"label {name!r} has the type {there['type']}, which cannot hold a {wanted['type']}: rename it in CVAT, "
+                f"label {name!r} has the type {there.type}, which cannot hold a {wanted['type']}: rename it in CVAT, "
                 "then run this again, which makes a new one"
             )
             return
-        attributes, changes = copy.deepcopy(there["attributes"]), []
-        by_name = {attribute["name"]: attribute for attribute in attributes}
+        added, changes = [], []
+        by_name = {attribute.name: attribute for attribute in there.attributes}
         for attribute in wanted["attributes"]:
             own = by_name.get(attribute["name"])
             if own is None:
-                attributes.append(attribute)
+                added.append(attribute)
                 changes.append(f"attribute {attribute['name']!r} added")
-            elif own["input_type"] != attribute["input_type"]:
+            elif own.input_type != attribute["input_type"]:
                 self.left.append(
-                    f"attribute {attribute['name']!r} of label {name!r} is of the type {own['input_type']}, but must be "
+                    f"attribute {attribute['name']!r} of label {name!r} is of the type {own.input_type}, but must be "
                     f"{attribute['input_type']}, or CVAT shows false values: rename it in CVAT and run this again"
                 )
             else:
                 changes += _repaired_values(own, attribute)
-        colour = there.get("color") or ""
+        colour = there.color or ""
         if is_pale(colour):
             colour = self._coloured(wanted, wanted.get("color"), taken)["color"]
-            changes.append(f"colour {there.get('color') or 'none'} -> {colour}")
+            changes.append(f"colour {there.color or 'none'} -> {colour}")
         if changes:
             # A PATCH without name or colour would let some versions choose new ones.
-            self.client.patch(f"/api/labels/{there['id']}", {"name": name, "color": colour, "attributes": attributes})
+            attributes = [attribute.model_dump() for attribute in there.attributes] + added
+            self.client.patch(f"/api/labels/{there.id}", {"name": name, "color": colour, "attributes": attributes})
             self.done.append(f"label {name!r}: {', '.join(changes)}")
 
 
-def _repaired_values(own: dict, wanted: dict) -> list[str]:
+def _repaired_values(own: Attribute, wanted: dict) -> list[str]:
     """Bring the values of an attribute up to those that are wanted, in place; says what was changed."""
-    changes, name = [], own["name"]
-    if own["input_type"] == "select":
-        lacking = [value for value in wanted["values"] if value not in own["values"]]
-        own["values"] = [*own["values"], *lacking]
+    changes, name = [], own.name
+    if own.input_type == "select":
+        lacking = [value for value in wanted["values"] if value not in own.values]
+        own.values = [*own.values, *lacking]
         if lacking:
             changes.append(f"{name} has the values {', '.join(lacking)} as well")
-        if own["default_value"] not in own["values"]:
-            changes.append(f"default of {name} {own['default_value']!r} -> {wanted['default_value']!r}")
-            own["default_value"] = wanted["default_value"]
-    elif own["input_type"] == "number" and own["values"] != wanted["values"]:
-        changes.append(f"range of {name} {own['values']} -> {wanted['values']}")
-        own["values"] = list(wanted["values"])
+        if own.default_value not in own.values:
+            changes.append(f"default of {name} {own.default_value!r} -> {wanted['default_value']!r}")
+            own.default_value = wanted["default_value"]
+    elif own.input_type == "number" and own.values != wanted["values"]:
+        changes.append(f"range of {name} {own.values} -> {wanted['values']}")
+        own.values = list(wanted["values"])
     return changes
 
 
@@ -142,15 +141,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam cvat setup`."""
     parser = command_parser("cvat setup", __doc__)
     parser.add_argument("target", type=target, metavar="TASK|PROJECT", help="task:12 or project:3")
-    parser.add_argument(
-        "--weights", type=Path, help="weights folder, whose defects get labels (default: $ADVCAM_WEIGHTS or weights)"
-    )
+    add_weights_option(parser, "weights folder, whose defects get labels")
     add_server_options(parser)
     args = parser.parse_args(argv)
     try:
         setup = Setup(client_of(args), args.target)
-        _, facts = read_manifest(args.weights or weights_folder(os.environ))
-        wanted = task_labels(labels_with(facts))
+        _, configs = read_manifest(args.weights)
+        wanted = task_labels(labels_with(configs))
     except RequestError as error:
         parser.error(str(error))
     except (WeightsError, ValueError) as error:

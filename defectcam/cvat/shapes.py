@@ -9,7 +9,9 @@ from itertools import product
 import numpy as np
 
 from defectcam.bulk.exports import region_of_answer
-from defectcam.feedback.cvat import UNTOUCHED, Shape, shape_of
+from defectcam.cvat_answers import Label
+from defectcam.feedback.cvat import shape_of
+from defectcam.feedback.jobs import UNTOUCHED, Shape
 from defectcam.feedback.match import match
 from defectcam.feedback.regions import common_px
 from defectcam.feedback.shown import LoggedProposals, names_in, proposals_of_record
@@ -18,7 +20,7 @@ from defectcam.handler import ModelHandler, photo_key
 from defectcam.polygons import mask_crop
 from defectcam.proposals import Component, proposal_id
 from defectcam.regions import AREA_TYPES, region_of, run_lengths
-from defectcam.request import SHAPES
+from defectcam.settings import SHAPES
 
 OVERLAP = 0.5  # common pixels over those of the smaller region: from then on two regions are about the same thing
 OURS = ("confidence", "iterations", "proposal")  # the attributes that a proposal comes with
@@ -41,7 +43,7 @@ class StoredShape:
     has_own_values: bool
 
 
-def stored_shapes(raw_shapes: Sequence[dict], labels: Mapping[int, dict], width: int, height: int) -> list[StoredShape]:
+def stored_shapes(raw_shapes: Sequence[dict], labels: Mapping[int, Label], width: int, height: int) -> list[StoredShape]:
     """The shapes of one photo of width x height px.
 
     Args:
@@ -57,8 +59,8 @@ def stored_shapes(raw_shapes: Sequence[dict], labels: Mapping[int, dict], width:
         region = None
         if shape.kind in AREA_TYPES:
             region = region_of(shape.kind, shape.points, width, height, shape.rotation)
-        others = [spec for spec in label["attributes"] if spec["name"] not in OURS]
-        defaults = {spec["name"]: spec.get("default_value") or "" for spec in others}
+        others = [spec for spec in label.attributes if spec.name not in OURS]
+        defaults = {spec.name: spec.default_value or "" for spec in others}
         own = any(shape.attributes.get(name, default) != default for name, default in defaults.items())
         found.append(StoredShape(raw, shape, region, own))
     return found
@@ -166,12 +168,12 @@ def overlaps(one: Component, other: Component) -> bool:
     return common_px(one, other) >= OVERLAP * min(one.area_px, other.area_px)
 
 
-def shape_for_cvat(element: dict, label: dict, frame: int, width: int, height: int) -> dict:
+def shape_for_cvat(element: dict, label: Label, frame: int, width: int, height: int) -> dict:
     """An element of the function's answer as CVAT's API takes it.
 
     Args:
         element: polygon or mask.
-        label: of the task, as CVAT sends it; its other attributes get their defaults.
+        label: of the task; its other attributes get their defaults.
         frame: number within the task.
         width, height: of the photo, px.
     """
@@ -179,10 +181,9 @@ def shape_for_cvat(element: dict, label: dict, frame: int, width: int, height: i
     if element["type"] == "mask":
         points = run_lengths(region_of_answer(element, width, height))
     values = {attribute["name"]: attribute["value"] for attribute in element["attributes"]}
-    specs = label["attributes"]
     return {
         "type": element["type"],
-        "label_id": label["id"],
+        "label_id": label.id,
         "frame": frame,
         "points": [float(value) for value in points],
         "source": "auto",
@@ -191,7 +192,7 @@ def shape_for_cvat(element: dict, label: dict, frame: int, width: int, height: i
         "outside": False,
         "z_order": 0,
         "rotation": 0,
-        "attributes": [{"spec_id": s["id"], "value": values.get(s["name"], s.get("default_value") or "")} for s in specs],
+        "attributes": [{"spec_id": s.id, "value": values.get(s.name, s.default_value or "")} for s in label.attributes],
         "elements": [],
     }
 

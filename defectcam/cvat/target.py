@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from defectcam.cvat.client import CvatClient, CvatError
+from defectcam.cvat_answers import Label, Task
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Target:
         """Its endpoint."""
         return f"/api/{self.kind}s/{self.id}"
 
-    def labels(self, client: CvatClient) -> list[dict]:
-        """Its labels as CVAT sends them, in the order in which they were made; those inside of skeletons are left out."""
-        labels = client.pages(f"/api/labels?{self.kind}_id={self.id}")
-        return sorted((label for label in labels if not label.get("has_parent")), key=lambda label: label["id"])
+    def labels(self, client: CvatClient) -> list[Label]:
+        """Its labels in the order in which they were made; those inside of skeletons are left out."""
+        labels = client.pages(f"/api/labels?{self.kind}_id={self.id}", Label)
+        return sorted((label for label in labels if not label.has_parent), key=lambda label: label.id)
 
     def check_owns_labels(self, client: CvatClient) -> None:
         """Refuse a task whose labels are those of a project.
@@ -40,7 +41,7 @@ class Target:
         Raises:
             CvatError: it is one; names the project.
         """
-        project = client.json(self.path, "id").get("project_id")
+        project = client.json(self.path, Task).project_id
         if self.kind == "task" and project is not None:
             raise CvatError(
                 f"{self} has the labels of project {project}: give project:{project}, which changes all of its tasks"

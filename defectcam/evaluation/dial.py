@@ -20,7 +20,7 @@ from defectcam.evaluation.photos import LabelledPhoto
 from defectcam.predict import STEPS, Predictor, extended, proposals_for
 from defectcam.proposals import Proposal, logit, probability
 from defectcam.pyramid import PhotoMaps, Pyramid
-from defectcam.weights import DefectWeights
+from defectcam.weights import DefectConfig
 
 STILL_STEPS = (1, 2)  # the image does not move at all, so more steps would only repeat the same map
 LOWER_LOGITS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)  # of theta, below the shipped one
@@ -78,7 +78,7 @@ def _ratios(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def counts_at_lower_theta(
-    maps: PhotoMaps, fact: DefectWeights, accepted: list[Proposal], truth: np.ndarray
+    maps: PhotoMaps, config: DefectConfig, accepted: list[Proposal], truth: np.ndarray
 ) -> list[list[int]]:
     """What a lower theta does in place of T: of a photo's proposals at T = 0, extended at each theta of LOWER_LOGITS.
 
@@ -91,8 +91,8 @@ def counts_at_lower_theta(
     """
     if not accepted:
         return [_counts(np.zeros_like(truth), truth)] * len(LOWER_LOGITS)
-    thetas = [float(probability(logit(fact.cam_threshold) - lower)) for lower in LOWER_LOGITS]
-    return [_counts(_mask(extended(maps, fact, 0, accepted, theta), truth.shape), truth) for theta in thetas]
+    thetas = [float(probability(logit(config.cam_threshold) - lower)) for lower in LOWER_LOGITS]
+    return [_counts(_mask(extended(maps, config, 0, accepted, theta), truth.shape), truth) for theta in thetas]
 
 
 def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPhoto]) -> dict:
@@ -108,11 +108,11 @@ def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPho
     Raises:
         ValueError: no photo has the defect, or the weights climb in the paper's form, which has no such engine calls.
     """
-    fact, engine = predictor.weights.facts[defect], predictor.engines[defect]
-    if any(isinstance(climb, PaperClimb) for climb in fact.reading.climbs):
+    config, engine = predictor.weights.configs[defect], predictor.engines[defect]
+    if any(isinstance(climb, PaperClimb) for climb in config.reading.climbs):
         raise ValueError(f"--dial needs the local form of climbing; the weights of {defect} climb in the paper's form")
-    still = replace(fact.reading, climbs=tuple(climb and replace(climb, xi=0.0) for climb in fact.reading.climbs))
-    wanted = sorted({*STEPS, fact.iterations})
+    still = replace(config.reading, climbs=tuple(climb and replace(climb, xi=0.0) for climb in config.reading.climbs))
+    wanted = sorted({*STEPS, config.iterations})
     by_steps: dict[int, list[list[int]]] = {steps: [] for steps in wanted}
     by_theta: list[list[list[int]]] = []  # of every photo
     shuffled: list[list[int]] = []
@@ -123,20 +123,20 @@ def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPho
         judged += 1
         pyramid, shape = Pyramid(photo.image_rgb), photo.truth.shape
         maps = predictor.maps(pyramid, defect)
-        found = proposals_for(maps, fact, wanted)
+        found = proposals_for(maps, config, wanted)
         masks = {steps: _mask(found[steps], shape) for steps in wanted}
         for steps in wanted:
             by_steps[steps].append(_counts(masks[steps], photo.truth))
-        by_theta.append(counts_at_lower_theta(maps, fact, found[0], photo.truth))
+        by_theta.append(counts_at_lower_theta(maps, config, found[0], photo.truth))
         if not found[0]:
             shuffled.append(by_steps[0][-1])
             continue
         proposed += 1
         differing += bool((masks[0] != masks[max(STEPS)]).any())
-        of_shuffled = PhotoMaps(ShuffledEngine(engine), fact.reading, pyramid, predictor.batch)
-        last = proposals_for(of_shuffled, fact, [max(STEPS)])[max(STEPS)]
+        of_shuffled = PhotoMaps(ShuffledEngine(engine), config.reading, pyramid, predictor.batch)
+        last = proposals_for(of_shuffled, config, [max(STEPS)])[max(STEPS)]
         shuffled.append(_counts(_mask(last, shape), photo.truth))
-        of_still = proposals_for(PhotoMaps(engine, still, pyramid, predictor.batch), fact, STILL_STEPS)
+        of_still = proposals_for(PhotoMaps(engine, still, pyramid, predictor.batch), config, STILL_STEPS)
         moved += any(iou(_mask(of_still[steps], shape), masks[0]) < SAME_IOU for steps in STILL_STEPS)
     if not judged:
         raise ValueError(f"no val photo with {defect} in these sets: name others with --sets")
@@ -145,7 +145,7 @@ def measure_dial(predictor: Predictor, defect: str, photos: Iterable[LabelledPho
     for row in rows:
         row["threshold_precision"] = _precision_at(row["recall"], lower)
     shuffled_recall = _figures(shuffled)["recall"]
-    conditions = _conditions(rows, fact.iterations, shuffled_recall, moved, proposed, differing)
+    conditions = _conditions(rows, config.iterations, shuffled_recall, moved, proposed, differing)
     return {
         "defect": defect,
         "photos": judged,

@@ -45,10 +45,10 @@ RATIOS = {
     "holes": ("holes", "overlapping"),
     "false_components": ("false_components", "judged"),
     "false_per_mp": ("false_on_healthy", "healthy_megapixels"),
-    "quiet_share": ("quiet", "healthy_photos"),
+    "specificity": ("without_proposal", "healthy_photos"),
 }
 HEADLINES = ("iou", "f1_2px", "cl_iou", "found_recall", "found_precision", "eq3", "false_per_mp")  # with intervals
-WITHOUT_TRUTH = ("false_components", "false_per_mp", "quiet_share")  # what a set without the defect has
+WITHOUT_TRUTH = ("false_components", "false_per_mp", "specificity")  # what a set without the defect has
 ZERO_OF_NO_INSTANCES = ("eq3", "eq3_found", "mean_saved")
 # Columns of the tables, and what they mean.
 COLUMNS = {
@@ -70,7 +70,7 @@ COLUMNS = {
     "holes": "holes of a proposal, mean",
     "healthy_photos": "photos without the defect",
     "false_per_mp": "proposals per megapixel of the photos without the defect",
-    "quiet_share": "share of the photos without the defect that get no proposal",
+    "specificity": "share of the photos without the defect that get no proposal",
 }
 
 
@@ -129,7 +129,7 @@ def photo_figures(
             "healthy_photos": 1,
             "healthy_megapixels": mask.size / 1e6,
             "false_on_healthy": len(proposals),
-            "quiet": not proposals,
+            "without_proposal": not proposals,
         }
         return PhotoFigures({name: float(value) for name, value in counts.items()}, [])
     saved = saved_per_component(mask, truth, defect)

@@ -98,10 +98,10 @@ def measure_mosaics(
     """
     if not photos:
         raise ValueError(f"no val photo without {defect} in these sets: name others with --healthy-sets")
-    fact, counts, fired = predictor.weights.facts[defect], {}, Counter()
+    config, counts, fired = predictor.weights.configs[defect], {}, Counter()
     mosaics = tqdm(mosaics_of(photos, count), desc=f"{defect}: mosaics", total=count)
     for number, mosaic in enumerate(mosaics):
-        found = proposals_for(predictor.maps(Pyramid(mosaic.image_rgb), defect), fact, STEPS)
+        found = proposals_for(predictor.maps(Pyramid(mosaic.image_rgb), defect), config, STEPS)
         for steps in STEPS:
             of_all = counts.setdefault((mosaic.factor, steps), [])
             of_all.append((len(found[steps]), mosaic.image_rgb[..., 0].size / 1e6))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import jinja2
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from defectcam.evaluation.figures import COLUMNS, HEADLINES
 from defectcam.evaluation.measures import relative_time_saving_of_groups
+from defectcam.evaluation.pages import at_width, compared, page, svg_of
 from defectcam.evaluation.photos import LabelledPhoto
-from defectcam.paths import file_name, write_image
+from defectcam.paths import file_name, write_rgb
 
 # The counts of the paper's Table 2: instances, and how many of them are in the groups of 95, 75 and 50 percent.
 TABLE_2 = {
@@ -27,7 +25,7 @@ TABLE_2 = {
 }
 # The terminal's columns; the page has all of COLUMNS.
 SHORT = ("iou", "f1_2px", "cl_iou", "found_recall", "found_precision", "pieces", "eq3", "vertex_ratio", "false_per_mp",
-         "quiet_share")  # fmt: skip
+         "specificity")  # fmt: skip
 OF_CRACKS = ("f1_2px", "cl_iou")  # what other defects' outlines are not placed finely enough for
 OVERLAY_PX = 480
 THUMBNAIL_PX = 200
@@ -57,10 +55,8 @@ def draw_case(photo: LabelledPhoto, mask: np.ndarray, defect: str, saved: float,
     """Write a photo beside its overlay to `folder`."""
     truth = np.zeros_like(mask) if photo.truth is None else photo.truth
     both = np.hstack([photo.image_rgb, compared(photo.image_rgb, mask, truth)])
-    scale = 2 * OVERLAY_PX / both.shape[1]
-    both = cv2.resize(both, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     file = file_name(f"{defect}_{photo.set_name}_{photo.stem}", ".jpg")
-    write_image(folder / file, cv2.cvtColor(both, cv2.COLOR_RGB2BGR))
+    write_rgb(folder / file, at_width(both, 2 * OVERLAY_PX))
     thumbnail = None
     if photo.truth is not None:
         height, width = mask.shape
@@ -69,14 +65,6 @@ def draw_case(photo: LabelledPhoto, mask: np.ndarray, defect: str, saved: float,
         small = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)[:THUMBNAIL_PX]
         thumbnail = cv2.imencode(".png", small)[1].tobytes()
     return Case(defect, f"{photo.set_name} {photo.stem}", f"{folder.name}/{file}", saved, thumbnail)
-
-
-def compared(ground_rgb: np.ndarray, mask: np.ndarray, truth: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """What was missed in green, too much in red, right in yellow on a picture (H, W, 3) uint8."""
-    drawn = ground_rgb.copy()
-    for region, colour in ((truth & ~mask, (0, 170, 0)), (mask & ~truth, (230, 0, 0)), (mask & truth, (240, 190, 0))):
-        drawn[region] = ((1 - opacity) * drawn[region] + opacity * np.array(colour)).astype(np.uint8)
-    return drawn
 
 
 def good_and_bad(cases: Sequence[Case]) -> np.ndarray:
@@ -130,45 +118,32 @@ def precision_recall_plot(
             points[key] = [(row["recall"], row["precision"], row["T"]) for row in sorted(own, key=lambda row: row["T"])]
     if not points:
         return None
-    # Names are anything people type: no formulas, and letters that the browser's fonts have.
-    with matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        lines = []
-        for key, some in points.items():
-            recalls, precisions, steps = zip(*some)
-            lines += axes.plot(recalls, precisions, "o-")
-            for recall, precision, T in some:
-                axes.annotate(f"{T}", (recall, precision), (4, 5), textcoords="offset points", fontsize="small")
-            both, proposed, true = lower_theta[key].T
-            axes.plot(both / np.maximum(true, 1), both / np.maximum(proposed, 1), "--", lw=1, color=lines[-1].get_color())
-        of_all = np.array([point for some in points.values() for point in some])[:, :2]
-        ends = np.clip((of_all.min(axis=0) - PLOT_MARGIN, of_all.max(axis=0) + PLOT_MARGIN), 0, 1.01)
-        axes.set(xlim=ends[:, 0], ylim=ends[:, 1], xlabel="recall of pixels", ylabel="precision of pixels")
-        axes.set_title(f"{defect}: T, and a lower theta (dashed)")
-        axes.grid(alpha=0.3)
-        names = [", ".join(key) for key in points]  # not the lines' own: those do not show if they begin with "_"
-        axes.legend(lines, names, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-        file = io.StringIO()
-        figure.savefig(file, format="svg")
-    return file.getvalue()
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines = []
+    for key, some in points.items():
+        recalls, precisions, steps = zip(*some)
+        lines += axes.plot(recalls, precisions, "o-")
+        for recall, precision, T in some:
+            axes.annotate(f"{T}", (recall, precision), (4, 5), textcoords="offset points", fontsize="small")
+        both, proposed, true = lower_theta[key].T
+        axes.plot(both / np.maximum(true, 1), both / np.maximum(proposed, 1), "--", lw=1, color=lines[-1].get_color())
+    of_all = np.array([point for some in points.values() for point in some])[:, :2]
+    ends = np.clip((of_all.min(axis=0) - PLOT_MARGIN, of_all.max(axis=0) + PLOT_MARGIN), 0, 1.01)
+    axes.set(xlim=ends[:, 0], ylim=ends[:, 1], xlabel="recall of pixels", ylabel="precision of pixels")
+    axes.set_title(f"{defect}: T, and a lower theta (dashed)")
+    axes.grid(alpha=0.3)
+    names = [", ".join(key) for key in points]  # not the lines' own: those do not show if they begin with "_"
+    axes.legend(lines, names, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return svg_of(figure)
 
 
-PAGE = jinja2.Template(
-    """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Evaluation on val photos</title>
-<style>
- body { font: 14px sans-serif; margin: 2em } table { border-collapse: collapse } td, th { padding: 2px 9px }
- td { text-align: right; white-space: nowrap } td:nth-child(-n+2) { text-align: left } small { color: #666 }
- tr:nth-child(even) { background: #f3f3f3 } .default { font-weight: bold }
- figure { display: inline-block; margin: 6px } img { display: block; max-width: 720px }
-</style>
-<h1>Evaluation on val photos</h1>
+BODY = """
 <p>Thresholds were chosen on these photos, so on new ones expect less. Bold: the default T. Small: 95 % bootstrap interval
  over photos. Eq. 3 of the paper's Table 2 from its counts: {{ table_2 }}.</p>
 {% for defect, of_defect, shown, cases, tables, plot in defects %}<h2>{{ defect }}</h2>
 <table><tr><th>set<th>method<th>T{% for column in shown %}<th title="{{ columns[column] }}">{{ column }}{% endfor %}</tr>
-{% for row in of_defect %}<tr{% if row.is_default %} class="default"{% endif %}><td>{{ row.set }}<td>{{ row.method }}<td>{{ row.T }}
+{% for row in of_defect %}<tr{% if row.is_default %} class="default"{% endif %}><td>{{ row.set }}<td class="text">{{ row.method }}<td>{{ row.T }}
  {%- for column in shown %}<td>{% if column in row %}{{ row[column] }}
  {%- if row[column ~ "_95"] %} <small>{{ row[column ~ "_95"]|join("-") }}</small>{% endif %}{% endif %}{% endfor %}</tr>
 {% endfor %}</table>
@@ -189,12 +164,10 @@ PAGE = jinja2.Template(
  <figcaption>{{ case.name }}: {{ "%.2f"|format(case.saved) }} saved</figcaption></figure>
 {% endfor %}{% endfor %}{% endfor %}<h2>Columns</h2>
 <ul>{% for column in columns %}<li><b>{{ column }}</b>: {{ columns[column] }}</li>{% endfor %}</ul>
-""",
-    autoescape=True,
-)
+"""
 
 
-def page(rows: Sequence[dict], confidence: Sequence[dict], cases: Sequence[Case], plots: Mapping[str, str]) -> str:
+def evaluation_page(rows: Sequence[dict], confidence: Sequence[dict], cases: Sequence[Case], plots: Mapping[str, str]) -> str:
     """The HTML page.
 
     Args:
@@ -209,7 +182,7 @@ def page(rows: Sequence[dict], confidence: Sequence[dict], cases: Sequence[Case]
         titled = list(zip(CASES_TITLES, shown_cases, strict=True))
         tables = [table for table in confidence if table["defect"] == defect]
         defects.append((defect, own, shown_columns(COLUMNS, own), titled, tables, plots.get(defect)))
-    return PAGE.render(defects=defects, columns=COLUMNS, table_2=table_2())
+    return page("Evaluation on val photos", BODY, defects=defects, columns=COLUMNS, table_2=table_2())
 
 
 def table_2() -> str:

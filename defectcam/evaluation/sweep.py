@@ -9,7 +9,7 @@ One climb gives the proposals of every T. The seconds are those of the networks 
 climbing up to this T. Decoding, outlining and drawing are not counted. The first photo of a size may take longer, since
 networks are prepared for it.
 
-Settings other than T are the function's own: its ADVCAM_* variables count (README).
+Settings other than T are the function's own: its variables count (below).
 
 Exit status: 0 if all photos were processed, 1 if not, 2 for a wrong command.
 
@@ -42,8 +42,8 @@ from defectcam.overlay import COLOURS_RGB, OTHER_RGB, draw_shapes
 from defectcam.paths import not_read, photo_files, relative_path, tell_not_read, write_image
 from defectcam.predict import STEPS, proposals_for
 from defectcam.pyramid import Pyramid
-from defectcam.request import RequestError
-from defectcam.weights import WeightsError
+from defectcam.settings import RequestError, function_environ, variables_help
+from defectcam.weights import WeightsError, add_weights_option
 
 PANEL_PX, GAP_PX = 640, 16  # sides of the square that a photo is fitted into, and the space around it
 HEADING_PX, TEXT_PX, LINE_PX = 30, 21, 30  # letters of "T = 2", of the other lines, and the height of a line
@@ -89,14 +89,14 @@ def answers_of_all_steps(model: ModelHandler, image_rgb: np.ndarray) -> list[Ans
     found, seconds, pyramid = {steps: {} for steps in STEPS}, dict.fromkeys(STEPS, 0.0), Pyramid(image_rgb)
     defects = model.settings.defects or model.defects
     for defect in defects:
-        fact, own, step_seconds = model.weights.facts[defect], model.effective(defect, model.settings), [0.0] * (STEPS[-1] + 1)
+        config, own, step_seconds = model.weights.configs[defect], model.effective(defect, model.settings), [0.0] * (STEPS[-1] + 1)
         started = time.monotonic()
         plain = model.predictor.maps(pyramid, defect)
         plain.merged()  # reads the enlarged level, where the defect has one
         read_s = time.monotonic() - started
-        climbs = tuple(climb and TimedClimb(climb, step_seconds) for climb in fact.reading.climbs)
-        maps = plain.read_as(replace(fact.reading, climbs=climbs))
-        for steps, some in proposals_for(maps, fact, STEPS, own["threshold"], own["cam_threshold"]).items():
+        climbs = tuple(climb and TimedClimb(climb, step_seconds) for climb in config.reading.climbs)
+        maps = plain.read_as(replace(config.reading, climbs=climbs))
+        for steps, some in proposals_for(maps, config, STEPS, own["threshold"], own["cam_threshold"]).items():
             found[steps][defect] = some
             seconds[steps] += read_s + (sum(step_seconds[: steps + 1]) if steps else 0.0)
     key, answers = photo_key(image_rgb), []
@@ -164,16 +164,14 @@ def line_of(name: str, answers: Sequence[AnswerAtT]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam sweep`."""
-    parser = command_parser("sweep", __doc__)
+    parser = command_parser("sweep", __doc__, variables_help())
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTOS", help="photos, or folders of photos")
-    parser.add_argument("--weights", type=Path, help="folder of weights (default: ADVCAM_WEIGHTS, else weights)")
+    add_weights_option(parser)
     parser.add_argument("-o", "--out", type=Path, default=Path("out/sweep"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)
-    environ = {**os.environ, "ADVCAM_CVAT_URL": "", "ADVCAM_CVAT_TOKEN": ""}  # T is the command's, not a task's in CVAT
-    if args.weights:
-        environ["ADVCAM_WEIGHTS"] = str(args.weights)
     try:
         photos = find_photos(args.photos, args.out)
+        environ = function_environ(os.environ, weights=args.weights)
         model = ModelHandler.from_env(environ, logging.getLogger("defectcam"))
     except (ValueError, RequestError, WeightsError) as error:
         parser.error(str(error))

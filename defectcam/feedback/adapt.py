@@ -2,12 +2,12 @@
 
 A campaign is one bridge, one camera, one light. A few of its photos teach what general weights cannot know.
 
-1. Training from the running weights on the labelled photos. BatchNorm statistics stay as they are. A defect that covers much
-   of the photos is drawn as it lies there, since crops around it would teach that everything is the defect.
-2. Nothing is forgotten: REPLAY_SHARE of what is drawn comes from the weights' replay pack, where they have one (`defectcam
-   replay`), and the new weights are mixed with the running ones.
+1. Training from the running weights on the labelled photos. BatchNorm statistics stay as they are. Where a defect covers much of
+   the photos, crops are drawn anywhere, since crops around the defect would teach that everything is the defect.
+2. Against forgetting, REPLAY_SHARE of the crops comes from the weights' replay pack, where they have one (`defectcam replay`),
+   and the new weights are mixed with the running ones.
 3. Two folds, from two outlined photos on: each half of the photos judges weights that learnt from the other half. They choose
-   theta and give the verdict: better, same or worse. With fewer photos it is "unchecked". Their training is half as long, so
+   theta and give the verdict: better, same or worse. With fewer photos it is "unchecked". Training in a fold is half as long, so
    the weights that are written have learnt a little more than the figures say.
 
 OUT/manifest.json, *.safetensors, *.onnx    the new weights, for `deploy.sh weights OUT`; other defects are as before
@@ -16,9 +16,9 @@ OUT/rejected/                               all of this instead, where the verdi
 work, in OUT                                checkpoints; may be deleted afterwards
 
 Photos and labels come from tasks of CVAT (--cvat-task), or are laid out as for `defectcam train`; without splits.json all photos
-of a set are taken. Of a task the photos of completed jobs are finished. Of its other jobs the photos count on which a person has
-corrected something, in part. With --log, the ADVCAM_LOG_DIR of the function, rejected proposals teach, too. Labels may be clicks
-alone: then the running weights tell how far a clicked defect reaches, theta stays, and nothing can judge the new weights.
+of a set are taken. All photos of a completed job are finished. Of other jobs those photos count, in part, on which a person has
+corrected something. With --log, the ADVCAM_LOG_DIR of the function, rejected proposals teach, too. Labels may be clicks alone:
+then the running weights tell how far a clicked defect reaches, theta stays, and nothing can judge the new weights.
 
 The exit status is 0 if the new weights may be deployed, 3 if they are worse, and 1 or 2 where something was wrong.
 
@@ -53,51 +53,52 @@ from defectcam.command_line import command_parser
 from defectcam.cvat.client import CvatError, add_server_options
 from defectcam.cvat.target import task_id
 from defectcam.evaluation.measures import f1_2px
-from defectcam.evaluation.report import compared
+from defectcam.evaluation.pages import at_width, compared
 from defectcam.feedback.cvat import server_of
 from defectcam.feedback.replay import read_pack
-from defectcam.feedback.retrain import NOT_PROMOTED, assemble, publish
-from defectcam.feedback.shown import LoggedProposals
+from defectcam.feedback.shown import LoggedProposals, add_log_option
 from defectcam.feedback.task_labels import TaskLabels
-from defectcam.paths import write_image
+from defectcam.feedback.versions import NOT_PROMOTED, assemble, publish
+from defectcam.network import ScoreNet
+from defectcam.paths import write_rgb
 from defectcam.postprocess import regions
-from defectcam.proposal_log import read_proposal_log
 from defectcam.proposals import probability
 from defectcam.training.calibrate import say
 from defectcam.training.click_judge import CLICK_REACH_PX
-from defectcam.training.clicks import patch_xyxy
-from defectcam.training.config import LABELS, TrainConfig, names
+from defectcam.training.clicks import patch_bounds, patch_xyxy
+from defectcam.training.config import LABELS, TrainConfig, architecture_of, names
 from defectcam.training.dataset import PhotoLabels, on_disk
 from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
 from defectcam.training.hard_negatives import merged_map
 from defectcam.training.labels import UNKNOWN, add_label_option
 from defectcam.training.sources import check_kinds, gather, labels_sha256, read_all
 from defectcam.training.train import crops_of, fit
-from defectcam.weights import DefectWeights, Weights, WeightsError, load_weights, sha256_of, write_defect
+from defectcam.weights import DefectConfig, Weights, WeightsError, add_weights_option, load_weights, write_defect
 
 STEPS = 200  # two minutes on two cores
 LR = 3e-4
 CROP_PX, BATCH = 192, 8
 SCALES = (0.7, 1.4)  # a campaign has one camera
-MOST_COVERED = 0.03  # of the pixels are the defect; beyond that it is drawn as it lies
-AROUND_CLICK_PX = 16  # of a positive click nothing is known, where clicks are all that is known of a photo
-SURE_LOGITS = 2.0  # so far below theta the running weights are believed that the defect is not there
+MOST_COVERED = 0.03  # share of the pixels with the defect from which on crops are drawn anywhere
+AROUND_CLICK_PX = 16  # nothing is known around a positive click, of a photo with clicks alone
+SURE_LOGITS = 2.0  # so far below theta the running weights are sure that the defect is not there
 REPLAY_SHARE = 0.4  # of the crops with the defect
-# Of the new weights in the mixture. Of cracks half gains the campaign little and costs the old sites much. What covers much of
-# the photos is learnt more slowly; where a replay pack keeps the old sites, more of the new weights can be taken.
+# Share of the new weights in the mixture. With more, cracks gain little on the campaign and lose much on old sites. Defects that
+# cover much of the photos are learnt more slowly. A replay pack keeps the old sites, so it allows the larger share.
 SHARE, SHARE_OF_COVERING = 0.3, 0.5
-# Of theta, as logits of the merged map: photos full of a defect teach to see more of it. A lower theta would cost old sites.
+# By which theta may rise, as logits of the merged map: photos full of a defect teach to see more of it. A lower theta would
+# cost old sites.
 SHIFTS = (0.5, 1.0, 1.5, 2.0)
-CLEAR = 0.01  # of fit: less is chance
-WINDOW_PX = 1024  # of a photo's part that judges
+NOISE_MARGIN = 0.01  # a smaller difference of overlaps is noise
+WINDOW_PX = 1024  # side of the part of a photo that judges
 PICTURE_PX = 420
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
-    """A part of a photo with the merged maps (h, w) of T = 0, of the weights before and of those after."""
+class JudgedPart:
+    """A part of a photo with its outline, and the merged maps (h, w) of T = 0 of the weights before and of those after."""
 
     image_rgb: np.ndarray
     outline: np.ndarray
@@ -111,20 +112,20 @@ class Choice:
 
     Attributes:
         shift: of theta, a logit of the merged map.
-        fit_before, fit_after: on photos that were not learnt from, 0..1; None where nothing could judge.
+        overlap_before, overlap_after: on photos that were not learnt from, 0..1; None where nothing could judge.
     """
 
     shift: float
-    fit_before: float | None = None
-    fit_after: float | None = None
+    overlap_before: float | None = None
+    overlap_after: float | None = None
 
     @property
     def verdict(self) -> str:
         """better, same, worse or unchecked."""
-        if self.fit_before is None:
+        if self.overlap_before is None:
             return "unchecked"
-        gain = self.fit_after - self.fit_before
-        return "better" if gain >= CLEAR else "worse" if gain <= -CLEAR else "same"
+        gain = self.overlap_after - self.overlap_before
+        return "better" if gain >= NOISE_MARGIN else "worse" if gain <= -NOISE_MARGIN else "same"
 
 
 def mixed(before: Tensors, after: Tensors, share: float) -> Tensors:
@@ -145,13 +146,15 @@ def covered_share(photos: Sequence[PhotoLabels]) -> float:
 def outline_of_clicks(photo: PhotoLabels, found: np.ndarray, without: np.ndarray) -> np.ndarray:
     """`PhotoLabels.outline` of a photo of which only clicks are known.
 
-    Clicks alone would teach wide outlines: they do not tell where a defect ends. So what the running weights found and a
-    person clicked on is the defect, as is a disc at each positive click. Patches of negative clicks are not. Where the running
-    weights are sure that there is nothing, and no positive click is near, it is not either. All else is unknown.
+    Clicks do not tell where a defect ends, so alone they would teach wide outlines.
+
+    - The defect: proposals of the running weights that a person clicked on, and a disc at each positive click.
+    - Not the defect: patches of negative clicks, and places without a positive click nearby where the running weights are sure.
+    - Unknown: all else.
 
     Args:
         found: (H, W) bool, what the running weights propose.
-        without: (H, W) bool, where they are sure that the defect is not.
+        without: (H, W) bool, where the running weights are sure that there is no defect.
     """
     height, width = found.shape
     discs, around = np.zeros((2, height, width), np.uint8)
@@ -169,7 +172,7 @@ def outline_of_clicks(photo: PhotoLabels, found: np.ndarray, without: np.ndarray
 
 
 def overlap(defect: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """How well masks (h, w) bool fit outlines (h, w) uint8: IoU of all known pixels; for cracks the mean of it and of F1 at 2 px."""
+    """Overlap of masks (h, w) bool with outlines (h, w) uint8: IoU of all known pixels; for cracks its mean with F1 at 2 px."""
     both = either = 0
     scores = []
     for mask, outline in pairs:
@@ -183,13 +186,19 @@ def overlap(defect: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> floa
 
 
 def window_of(photo: PhotoLabels, seed: int) -> tuple[slice, slice]:
-    """The part of an outlined photo that judges: around a pixel of the defect where there is one."""
+    """The part of an outlined photo that judges, around a pixel of the defect if there is one."""
     height, width = photo.outline.shape
     rng = np.random.default_rng(seed)
     pixels = np.flatnonzero(photo.outline == 255)
     y, x = divmod(int(rng.choice(pixels)) if len(pixels) else int(rng.integers(height * width)), width)
-    starts = [min(max(at - WINDOW_PX // 2, 0), max(0, length - WINDOW_PX)) for at, length in ((y, height), (x, width))]
-    return slice(starts[0], starts[0] + WINDOW_PX), slice(starts[1], starts[1] + WINDOW_PX)
+    return slice(*patch_bounds(y, WINDOW_PX, height)), slice(*patch_bounds(x, WINDOW_PX, width))
+
+
+def network_of(defect_config: DefectConfig, tensors: Tensors) -> ScoreNet:
+    """The network with some tensors."""
+    network = defect_config.build_network()
+    network.load_state_dict(tensors)
+    return network
 
 
 class Adaptation:
@@ -197,50 +206,48 @@ class Adaptation:
 
     def __init__(
         self,
-        fact: DefectWeights,
+        defect_config: DefectConfig,
         before: Tensors,
         config: TrainConfig,
         photos: Sequence[PhotoLabels],
         work: Path,
         pack: Sequence[PhotoLabels] = (),
     ) -> None:
-        self.fact, self.before, self.config, self.photos, self.work, self.pack = fact, before, config, photos, work, pack
+        self.defect_config, self.before, self.config = defect_config, before, config
+        self.photos, self.work, self.pack = photos, work, pack
         self.share = SHARE_OF_COVERING if pack and config.on_defect_share == 0 else SHARE
         self.outlined = [index for index, photo in enumerate(photos) if photo.outline is not None]
 
     def trained(self, name: str, photos: Sequence[PhotoLabels], steps: int) -> Tensors:
         """The tensors after training on some photos."""
-        out = self.work / name
-        network = self.fact.build_network()
-        network.load_state_dict(self.before)
+        out, network = self.work / name, network_of(self.defect_config, self.before)
         config = dataclasses.replace(self.config, steps=steps, val_every=steps)
-        facts = {"labels_sha256": labels_sha256([*photos, *self.pack])}
-        # What shows the defect, a photo or a click, is drawn as often as any other, so the campaign's are there several times.
+        identity = {"labels_sha256": labels_sha256([*photos, *self.pack])}
+        # Every photo or click with the defect is drawn as often as any other, so the campaign's are repeated.
         shown = sum(1 if photo.shows_defect else len(photo.positive) for photo in photos)
         times = max(1, round((1 / REPLAY_SHARE - 1) * len(self.pack) / max(shown, 1)))
         photos = [*photos] * times + [*self.pack]
-        fit(config, out, network, crops_of(config, photos), None, "steps", facts)
+        fit(config, out, network, crops_of(config, photos), None, "steps", identity)
         return load_file(out / "best.safetensors")
 
     def outline_clicked(self) -> None:
-        """Give the photos of which only clicks are known what the running weights make of them: see `outline_of_clicks`."""
-        least = self.fact.least_logit(self.fact.cam_threshold)
+        """Give photos with clicks alone an outline, see `outline_of_clicks`."""
+        least = self.defect_config.least_logit(self.defect_config.cam_threshold)
 
         def outlined(photo: PhotoLabels) -> PhotoLabels:
             logits = self.maps(self.before, photo.image_rgb)
-            outline = outline_of_clicks(photo, regions(logits, least, self.fact.cleaning), logits < least - SURE_LOGITS)
+            outline = outline_of_clicks(photo, regions(logits, least, self.defect_config.cleaning), logits < least - SURE_LOGITS)
             return dataclasses.replace(photo, outline=outline)
 
         self.photos = [photo if photo.outline is not None else outlined(photo) for photo in self.photos]
 
     def maps(self, tensors: Tensors, image_rgb: np.ndarray) -> np.ndarray:
-        """The merged map of T = 0, (H, W) float32."""
-        network = self.fact.build_network()
-        network.load_state_dict(tensors)
-        return merged_map(network.to("cuda" if torch.cuda.is_available() else "cpu"), image_rgb, self.fact.reading)
+        """The merged map of T = 0 of some weights, (H, W) float32."""
+        network = network_of(self.defect_config, tensors).to("cuda" if torch.cuda.is_available() else "cpu")
+        return merged_map(network, image_rgb, self.defect_config.reading)
 
     def folds(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Indices of photos to learn from and of outlined ones to judge by, twice; fewer where a half cannot teach."""
+        """Indices of photos to learn from and of outlined photos to judge by, twice; a half without the defect cannot teach."""
         order = np.random.default_rng(self.config.seed).permutation(len(self.photos)).tolist()
         with_defect = [index for index in order if self.photos[index].shows_defect or self.photos[index].positive]
         others = [index for index in order if index not in with_defect]
@@ -250,8 +257,8 @@ class Adaptation:
             if judging and any(index in with_defect for index in learnt):
                 yield learnt, judging
 
-    def judged(self) -> list[Judged]:
-        """What weights that learnt from the other half of the photos say of each photo."""
+    def judged(self) -> list[JudgedPart]:
+        """A part of each photo, judged by weights that learnt from the other half of the photos."""
         found = []
         for number, (learnt, judging) in enumerate(self.folds()):
             say(f"fold {number + 1}: {len(learnt)} photos teach, {len(judging)} judge")
@@ -261,75 +268,74 @@ class Adaptation:
                 photo = self.photos[index]
                 part = window_of(photo, index)
                 image_rgb, outline = photo.image_rgb[part], photo.outline[part]
-                found.append(Judged(image_rgb, outline, self.maps(self.before, image_rgb), self.maps(after, image_rgb)))
+                found.append(JudgedPart(image_rgb, outline, self.maps(self.before, image_rgb), self.maps(after, image_rgb)))
         return found
 
-    def masks(self, judged: Sequence[Judged], choice: Choice | None) -> list[np.ndarray]:
-        """The proposals of T = 0, (h, w) bool each; of the weights before where there is no choice."""
-        least = self.fact.least_logit(self.fact.cam_threshold)
+    def masks(self, judged: Sequence[JudgedPart], choice: Choice | None) -> list[np.ndarray]:
+        """The proposals of T = 0, (h, w) bool each; without a choice those of the weights before."""
+        least = self.defect_config.least_logit(self.defect_config.cam_threshold)
         return [
-            regions(one.after if choice else one.before, least + (choice.shift if choice else 0), self.fact.cleaning)
+            regions(one.after if choice else one.before, least + (choice.shift if choice else 0), self.defect_config.cleaning)
             for one in judged
         ]
 
-    def choose(self, judged: Sequence[Judged]) -> Choice:
-        """The theta that fits best; another than the running one only where it is clearly better."""
+    def choose(self, judged: Sequence[JudgedPart]) -> Choice:
+        """The theta with the best overlap; the running one unless another is clearly better."""
         if len(judged) < 2:
             return Choice(0.0)
 
-        def fit_of(choice: Choice | None) -> float:
+        def overlap_of(choice: Choice | None) -> float:
             masks = self.masks(judged, choice)
             return overlap(self.config.defect, [(mask, one.outline) for mask, one in zip(masks, judged)])
 
-        before = fit_of(None)
-        best, fit = 0.0, fit_of(Choice(0.0))
+        before = overlap_of(None)
+        best, most = 0.0, overlap_of(Choice(0.0))
         for shift in SHIFTS:
-            if (found := fit_of(Choice(shift))) > fit + CLEAR:
-                best, fit = shift, found
-        return Choice(best, before, fit)
+            if (found := overlap_of(Choice(shift))) > most + NOISE_MARGIN:
+                best, most = shift, found
+        return Choice(best, before, most)
 
 
-def picture_of(adaptation: Adaptation, judged: Sequence[Judged], choice: Choice) -> np.ndarray:
+def picture_of(adaptation: Adaptation, judged: Sequence[JudgedPart], choice: Choice) -> np.ndarray:
     """Photo, before and after of every judged part, one below the other; (H, 3 * PICTURE_PX, 3) uint8 RGB."""
     rows = []
-    for one, before, after in zip(judged, adaptation.masks(judged, None), adaptation.masks(judged, choice)):
-        views = [one.image_rgb, *(compared(one.image_rgb, mask, one.outline == 255) for mask in (before, after))]
-        height = max(1, round(PICTURE_PX * one.image_rgb.shape[0] / one.image_rgb.shape[1]))
-        rows.append(np.hstack([cv2.resize(view, (PICTURE_PX, height), interpolation=cv2.INTER_AREA) for view in views]))
+    for part, before, after in zip(judged, adaptation.masks(judged, None), adaptation.masks(judged, choice)):
+        views = [part.image_rgb, *(compared(part.image_rgb, mask, part.outline == 255) for mask in (before, after))]
+        rows.append(np.hstack([at_width(view, PICTURE_PX) for view in views]))
     return np.vstack(rows)
 
 
-def campaign_config(config: TrainConfig, fact: DefectWeights, init: Path) -> TrainConfig:
+def campaign_config(config: TrainConfig, defect_config: DefectConfig, init: Path) -> TrainConfig:
     """The training of a campaign: labels, steps and seed of `config`, everything else is fixed or that of the network."""
     return dataclasses.replace(
-        config, encoder=fact.encoder, decoder=fact.decoder_channels, downsamplings=fact.downsamplings, pooling=fact.pooling,
-        encoder_weights=None, init=init, scales=SCALES, crop_px=CROP_PX, batch=BATCH, lr=LR, frozen_batchnorm=True,
+        config, **architecture_of(defect_config), encoder_weights=None, init=init, scales=SCALES, crop_px=CROP_PX,
+        batch=BATCH, lr=LR, frozen_batchnorm=True,
     )  # fmt: skip
 
 
 def running_weights(folder: Path, defect: str, out: Path) -> Weights:
-    """The weights to start from; refuses what can be refused before anything is read.
+    """The weights to start from. Called before any photo is read, so that bad input is refused early.
 
     Raises:
         WeightsError, ValueError: they cannot be loaded, or lack the defect; `out` is not empty.
     """
     weights = load_weights(folder)
-    if defect not in weights.facts:
-        raise ValueError(f"{folder} has no weights for {defect!r}, only for {list(weights.facts)}: use defectcam train")
+    if defect not in weights.configs:
+        raise ValueError(f"{folder} has no weights for {defect!r}, only for {list(weights.configs)}: use defectcam train")
     if out.is_file() or any(path.is_file() for path in out.rglob("*")):
         raise ValueError(f"{out} exists and is not empty: choose another --out, or remove it")
     return weights
 
 
 def read_tasks(args: argparse.Namespace, folder: Path) -> None:
-    """Write the labels of tasks of CVAT to a folder, and put it into the arguments as if it had been given.
+    """Write the labels of tasks of CVAT to a folder, and put them into the arguments as if they had been given.
 
     Raises:
         WeightsError, CvatError, ValueError: as `running_weights`, `TaskLabels.write` and `client_of`.
     """
-    defects = running_weights(args.weights, args.defect, args.out).facts
-    log = LoggedProposals(record for log in args.log for record in read_proposal_log(log))
-    found = TaskLabels(server_of(args, args.cvat_task), args.defect, defects, log, args.label_names, folder).write()
+    defects = running_weights(args.weights, args.defect, args.out).configs
+    log, server = LoggedProposals.read(args.log), server_of(args, args.cvat_task)
+    found = TaskLabels(server, args.defect, defects, log, args.label_names, folder).write()
     for note in found.notes:
         say(note)
     say(f"{', '.join(found.sets)}: {found.finished} finished photos, {found.unfinished} that are known in part")
@@ -348,8 +354,8 @@ def adapt(labels: TrainConfig, weights_dir: Path, out: Path) -> Choice:
         WeightsError, ValueError, FileNotFoundError: bad input, named with the remedy.
     """
     defect, weights = labels.defect, running_weights(weights_dir, labels.defect, out)
-    fact, started = weights.facts[defect], time.monotonic()
-    config, work = campaign_config(labels, fact, weights_dir / fact.file), out / "work"
+    defect_config, started = weights.configs[defect], time.monotonic()
+    config, work = campaign_config(labels, defect_config, weights_dir / defect_config.file), out / "work"
     sources = gather(config, "train")
     check_kinds(config, sources, "train")
     work.mkdir(parents=True, exist_ok=True)
@@ -357,7 +363,7 @@ def adapt(labels: TrainConfig, weights_dir: Path, out: Path) -> Choice:
     config = dataclasses.replace(config, on_defect_share=0.0 if covered_share(photos) > MOST_COVERED else 0.5)
     crops_of(config, photos)  # refuses labels that teach nothing before any training
     pack = read_pack(weights_dir, defect)
-    adaptation = Adaptation(fact, load_file(weights_dir / fact.file), config, photos, work, pack)
+    adaptation = Adaptation(defect_config, load_file(weights_dir / defect_config.file), config, photos, work, pack)
     adaptation.outline_clicked()
     photos = adaptation.photos
     say(f"{defect}: {len(photos)} photos, {len(pack)} crops of the replay pack, training of {config.steps} steps")
@@ -368,54 +374,49 @@ def adapt(labels: TrainConfig, weights_dir: Path, out: Path) -> Choice:
     folder = out if choice.verdict != "worse" else out / "rejected"
     folder.mkdir(exist_ok=True)
     if judged:
-        write_image(folder / "before_after.jpg", cv2.cvtColor(picture_of(adaptation, judged, choice), cv2.COLOR_RGB2BGR))
+        write_rgb(folder / "before_after.jpg", picture_of(adaptation, judged, choice))
     record = {
         "parent": weights.version, "command": "defectcam " + shlex.join(sys.argv[1:]), "photos": len(photos),
         "labels_sha256": labels_sha256(photos), "minutes": round(minutes, 1),
         "minutes_of_all": round((time.monotonic() - started) / 60, 1), "replay": len(pack), "share": adaptation.share,
-        "shift": choice.shift, "fit_before": choice.fit_before, "fit_after": choice.fit_after,
+        "shift": choice.shift, "overlap_before": choice.overlap_before, "overlap_after": choice.overlap_after,
         "verdict": choice.verdict, "config": config.record(),
     }  # fmt: skip
     tensors = mixed(adaptation.before, after, adaptation.share)
-    entry = entry_of(json.loads((weights_dir / "manifest.json").read_text())["defects"][defect], fact, choice, record)
-    write_defect(work / "weights", defect, entry, save(tensors), graph_for(fact, tensors))
-    parent = {"version": weights.version, "manifest_sha256": sha256_of(weights_dir / "manifest.json")}
-    publish(assemble(weights_dir, {defect: work / "weights"}, parent, work / "candidate"), folder)
+    running_entry = json.loads((weights_dir / "manifest.json").read_text())["defects"][defect]
+    entry = entry_of(running_entry, defect_config, choice, record)
+    write_defect(work / "weights", defect, entry, save(tensors), graph_for(defect_config, tensors))
+    publish(assemble(weights_dir, {defect: work / "weights"}, work / "candidate"), folder)
     return choice
 
 
-def entry_of(entry: dict, fact: DefectWeights, choice: Choice, record: dict) -> dict:
+def entry_of(entry: dict, defect_config: DefectConfig, choice: Choice, record: dict) -> dict:
     """The manifest entry of the new weights: `entry` of the running ones, theta moved, with the record of this run."""
     entry = {name: value for name, value in entry.items() if name not in ("file", "sha256", "graph", "graph_sha256")}
-    slope, intercept = fact.platt
-    least = fact.least_logit(fact.cam_threshold) + choice.shift
+    slope, intercept = defect_config.platt
+    least = defect_config.least_logit(defect_config.cam_threshold) + choice.shift
     entry["cam_threshold"] = round(float(probability(slope * least + intercept)), 4)
     entry["training"] = {**entry["training"], "adapted": [*entry["training"].get("adapted", []), record]}
     return entry
 
 
-def graph_for(fact: DefectWeights, tensors: Tensors) -> bytes | None:
+def graph_for(defect_config: DefectConfig, tensors: Tensors) -> bytes | None:
     """The graph of a network with these tensors; None where its encoder has none."""
-    if fact.encoder not in ENCODERS_WITH_GRAPH:
+    if defect_config.encoder not in ENCODERS_WITH_GRAPH:
         return None
-    network = fact.build_network()
-    network.load_state_dict(tensors)
-    return graph_of(network.requires_grad_(False).eval())
+    return graph_of(network_of(defect_config, tensors).requires_grad_(False).eval())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam adapt`."""
     parser = command_parser("adapt", __doc__)
     parser.add_argument("--defect", required=True)
-    parser.add_argument("--weights", type=Path, default=Path("weights"), help="the running weights (default: %(default)s)")
+    add_weights_option(parser, "the running weights")
     parser.add_argument(
         "--cvat-task", type=task_id, action="append", default=[], metavar="TASK",
         help="a task of CVAT, in place of --data; may be given several times",
     )  # fmt: skip
-    parser.add_argument(
-        "--log", type=Path, action="append", default=[],
-        help="with --cvat-task: the function's ADVCAM_LOG_DIR; may be given several times",
-    )  # fmt: skip
+    add_log_option(parser)
     add_server_options(parser)
     parser.add_argument("--data", type=Path, help="folder of sets")
     parser.add_argument("--sets", type=names, default=[], help="sets of labelled photos of the campaign")
@@ -436,9 +437,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--log says what was rejected in tasks of CVAT: give --cvat-task too")
     if not (args.sets or args.clicks or args.cvat_task):
         parser.error("labels are missing: give --cvat-task, or --data and --sets, or --clicks")
-    for folder in args.log:
-        if not folder.is_dir():
-            parser.error(f"--log {folder} is no folder; give what the function has as ADVCAM_LOG_DIR")
     try:
         with ExitStack() as cleanup:
             if args.cvat_task:
@@ -450,8 +448,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             choice = adapt(labels, args.weights, args.out)
     except (WeightsError, CvatError, ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
-    fits = "" if choice.fit_before is None else f": fit {choice.fit_before:.3f} before, {choice.fit_after:.3f} after"
-    say(f"verdict: {choice.verdict}{fits} (theta moved by {choice.shift:+g})")
+    judged = choice.overlap_before is not None
+    overlaps = f": overlap {choice.overlap_before:.3f} before, {choice.overlap_after:.3f} after" if judged else ""
+    say(f"verdict: {choice.verdict}{overlaps} (theta moved by {choice.shift:+g})")
     if choice.verdict == "worse":
         say(f"the new weights are in {args.out / 'rejected'}, the running ones stay")
         sys.exit(NOT_PROMOTED)

@@ -33,7 +33,7 @@ OF_PRESETS = r"[A-Za-z0-9=.,+-]{1,17}"  # names of defects that a line of deploy
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedProposal:
     """A proposal that somebody judged.
 
     Attributes:
@@ -51,15 +51,15 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ThresholdChoice:
     """The threshold that would have cost least.
 
     Attributes:
         threshold: 0..1; as CVAT shows confidences in percent, it lies half a percent below one of them.
         clicks, clicks_as_run: cost of all proposals with it, and with the threshold that ran.
         hidden_kept, hidden_rejected: how many of each kind it hides.
-        is_clear: whether a threshold chosen on the other photos saves clicks on a photo, with 95 % confidence; False if the
-            one that ran cost least.
+        is_clear: whether a threshold that is chosen on the other photos saves clicks on a photo, with 95 % confidence; False if
+            the threshold that ran cost least.
     """
 
     threshold: float
@@ -70,43 +70,43 @@ class Choice:
     is_clear: bool
 
 
-def judged_of(row: InteractionRow) -> Judged | None:
+def judged_of(row: InteractionRow) -> JudgedProposal | None:
     """A row as a proposal with its costs; None for a miss, and where confidence or cost is unknown."""
     is_piece = row.outcome == MODIFIED and not row.shape_keys  # of joined proposals the largest one has the whole shape
     if row.outcome == MISS or is_piece or not row.confidence.isdecimal():
         return None
-    photo = row.server, row.job, row.frame
+    photo, percent = (row.server, row.job, row.frame), int(row.confidence)
     if row.outcome == REJECTED:
-        return Judged(photo, False, int(row.confidence), LOOK_CLICKS + DELETE_CLICKS, 0)
+        return JudgedProposal(photo, False, percent, LOOK_CLICKS + DELETE_CLICKS, 0)
     if row.saved is None:
         return None
-    return Judged(photo, True, int(row.confidence), LOOK_CLICKS + row.vertices * (1 - row.saved), row.vertices)
+    return JudgedProposal(photo, True, percent, LOOK_CLICKS + row.vertices * (1 - row.saved), row.vertices)
 
 
-def best_threshold(proposals: Sequence[Judged], as_run: float = 0.0) -> Choice | None:
-    """The threshold of least cost; None where so few proposals or photos tell nothing.
+def best_threshold(proposals: Sequence[JudgedProposal], as_run: float = 0.0) -> ThresholdChoice | None:
+    """The threshold of least cost; None where there are too few proposals or photos to tell.
 
     Args:
         proposals: of one defect.
         as_run: the threshold that ran, the largest one where there were several, 0..1.
     """
-    photos = {photo: number for number, photo in enumerate(sorted({one.photo for one in proposals}))}
+    photos = {photo: number for number, photo in enumerate(sorted({proposal.photo for proposal in proposals}))}
     if len(proposals) < LEAST_PROPOSALS or len(photos) < LEAST_PHOTOS:
         return None
-    shown_from = sorted({one.percent for one in proposals if one.percent >= round(100 * as_run)})
-    least = np.array([*shown_from, max(one.percent for one in proposals) + 1])  # the last one shows nothing
-    costs = np.zeros((len(photos), len(least)))
-    for one in proposals:
-        costs[photos[one.photo]] += np.where(one.percent >= least, one.shown_clicks, one.hidden_clicks)
+    percents = {proposal.percent for proposal in proposals}
+    least = np.array(sorted(percent for percent in percents if percent >= round(100 * as_run)) + [max(percents) + 1])
+    costs = np.zeros((len(photos), len(least)))  # of every photo, for every least percent; the last one shows nothing
+    for proposal in proposals:
+        costs[photos[proposal.photo]] += np.where(proposal.percent >= least, proposal.shown_clicks, proposal.hidden_clicks)
     total = costs.sum(axis=0)
     best = int(total.argmin())
     # The threshold that is best on all photos always looks good on them. So each photo is judged by one chosen on the others.
     chosen = (total - costs).argmin(axis=1)
     gains = costs[:, 0] - costs[np.arange(len(photos)), chosen]
     lowest_gain = interval_95(bootstrap_sums(gains[:, None]).ravel())[0]
-    hidden = Counter(one.kept for one in proposals if least[0] <= one.percent < least[best])
+    hidden = Counter(proposal.kept for proposal in proposals if least[0] <= proposal.percent < least[best])
     threshold = min((least[best] - 0.5) / 100, 1.0)
-    return Choice(threshold, total[best], total[0], hidden[True], hidden[False], best > 0 and lowest_gain > 0)
+    return ThresholdChoice(threshold, total[best], total[0], hidden[True], hidden[False], best > 0 and lowest_gain > 0)
 
 
 def harvest_summary(engine: Engine, server: str, jobs: Collection[int]) -> list[str]:
@@ -118,30 +118,29 @@ def harvest_summary(engine: Engine, server: str, jobs: Collection[int]) -> list[
     lines = []
     groups: dict[tuple[str, str, str], list[tuple[InteractionRow, JobRow]]] = defaultdict(list)
     with Session(engine) as session:
-        of_jobs = select(JobRow).where(JobRow.server == server, JobRow.job.in_(jobs))
-        by_job = {job.job: job for job in session.scalars(of_jobs.order_by(JobRow.job))}
-        of_jobs = select(InteractionRow).where(InteractionRow.server == server, InteractionRow.job.in_(jobs))
-        rows = session.scalars(of_jobs.order_by(InteractionRow.id)).all()
-        outcomes = Counter((row.job, row.outcome) for row in rows)
-        for number, job in by_job.items():
-            kept, edited, rejected, missed = (outcomes[number, outcome] for outcome in (ACCEPTED, MODIFIED, REJECTED, MISS))
+        of_server = select(JobRow).where(JobRow.server == server, JobRow.job.in_(jobs))
+        for job in session.scalars(of_server.order_by(JobRow.job)).all():
+            of_job = select(InteractionRow).filter_by(server=server, job=job.job)
+            rows = session.scalars(of_job.order_by(InteractionRow.id)).all()
+            outcomes = Counter(row.outcome for row in rows)
+            kept, edited, rejected, missed = (outcomes[outcome] for outcome in (ACCEPTED, MODIFIED, REJECTED, MISS))
             time = "" if job.working_time_s is None else f", {job.working_time_s / 60:.0f} minutes"
             who = f" ({job.annotator})" if job.annotator else ""
-            lines.append(f"job {number}{who}: {kept} kept, {edited} edited, {rejected} rejected, {missed} missed{time}")
-        for row in rows:
-            if row.outcome != MISS:
-                groups[row.defect, by_job[row.job].annotator, row.weights].append((row, by_job[row.job]))
+            lines.append(f"job {job.job}{who}: {kept} kept, {edited} edited, {rejected} rejected, {missed} missed{time}")
+            for row in rows:
+                if row.outcome != MISS:
+                    groups[row.defect, job.annotator, row.weights].append((row, job))
         for (defect, annotator, weights), group in sorted(groups.items()):
-            told, *to_paste = _threshold_lines(defect, group)
+            found, *to_paste = _threshold_lines(defect, group)
             where = ", ".join(filter(None, (defect, annotator, weights and f"weights {weights}")))
-            lines += [f"{where}: {told}", *(f"  {line}" for line in to_paste)]
+            lines += [f"{where}: {found}", *(f"  {line}" for line in to_paste)]
     return lines
 
 
 def _threshold_lines(defect: str, group: Sequence[tuple[InteractionRow, JobRow]]) -> list[str]:
     """What is known of a threshold for these proposals, and where there is one, lines to paste."""
-    proposals = [one for row, _ in group if (one := judged_of(row))]
-    photos = len({one.photo for one in proposals})
+    proposals = [proposal for row, _ in group if (proposal := judged_of(row))]
+    photos = len({proposal.photo for proposal in proposals})
     choice = best_threshold(proposals, max((row.settings or {}).get("threshold") or 0.0 for row, _ in group))
     if choice is None:
         return [
@@ -150,17 +149,17 @@ def _threshold_lines(defect: str, group: Sequence[tuple[InteractionRow, JobRow]]
         ]
     if not choice.is_clear:
         return [f"no other threshold is clearly better: {len(proposals)} proposals cost {choice.clicks_as_run:.0f} clicks"]
-    told = [
+    lines = [
         f"threshold {choice.threshold:.3f} would have cost {choice.clicks:.0f} clicks in place of {choice.clicks_as_run:.0f}; it "
         f"hides {choice.hidden_rejected} rejected proposals and {choice.hidden_kept} that were kept"
     ]
     if re.fullmatch(OF_PRESETS, defect):
-        told.append(f"line for deploy.sh --presets: AdvCAM {defect} | defects={defect} threshold={choice.threshold:.3f}")
+        lines.append(f"line for deploy.sh --presets: AdvCAM {defect} | defects={defect} threshold={choice.threshold:.3f}")
     tasks = sorted({job.task for _, job in group} - {0})
     if tasks:
         steps = Counter(row.iterations for row, _ in group).most_common(1)[0][0] or "2"
-        told.append(
+        lines.append(
             f"for jobs that are not completed: defectcam cvat annotate {tasks[-1]} --iterations {steps} --defects "
             f"{shlex.quote(defect)} --threshold {choice.threshold:.3f}"
         )
-    return told
+    return lines

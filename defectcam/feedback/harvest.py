@@ -1,15 +1,14 @@
 """Learn from CVAT what annotators did with the proposals, and keep it in a database (paper 3.2).
 
-Reads the jobs that a person has completed, from a CVAT server or from an export ("CVAT for images 1.1"), and compares
-their shapes with what was proposed: accepted, modified, rejected, or missed by the function. What was proposed is
-known from the function's proposal log (ADVCAM_LOG_DIR there, --log here). Without a log, take a --snapshot right after
-each automatic annotation, before anybody edits.
+Reads the jobs that a person has completed, from a CVAT server or from an export ("CVAT for images 1.1"), and compares their
+shapes with the proposals: accepted, modified, rejected, or missed by the function. The proposals are known from the function's
+log (ADVCAM_LOG_DIR there, --log here). Without a log, take a --snapshot right after each automatic annotation, before the first
+edit.
 
-Jobs that are not completed are named and left alone, and so is the database where nothing has changed.
-docs/feedback.md describes the tables.
+Jobs that are not completed are named and left alone. docs/database.md describes the tables.
 
-Of each job it prints how many proposals were kept, edited and rejected, and how many shapes were missed; the minutes, where
-CVAT keeps events; and, where there are enough proposals to tell, the `threshold` that would have cost the annotator least.
+Of each job it prints how many proposals were kept, edited and rejected, how many shapes were missed, and the minutes, where CVAT
+keeps events. Where there are enough proposals, it prints the `threshold` that would have cost the annotator least.
 
 Exit status: 0 if a job was harvested, 3 if none was, 1 or 2 if something was wrong.
 
@@ -25,7 +24,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -36,30 +35,19 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from tqdm import tqdm
 
-from defectcam.command_line import command_parser
+from defectcam.command_line import command_parser, numbers
 from defectcam.cvat.client import CvatError, add_server_options
 from defectcam.feedback.costs import harvest_summary
-from defectcam.feedback.cvat import UNTOUCHED, CvatExport, Frame, Job, JobEvents, LeftOut, Shape, proposal_name, server_of
-from defectcam.feedback.match import Interaction, Proposal, match
-from defectcam.feedback.shown import LoggedProposals, shown_proposals, with_model_labels
-from defectcam.feedback.store import (
-    ACCEPTED,
-    MISS,
-    MODIFIED,
-    REJECTED,
-    FrameRow,
-    InteractionRow,
-    JobRow,
-    SnapshotRow,
-    StoreError,
-    add_store_option,
-    export_csv,
-    open_store,
-    without_secrets,
-)
+from defectcam.feedback.cvat import server_of
+from defectcam.feedback.cvat_export import CvatExport
+from defectcam.feedback.jobs import UNTOUCHED, Frame, Job, JobEvents, LeftOut, Shape, proposal_name
+from defectcam.feedback.match import NO_PROPOSAL, Interaction, Proposal, match
+from defectcam.feedback.shown import LoggedProposals, add_log_option, shown_proposals, with_model_labels
+from defectcam.feedback.store import ACCEPTED, MISS, MODIFIED, REJECTED, FrameRow, InteractionRow, JobRow, SnapshotRow
+from defectcam.feedback.store import StoreError, add_store_option, export_csv, open_store, without_secrets
 from defectcam.image import ImageError, decode_image, pixel_limit
-from defectcam.proposal_log import image_hash, read_proposal_log
-from defectcam.request import RequestError
+from defectcam.proposal_log import image_hash
+from defectcam.settings import RequestError
 from defectcam.training.labels import add_label_option
 from defectcam.training.names import LabelNames, check_label_names
 
@@ -82,9 +70,8 @@ class Harvest:
         failed: whether a job could not be read.
     """
 
-    def __init__(self, source, engine: Engine, log: LoggedProposals, label_names: Mapping[str, str] | None = None) -> None:
-        self.source, self.engine, self.log = source, engine, log
-        self.label_names = label_names or {}
+    def __init__(self, source, engine: Engine, log: LoggedProposals, label_names: Mapping[str, str]) -> None:
+        self.source, self.engine, self.log, self.label_names = source, engine, log, label_names
         self.notes: list[str] = []
         self.failed = False
 
@@ -99,27 +86,27 @@ class Harvest:
         """
         outcomes, harvested, jobs = Counter(), [], self._jobs()
         try:
-            there = {label for job in jobs for label in job.labels}
-            check_label_names(self.label_names, there, self.source.name, self.log.defects)
+            labels = {label for job in jobs for label in job.labels}
+            check_label_names(self.label_names, labels, self.source.name, self.log.defects)
         except ValueError as error:
             raise CvatError(str(error)) from None
         for job in tqdm(jobs, desc="jobs", unit="job", disable=None):
             if job.state != "completed":
-                self.notes.append(
-                    f"job {job.id} is not completed (state: {job.state}) and was left alone: set its state to completed in "
-                    "CVAT once it is annotated"
+                reason, remedy = (
+                    (f"not completed (state: {job.state})", "set its state to completed in CVAT once it is annotated")
                     if job.state
-                    else f"job {job.id} is not among --completed and was left alone: add it there if CVAT has it as completed"
+                    else ("not among --completed", "add it there if CVAT has it as completed")
                 )
+                self.notes.append(f"job {job.id} is {reason} and was left alone: {remedy}")
                 continue
-            of_job = self._skip_unreadable(self._job, job)
-            if of_job is not None:
-                outcomes += of_job
+            job_outcomes = self._skip_unreadable(self._harvest_job, job)
+            if job_outcomes is not None:
+                outcomes += job_outcomes
                 harvested.append(job.id)
         return outcomes, harvested, len(jobs)
 
     def snapshot(self) -> tuple[int, int]:
-        """Keep the proposals of all jobs that are not completed; returns the number of new snapshots, and of proposals."""
+        """Keep the proposals of all jobs that are not completed; returns the numbers of new snapshots and of their proposals."""
         jobs = self._jobs()
         waiting = [job for job in jobs if job.state != "completed"]
         if not waiting:
@@ -135,7 +122,7 @@ class Harvest:
         return jobs
 
     def _skip_unreadable(self, work: Callable[[Job], T], job: Job) -> T | None:
-        """What some work on a job returns. A job that cannot be read becomes a note and does not stop the others: None."""
+        """What `work` returns for a job; None for a job that cannot be read, which becomes a note."""
         try:
             return work(job)
         except LeftOut as reason:
@@ -146,7 +133,7 @@ class Harvest:
         return None
 
     def _job_snapshot(self, job: Job) -> int | None:
-        """Take a snapshot; returns the number of its proposals, None where the last one is the better one."""
+        """Take a snapshot; returns its number of proposals, or None where the last snapshot has them all."""
         if job.state != "new":
             self.notes.append(f"job {job.id} is {job.state}: proposals deleted in it already are not in the snapshot")
         shapes = [(frame, shape) for frame in self.source.frames(job) for shape in frame.shapes]
@@ -155,7 +142,6 @@ class Harvest:
         for frame, shape in untouched:
             if shape.proposal:
                 frames.setdefault(str(frame.number), []).append(snapshot_shape(shape, frame))
-        now_there = [shape for shapes in frames.values() for shape in shapes]
         nameless = sum(shape.source == "auto" and not shape.proposal for _, shape in untouched)
         if nameless:
             self.notes.append(
@@ -163,21 +149,23 @@ class Harvest:
                 "missing: they are another model's, or the task's labels are not those of the function"
             )
         with Session(self.engine) as session, session.begin():
-            last = self._snapshot(session, job)
-            before = [shape for shapes in last.frames.values() for shape in shapes] if last else []
             # Undoing a deletion and propagating give a shape another id, but leave it its name.
-            known = {proposal_name(shape["attributes"]) for shape in before}
-            if last and all(proposal_name(shape["attributes"]) in known for shape in now_there):
-                return None  # nothing but what people have left: the snapshot from before they edited is the better one
-            now = datetime.now(timezone.utc).isoformat()
-            session.add(SnapshotRow(server=self.source.name, job=job.id, taken=now, frames=frames))
-        return len(now_there)
+            last = self._last_snapshot(session, job)
+            if last and proposal_names(frames) <= proposal_names(last.frames):
+                return None  # people have only edited since: the earlier snapshot knows more
+            taken = datetime.now(timezone.utc).isoformat()
+            session.add(SnapshotRow(server=self.source.name, job=job.id, taken=taken, frames=frames))
+        return sum(map(len, frames.values()))
 
-    def _job(self, job: Job) -> Counter:
+    def _harvest_job(self, job: Job) -> Counter:
+        """Bring the database up to date with a completed job; returns its number of interactions per outcome."""
         frames, events = self.source.frames(job), self.source.events(job)
         with Session(self.engine) as session, session.begin():
-            events = remembered(events, session.get(JobRow, (self.source.name, job.id)))
-            images, last = self._images(session, job, frames), self._snapshot(session, job)
+            stored = session.get(JobRow, (self.source.name, job.id))
+            stored_frames = stored.frames if stored else []
+            if stored and events.working_time_s is None and not events.annotator:  # the event log is down, or was emptied
+                events = replace(events, working_time_s=stored.working_time_s, annotator=stored.annotator)
+            images, last = self._images(job, frames, stored_frames), self._last_snapshot(session, job)
             snapshot = self.log.without_replaced(frames, images, last) if last else None
             job, frames, snapshot, notes = with_model_labels(
                 job, frames, snapshot, self.log, self.label_names, self.log.defects
@@ -189,41 +177,35 @@ class Harvest:
                         f"job {job.id}: the label {label!r} does not count as {defect}; if it is, say so by --label "
                         f"{label}={defect}"
                     )
-            taken = last.taken if last else ""
-            shown, unknown = shown_proposals(frames, images, job, events, self.log, snapshot, taken)
+            shown, unknown = shown_proposals(frames, images, job, events, self.log, snapshot, last.taken if last else "")
             if len(unknown) == len(frames):
                 raise LeftOut(
                     "no proposal of it is known; give the function's log (--log), or take a --snapshot right after the "
                     "automatic annotation"
                 )
-            told = self._stored_interactions(session, job, unknown)
-            unknown -= {row.frame for row in told}
-            if unknown:
+            # Logs may be deleted once they are harvested: then what was harvested stays.
+            kept = {
+                frame.frame: frame.interactions
+                for frame in stored_frames
+                if frame.frame in unknown and any(row.outcome != MISS for row in frame.interactions)
+            }
+            if unknown - kept.keys():
                 self.notes.append(
-                    f"job {job.id}: no answer to {len(unknown)} of {len(frames)} photos is known; what was drawn there "
-                    "counts as missed, and what was rejected there cannot be told"
+                    f"job {job.id}: no answer to {len(unknown - kept.keys())} of {len(frames)} photos is known; what was drawn "
+                    "there counts as missed, and what was rejected there cannot be told"
                 )
-            rows = told + self._interactions(job, frames, shown, events, told)
-            self._store(session, job, frames, images, events, rows)
-            return Counter(row.outcome for row in rows)
+            interactions = kept | self._interactions(job, frames, shown, events, kept)
+            session.merge(self._job_row(job, frames, images, events, interactions))
+            return Counter(row.outcome for rows in interactions.values() for row in rows)
 
-    def _stored_interactions(self, session: Session, job: Job, frames: set[int]) -> list[InteractionRow]:
-        """What is known already of frames whose answer was known once: logs may be deleted once they are harvested."""
-        own = (InteractionRow.server == self.source.name, InteractionRow.job == job.id)
-        rows = session.scalars(select(InteractionRow).where(*own).order_by(InteractionRow.id)).all()
-        judged = {row.frame for row in rows if row.outcome != MISS} & frames
-        return [row for row in rows if row.frame in judged]
-
-    def _snapshot(self, session: Session, job: Job) -> SnapshotRow | None:
-        rows = select(SnapshotRow).where(SnapshotRow.server == self.source.name, SnapshotRow.job == job.id)
+    def _last_snapshot(self, session: Session, job: Job) -> SnapshotRow | None:
+        rows = select(SnapshotRow).filter_by(server=self.source.name, job=job.id)
         return session.scalars(rows.order_by(SnapshotRow.taken.desc()).limit(1)).first()
 
-    def _images(self, session: Session, job: Job, frames: Sequence[Frame]) -> dict[int, str]:
-        """Hashes of the photos' pixels, as far as they can be had; photos seen before are not asked for again."""
-        known = select(FrameRow).where(FrameRow.server == self.source.name, FrameRow.job == job.id)
-        photos = {frame.number: frame.name for frame in frames}  # frames may be deleted since, or be other photos
-        rows = [row for row in session.scalars(known) if photos.get(row.frame) == row.photo]
-        images = {row.frame: row.image for row in rows if row.image}
+    def _images(self, job: Job, frames: Sequence[Frame], stored_frames: Sequence[FrameRow]) -> dict[int, str]:
+        """Frame number -> hash of the photo's pixels, where it can be had; photos seen before are not asked for again."""
+        names = {frame.number: frame.name for frame in frames}  # frames may be deleted since, or be other photos
+        images = {row.frame: row.image for row in stored_frames if row.image and names.get(row.frame) == row.photo}
         if not self.log.by_image:
             return images
         gone = []
@@ -251,120 +233,115 @@ class Harvest:
         frames: Sequence[Frame],
         shown: dict[int, list[Proposal]],
         events: JobEvents,
-        told: Sequence[InteractionRow],
-    ) -> list[InteractionRow]:
-        """The interactions of all frames but those that are told of already."""
-        all_names = {p.name for proposals in shown.values() for p in proposals} | {row.proposal for row in told}
-        all_names = frozenset(all_names - {""})  # of misses
-        told_frames = {row.frame for row in told}
+        kept: dict[int, list[InteractionRow]],
+    ) -> dict[int, list[InteractionRow]]:
+        """The interactions of all frames but those whose interactions are kept, by frame number.
+
+        Args:
+            shown: frame number -> the proposals that its annotator saw.
+            kept: frame number -> what was harvested before and stays.
+        """
+        kept_rows = [row for rows in kept.values() for row in rows]
+        all_proposals = [proposal for proposals in shown.values() for proposal in proposals]
+        names = {proposal.name for proposal in all_proposals} | {row.proposal for row in kept_rows} - {""}
         found: list[tuple[Frame, Interaction]] = []
-        strangers: list[Shape] = []
+        unknown_shapes: list[Shape] = []
         for frame in frames:
-            if frame.number in told_frames:
+            if frame.number in kept:
                 continue
-            elsewhere = all_names - {p.name for p in shown[frame.number]}
+            elsewhere = frozenset(names - {proposal.name for proposal in shown[frame.number]})
             interactions, unknown = match(shown[frame.number], frame.shapes, frame.width, frame.height, elsewhere)
             found += [(frame, interaction) for interaction in interactions]
-            strangers += unknown
-        if strangers:
+            unknown_shapes += unknown
+        if unknown_shapes:
             self.notes.append(
-                f"job {job.id}: {len(strangers)} automatic shapes are of a run that neither log nor snapshot knows, or of "
+                f"job {job.id}: {len(unknown_shapes)} automatic shapes are of a run that neither log nor snapshot knows, or of "
                 "another model; they are left out"
             )
-        clicks = [1 + (interaction.edited_share or 0) * interaction.vertices for _, interaction in found]
-        all_weights = weights_on([proposal for proposals in shown.values() for proposal in proposals])
-        seconds_left = (events.working_time_s or 0) - sum(row.working_time_s or 0 for row in told)
-        seconds = max(seconds_left, 0) / max(sum(clicks), 1)
-        return [
-            InteractionRow(
-                id=self._id(job, frame, one),
-                server=self.source.name,
-                job=job.id,
-                frame=frame.number,
-                outcome=one.outcome,
-                change=one.change,
-                defect=one.defect,
-                final_defect=one.final_defect,
-                proposal=one.proposal.name if one.proposal else "",
-                proposed=one.proposed,
-                shape_keys=[shape.key for shape in one.shapes],
-                iou=rounded(one.iou),
-                edited_share=rounded(one.edited_share),
-                saved=rounded(one.saved),
-                vertices=one.vertices,
-                working_time_s=None if events.working_time_s is None else round(seconds * own, 2),
-                confidence=one.proposal.confidence if one.proposal else "",
-                iterations=one.proposal.iterations if one.proposal else "",
-                weights=one.proposal.weights if one.proposal else weights_on(shown[frame.number]) or all_weights,
-                settings=one.proposal.settings if one.proposal else None,
-            )
-            for (frame, one), own in zip(found, clicks)
-        ]
+        seconds_left = (events.working_time_s or 0) - sum(row.working_time_s or 0 for row in kept_rows)
+        seconds_per_click = max(seconds_left, 0) / max(sum(interaction.clicks for _, interaction in found), 1)
+        rows: dict[int, list[InteractionRow]] = defaultdict(list)
+        for frame, interaction in found:
+            seconds = None if events.working_time_s is None else round(seconds_per_click * interaction.clicks, 2)
+            # A miss is laid to the weights that most of the photo's proposals are from.
+            weights = weights_of(shown[frame.number]) or weights_of(all_proposals)
+            rows[frame.number].append(self._interaction_row(job, frame, interaction, seconds, weights))
+        return rows
 
-    def _id(self, job: Job, frame: Frame, one: Interaction) -> str:
-        own = one.proposal.name if one.proposal else f"shape {one.shapes[0].key}"
-        key = repr((self.source.name, job.id, frame.number, own))
-        return hashlib.blake2s(key.encode(), digest_size=6).hexdigest()
+    def _interaction_row(
+        self, job: Job, frame: Frame, interaction: Interaction, working_time_s: float | None, weights_of_misses: str
+    ) -> InteractionRow:
+        """What the database keeps of an interaction."""
+        proposal = interaction.proposal or NO_PROPOSAL
+        what = proposal.name if interaction.proposal else f"shape {interaction.shapes[0].key}"
+        key = repr((self.source.name, job.id, frame.number, what))
+        return InteractionRow(
+            id=hashlib.blake2s(key.encode(), digest_size=6).hexdigest(),
+            server=self.source.name,
+            job=job.id,
+            frame=frame.number,
+            outcome=interaction.outcome,
+            change=interaction.change,
+            defect=interaction.defect,
+            final_defect=interaction.final_defect,
+            proposal=proposal.name,
+            proposed=interaction.proposed,
+            shape_keys=[shape.key for shape in interaction.shapes],
+            iou=rounded(interaction.iou),
+            edited_share=rounded(interaction.edited_share),
+            saved=rounded(interaction.saved),
+            vertices=interaction.vertices,
+            working_time_s=working_time_s,
+            confidence=proposal.confidence,
+            iterations=proposal.iterations,
+            weights=proposal.weights if interaction.proposal else weights_of_misses,
+            settings=proposal.settings,
+        )
 
-    def _store(
+    def _job_row(
         self,
-        session: Session,
         job: Job,
         frames: Sequence[Frame],
         images: dict[int, str],
         events: JobEvents,
-        rows: Sequence[InteractionRow],
-    ) -> None:
-        """Make the database say what CVAT says now; rows that are equal are not touched."""
-        new: list = [
-            JobRow(
-                server=self.source.name,
-                job=job.id,
-                task=job.task_id,
-                annotator=events.annotator or job.annotator,
-                completed=job.updated,
-                labels=list(job.labels),
-                working_time_s=events.working_time_s,
-            )
-        ]
-        new += [
-            FrameRow(
-                server=self.source.name,
-                job=job.id,
-                frame=frame.number,
-                photo=frame.name,
-                width=frame.width,
-                height=frame.height,
-                image=images.get(frame.number, ""),
-                shapes=[stored_shape(shape) for shape in frame.shapes],
-            )
-            for frame in frames
-        ]
-        kept = {row.id for row in rows}, {frame.number for frame in frames}
-        for table, keep, key in ((InteractionRow, kept[0], "id"), (FrameRow, kept[1], "frame")):
-            old = select(table).where(table.server == self.source.name, table.job == job.id)
-            for row in session.scalars(old).all():
-                if getattr(row, key) not in keep:
-                    session.delete(row)
-            session.flush()  # interactions go before the frames that they point to
-        for part in (new[:1], new[1:], rows):  # in the order of their foreign keys
-            for row in part:
-                session.merge(row)
-            session.flush()
+        interactions: dict[int, list[InteractionRow]],
+    ) -> JobRow:
+        """What the database keeps of a job, its frames and interactions included."""
+        return JobRow(
+            server=self.source.name,
+            job=job.id,
+            task=job.task_id,
+            annotator=events.annotator or job.annotator,
+            completed=job.updated,
+            labels=list(job.labels),
+            working_time_s=events.working_time_s,
+            frames=[
+                FrameRow(
+                    server=self.source.name,
+                    job=job.id,
+                    frame=frame.number,
+                    photo=frame.name,
+                    width=frame.width,
+                    height=frame.height,
+                    image=images.get(frame.number, ""),
+                    shapes=[stored_shape(shape) for shape in frame.shapes],
+                    interactions=interactions.get(frame.number, []),
+                )
+                for frame in frames
+            ],
+        )
 
 
-def remembered(events: JobEvents, known: JobRow | None) -> JobEvents:
-    """The events, or what they said before where there are none now: the event log may be down, or emptied."""
-    if known and events.working_time_s is None and not events.annotator:
-        return replace(events, working_time_s=known.working_time_s, annotator=known.annotator)
-    return events
+def proposal_names(frames: dict[str, list[dict]]) -> set[str]:
+    """Names of the proposals of a snapshot, see `SnapshotRow.frames`."""
+    return {proposal_name(shape["attributes"]) for shapes in frames.values() for shape in shapes}
 
 
 def snapshot_shape(shape: Shape, frame: Frame) -> dict:
     """A shape as snapshots keep it: with its attributes and the size of the photo, which may change."""
-    own = stored_shape(shape)
-    del own["source"]
-    return own | {"attributes": dict(sorted(shape.attributes.items())), "width": frame.width, "height": frame.height}
+    stored = stored_shape(shape)
+    del stored["source"]
+    return stored | {"attributes": dict(sorted(shape.attributes.items())), "width": frame.width, "height": frame.height}
 
 
 def stored_shape(shape: Shape) -> dict:
@@ -379,8 +356,8 @@ def stored_shape(shape: Shape) -> dict:
     }
 
 
-def weights_on(proposals: Sequence[Proposal]) -> str:
-    """The version of the weights most of the proposals are from, "" if that is unknown: misses are laid to it."""
+def weights_of(proposals: Sequence[Proposal]) -> str:
+    """The version of the weights that most of the proposals are from, "" if that is unknown."""
     versions = Counter(proposal.weights for proposal in proposals if proposal.weights)
     return versions.most_common(1)[0][0] if versions else ""
 
@@ -393,13 +370,8 @@ def job_ids(text: str) -> list[int] | None:
     """"7,8" -> [7, 8], "all" -> None."""
     try:
         return None if text == "all" else numbers(text)
-    except ValueError:
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither job ids (7,8) nor all") from None
-
-
-def numbers(text: str) -> list[int]:
-    """"7,8" -> [7, 8]."""
-    return [int(number) for number in text.split(",") if number]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -408,10 +380,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_server_options(parser)
     parser.add_argument("--tasks", type=numbers, default=[], help="task ids: 7,8 (default: all the user may see)")
     parser.add_argument("--export", type=Path, help='instead of a server: an export as "CVAT for images 1.1"')
-    parser.add_argument("--completed", type=job_ids, default=[], help="with --export: ids of its completed jobs, or all; exports do not say")
     parser.add_argument(
-        "--log", type=Path, action="append", default=[], help="the function's ADVCAM_LOG_DIR; may be given several times"
+        "--completed", type=job_ids, default=[], help="with --export: ids of its completed jobs, or all; exports do not say"
     )
+    add_log_option(parser)
     add_label_option(parser)
     parser.add_argument("--snapshot", action="store_true", help="only keep the proposals of jobs not completed")
     add_store_option(parser)
@@ -421,9 +393,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("an export does not say which jobs are completed: give --completed 7,8 or --completed all")
     if args.export and args.snapshot:
         parser.error("--snapshot needs the server: an export is a snapshot of nothing that can be told later")
-    for folder in args.log:
-        if not folder.is_dir():
-            parser.error(f"--log {folder} is no folder; give what the function has as ADVCAM_LOG_DIR")
     try:
         source = CvatExport(args.export, args.completed) if args.export else server_of(args, args.tasks)
     except RequestError as error:
@@ -434,8 +403,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         engine = open_store(args.db)
         place = without_secrets(engine.url)
-        log = LoggedProposals(record for folder in args.log for record in read_proposal_log(folder))
-        harvest = Harvest(source, engine, log, args.label_names)
+        harvest = Harvest(source, engine, LoggedProposals.read(args.log), args.label_names)
         harvest.notes += source.notes if args.export else []
         if args.snapshot:
             snapshots, proposals = harvest.snapshot()

@@ -25,37 +25,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-from defectcam.command_line import command_parser
+from defectcam.command_line import command_parser, numbers
 from defectcam.evaluation.figures import PhotoFigures, photo_figures, set_figures
 from defectcam.evaluation.measures import bootstrap_sums, interval_95
-from defectcam.evaluation.photos import LabelledPhoto, labelled_photos
+from defectcam.evaluation.photos import labelled_photos
 from defectcam.feedback.adapt import STEPS, adapt
-from defectcam.feedback.next_images import look_at_all, ranked
-from defectcam.predict import Predictor, device_and_engine
+from defectcam.feedback.next_images import acquisition_stats_of, ranked
+from defectcam.predict import open_weights
 from defectcam.training.calibrate import say, spread
 from defectcam.training.clicks import photo_path, split_stems
 from defectcam.training.config import TrainConfig, names
 from defectcam.training.labels import LabelledSet, photo_size
 from defectcam.weights import WeightsError, load_weights
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
 SHOWN = {"iou": "IoU", "f1_2px": "F1 at 2 px", "found_recall": "found instances", "eq3": "Eq. 3"}
 KINDS = {"outlines": "o-", "clicks": "s", "proposed": "^"}  # and how they are drawn
-CAMPAIGN, OLD = "campaign", "old"
 
 
 def campaign_photos(data: Path, set_name: str, defect: str, judged: int) -> tuple[list[str], list[str]]:
@@ -85,12 +81,12 @@ class Experiment:
         self.args = args
         self.name = f"{args.defect}-{args.campaign}"
         self.work = args.out / "work" / self.name
-        facts = {name: str(value) for name, value in vars(args).items() if name not in ("out", "draws")}
+        identity = {name: str(value) for name, value in vars(args).items() if name not in ("out", "draws")}
         written = self.work / "arguments.json"
-        if written.exists() and json.loads(written.read_text()) != facts:
+        if written.exists() and json.loads(written.read_text()) != identity:
             raise ValueError(f"{self.work} holds a run with other arguments, see {written}: choose another --out, or remove it")
         self.work.mkdir(parents=True, exist_ok=True)
-        written.write_text(json.dumps(facts, indent=1))
+        written.write_text(json.dumps(identity, indent=1))
         self.pool, judged = campaign_photos(args.data, args.campaign, args.defect, args.judged)
         if max(args.photos) > len(self.pool):
             raise ValueError(f"--photos {max(args.photos)}: {args.campaign} has {len(self.pool)} photos to draw from")
@@ -98,14 +94,15 @@ class Experiment:
         self.judging = view_of(args.data, self.work / "judging", {args.campaign: {"val": judged}, **old})
 
     def run(self) -> dict:
-        """All arms; what came out, as JSON has it."""
+        """All rows of the table ("arms"); what came out, as JSON has it."""
         args = self.args
-        arms = [{"kind": "before", "k": 0, "draw": None, **self.figures("before", args.weights)}]
+        arms = [{"kind": "before", "k": 0, "draw": None, **self.once("before", lambda: self.judge(args.weights))}]
         if args.all_weights:
-            arms.append({"kind": "all", "k": None, "draw": None, **self.figures("all", args.all_weights)})
+            arms.append({"kind": "all", "k": None, "draw": None, **self.once("all", lambda: self.judge(args.all_weights))})
         for kind, count, draw, stems in self.runs():
             name = f"{kind}-{count}" + ("" if draw is None else f"-{draw}")
-            arms.append({"kind": kind, "k": count, "draw": draw, **self.adapted(name, kind, stems)})
+            result = self.once(name, lambda: self.adapted(name, kind, stems))
+            arms.append({"kind": kind, "k": count, "draw": draw, **result})
             shutil.rmtree(self.work / name, ignore_errors=True)
         return {"command": "defectcam " + shlex.join(sys.argv[1:]), "defect": args.defect, "campaign": args.campaign,
                 "old_sets": args.old_sets, "draws": args.draws, "arms": arms}  # fmt: skip
@@ -120,66 +117,52 @@ class Experiment:
             for count in args.clicked:
                 yield "clicks", count, draw, [self.pool[index] for index in order[:count]]
             if not draw and args.proposed:
-                first = self.proposed()
+                first = self.once("proposed", self.proposed)
                 for count in args.proposed:
                     yield "proposed", count, None, first[:count]
 
     def proposed(self) -> list[str]:
-        """The photos in the order of `next-images`."""
-        kept = self.work / "proposed.json"
+        """The stems of the photos in the order of `next-images`."""
+        stem_of = {photo_path(self.args.data / self.args.campaign, stem): stem for stem in self.pool}
+        stats, _ = acquisition_stats_of(open_weights(self.args.weights), list(stem_of))
+        return [stem_of[photo.stats.path] for photo in ranked(stats)]
+
+    def once(self, name: str, work: Callable[[], object]):
+        """What `work` returns, as JSON has it; done once, then read from a file of this name."""
+        kept = self.work / f"{name}.json"
         if not kept.exists():
-            paths = {photo_path(self.args.data / self.args.campaign, stem): stem for stem in self.pool}
-            looks, _ = look_at_all(self.predictor(self.args.weights), list(paths))
-            kept.write_text(json.dumps([paths[one.look.path] for one in ranked(looks)]))
+            kept.write_text(json.dumps(work()))
         return json.loads(kept.read_text())
 
     def adapted(self, name: str, kind: str, stems: Sequence[str]) -> dict:
         """Adapt with some photos; the figures of the new weights, the verdict and the minutes of the weights and of all."""
-        kept, args = self.work / f"{name}.json", self.args
-        if not kept.exists():
-            folder = self.work / name
-            shutil.rmtree(folder, ignore_errors=True)
-            data = view_of(args.data, folder / "data", {args.campaign: {"train": list(stems)}})
-            labels = TrainConfig(
-                args.defect, data, sets=(args.campaign,), labels="clicks" if kind == "clicks" else "outlines",
-                steps=args.steps, seed=args.seed,
-            )  # fmt: skip
-            say(f"{self.name}: {name}")
-            choice = adapt(labels, args.weights, folder / "next")
-            # Weights that are worse are judged, too: the verdict must be right about them.
-            weights = folder / "next" / ("rejected" if choice.verdict == "worse" else ".")
-            record = load_weights(weights).facts[args.defect].training["adapted"][-1]
-            found = self.judge(weights)
-            kept.write_text(json.dumps({name: record[name] for name in ("verdict", "minutes", "minutes_of_all")} | found))
-        return json.loads(kept.read_text())
-
-    def figures(self, name: str, weights: Path) -> dict:
-        """The figures of weights that are there."""
-        kept = self.work / f"{name}.json"
-        if not kept.exists():
-            kept.write_text(json.dumps(self.judge(weights)))
-        return json.loads(kept.read_text())
-
-    def predictor(self, weights: Path) -> Predictor:
-        """Proposals of some weights."""
-        return Predictor(load_weights(weights), *device_and_engine(os.environ))
+        args, folder = self.args, self.work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        data = view_of(args.data, folder / "data", {args.campaign: {"train": list(stems)}})
+        labels = TrainConfig(
+            args.defect, data, sets=(args.campaign,), labels="clicks" if kind == "clicks" else "outlines",
+            steps=args.steps, seed=args.seed,
+        )  # fmt: skip
+        say(f"{self.name}: {name}")
+        choice = adapt(labels, args.weights, folder / "next")
+        # Weights that are worse are judged, too: the verdict must be right about them.
+        weights = folder / "next" / ("rejected" if choice.verdict == "worse" else ".")
+        record = load_weights(weights).configs[args.defect].training["adapted"][-1]
+        return {key: record[key] for key in ("verdict", "minutes", "minutes_of_all")} | self.judge(weights)
 
     def judge(self, weights: Path) -> dict:
-        """Figures of the campaign and of every old set, and what every photo adds to them."""
-        args, predictor = self.args, self.predictor(weights)
+        """Figures of the campaign and of every old set, and IoU and F1 of every photo of the old sets."""
+        args, predictor = self.args, open_weights(weights)
         by_set: dict[str, list[PhotoFigures]] = {}
         for photo in labelled_photos(self.judging, [args.campaign, *args.old_sets], [], "val", args.defect):
-            by_set.setdefault(photo.set_name, []).append(self.photo(predictor, photo))
-        shown = {name: {key: value for key, value in set_figures(of).items() if key in SHOWN} for name, of in by_set.items()}
-        return {
-            "figures": shown,
-            "old": [[one.counts.get("iou", 1.0), one.counts.get("f1", 1.0)] for name in args.old_sets for one in by_set[name]],
+            proposals = predictor.propose(photo.image_rgb, args.defect, steps=0)
+            figures = photo_figures(args.defect, photo, [proposal.component for proposal in proposals])
+            by_set.setdefault(photo.set_name, []).append(figures)
+        shown = {
+            name: {key: value for key, value in set_figures(photos).items() if key in SHOWN} for name, photos in by_set.items()
         }
-
-    def photo(self, predictor: Predictor, photo: LabelledPhoto) -> PhotoFigures:
-        """What a photo adds."""
-        proposals = predictor.propose(photo.image_rgb, self.args.defect, steps=0)
-        return photo_figures(self.args.defect, photo, [one.component for one in proposals])
+        old = [photo.counts for name in args.old_sets for photo in by_set[name]]
+        return {"figures": shown, "old": [[counts.get("iou", 1.0), counts.get("f1", 1.0)] for counts in old]}
 
 
 def loss_on_old(arms: Sequence[dict], before: dict, column: int) -> list[float]:
@@ -195,9 +178,9 @@ def loss_on_old(arms: Sequence[dict], before: dict, column: int) -> list[float]:
 def table(found: dict) -> list[dict]:
     """One row for all draws of a kind and a number of photos: means, and the least and largest where there are several."""
     rows, before = [], found["arms"][0]
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[dict]] = defaultdict(list)
     for arm in found["arms"]:
-        groups.setdefault((arm["kind"], arm["k"]), []).append(arm)
+        groups[arm["kind"], arm["k"]].append(arm)
     for (kind, count), arms in groups.items():
         row = {"arm": kind + (f", {count}" if count else ""), "draws": len(arms), "kind": kind, "k": count}
         for name in SHOWN:
@@ -218,36 +201,36 @@ def table(found: dict) -> list[dict]:
 
 def draw(campaigns: Sequence[dict], path: Path) -> None:
     """A row of plots for each campaign: each figure over the number of finished photos."""
-    figure, rows = pyplot.subplots(len(campaigns), len(SHOWN), figsize=(3.2 * len(SHOWN), 2.6 * len(campaigns)), squeeze=False)
-    for axes, found in zip(rows, campaigns):
-        of_kind: dict[str, list[dict]] = {}
+    figure = Figure(figsize=(3.2 * len(SHOWN), 2.6 * len(campaigns)))
+    for axes, found in zip(figure.subplots(len(campaigns), len(SHOWN), squeeze=False), campaigns):
+        of_kind: dict[str, list[dict]] = defaultdict(list)
         for row in table(found):
-            of_kind.setdefault(row["kind"], []).append(row)
+            of_kind[row["kind"]].append(row)
         for axis, (name, title) in zip(axes, SHOWN.items()):
             before = of_kind["before"][0]
             if name not in before:
                 axis.set_axis_off()
                 continue
             for kind, style in KINDS.items():
-                own = [*([before] if kind == "outlines" else []), *of_kind.get(kind, [])]
-                if len(own) > (kind == "outlines"):
-                    values = [row[name] for row in own]
-                    below = [row[name] - row[f"{name}_ends"][0] for row in own]
-                    above = [row[f"{name}_ends"][1] - row[name] for row in own]
-                    axis.errorbar([row["k"] for row in own], values, np.clip([below, above], 0, None), fmt=style, capsize=3, label=kind)
-            for row in of_kind.get("all", []):
+                if of_kind[kind]:
+                    points = [before, *of_kind[kind]] if kind == "outlines" else of_kind[kind]
+                    values = [row[name] for row in points]
+                    below = [row[name] - row[f"{name}_ends"][0] for row in points]
+                    above = [row[f"{name}_ends"][1] - row[name] for row in points]
+                    counts, errors = [row["k"] for row in points], np.clip([below, above], 0, None)
+                    axis.errorbar(counts, values, errors, fmt=style, capsize=3, label=kind)
+            for row in of_kind["all"]:
                 axis.axhline(row[name], color="#888", linestyle="--", label="all train photos")
             axis.set_xscale("symlog", linthresh=1)
             axis.set_xlim(left=-0.3)
-            axis.set_xticks([0, *sorted({row["k"] for row in of_kind.get("outlines", [])})])
+            axis.set_xticks([0, *sorted({row["k"] for row in of_kind["outlines"]})])
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.set_title(f"{found['defect']}, {found['campaign']}: {title}".replace("$", r"\$"), fontsize=8)
+            axis.set_title(f"{found['defect']}, {found['campaign']}: {title}", fontsize=8)
             axis.grid(alpha=0.3)
         axes[0].legend(fontsize=7)
         axes[0].set_xlabel("finished photos", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    pyplot.close(figure)
 
 
 def plain(name: str) -> str:
@@ -289,14 +272,6 @@ def write_page(out: Path) -> Path:
     page = out / "loop.md"
     page.write_text(PAGE.render(campaigns=[(one, table(one)) for one in campaigns], shown=SHOWN, plain=plain), encoding="utf-8")
     return page
-
-
-def numbers(text: str) -> list[int]:
-    """"1,5" -> [1, 5]; each 1 or more."""
-    found = [int(word) for word in text.split(",") if word]
-    if any(number < 1 for number in found):
-        raise ValueError
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,18 +3,17 @@
 On the one campaign that was tried, adapting to the first five taught less than adapting to five random photos that show the
 defect (docs/loop.md). So look at the list, and leave out photos that show little.
 
-Every photo is reduced to half a megapixel, which keeps the time short. It goes through the networks twice, as it is and
-mirrored, without climbing. Every pixel has a probability of the defect, and what counts is its mean over windows of 64 px around
-every 32nd pixel. Of each photo the tenth of the windows counts that has most of it, and of the defects the one with most:
+Every photo is reduced to half a megapixel. The networks see it twice, as it is and mirrored, without climbing, and give every
+pixel a probability of the defect. Means are taken over windows of 64 px around every 32nd pixel. Of each photo the highest tenth
+of the windows counts, and the defect with the highest sum.
 
-uncertainty    the mean entropy of the window's pixels: 1 bit where all have 0.5, nothing where the network is sure.
-disagreement   between photo and mirror image: by how much the window's mean probability differs, 0 to 1. What the
-               network has understood does not depend on which way it runs.
-diversity      the distance to the nearest photo higher up the list, of the encoder's features (their mean and deviation
-               over the photo), as d / (d + the median distance from the mean): 0 for a copy, 1 for the first photo.
+uncertainty    the mean entropy of a window's pixels: 1 bit where all have 0.5, 0 where the network is sure.
+disagreement   between photo and mirror image: the difference of a window's mean probabilities, 0 to 1.
+diversity      the distance d to the nearest photo higher up the list, by the encoder's features (their mean and deviation over
+               the photo), as d / (d + the median distance from the mean): 0 for a copy, 1 for the first photo.
 
-The score is the mean of uncertainty and disagreement, times diversity. The list is made one by one, always with the
-photo that then has the largest score (farthest-first), so ten photos of one wall do not fill its top.
+The score is the mean of uncertainty and disagreement, times diversity. The next photo of the list is always the one that then
+has the largest score (farthest-first), so ten photos of one wall do not fill its top.
 
 Example:
     defectcam next-images photos --out out/next
@@ -23,45 +22,43 @@ Example:
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import jinja2
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from defectcam.command_line import command_parser
+from defectcam.command_line import command_parser, count
 from defectcam.cvat.client import CvatError, add_server_options
 from defectcam.cvat_labels import labels_with, task_labels
 from defectcam.encoders import normalised
+from defectcam.evaluation.pages import at_width, page, write_ranking
 from defectcam.feedback.cvat import server_of
 from defectcam.image import PHOTO_SUFFIXES, ImageError, decode_image, pixel_limit
-from defectcam.paths import not_read, photo_files, tell_not_read, write_image
-from defectcam.predict import Predictor, device_and_engine
+from defectcam.paths import not_read, photo_files, tell_not_read
+from defectcam.predict import Predictor, open_weights
 from defectcam.proposals import probability
 from defectcam.pyramid import Pyramid
-from defectcam.request import RequestError
+from defectcam.settings import RequestError
 from defectcam.text import read_lines
 from defectcam.torch_engine import TorchEngine
-from defectcam.weights import WeightsError, load_weights
+from defectcam.weights import WeightsError, add_weights_option
 
-LOOKED_AT_PX = 500_000  # a photo has so many pixels at most
+LARGEST_PHOTO_PX = 500_000  # larger photos are reduced to it
 WINDOW_PX, SPACING_PX = 64, 32
-MOST_SHARE = 0.1  # of a photo's windows: a small defect must not drown, a single window not decide
-FEATURES_PX = 256  # longer side of the photo whose features say what it is a photo of
+HIGHEST_SHARE = 0.1  # of a photo's windows that count: a small defect is not lost, and one window does not decide
+FEATURES_PX = 256  # longer side of the small copy that the encoder's features are taken of
 PICTURE_PX = 320
 COLUMNS = ("rank", "path", "score", "uncertainty", "disagreement", "diversity", "nearest", "defect")
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class AcquisitionStats:
     """What the weights say of one photo.
 
     Attributes:
@@ -70,7 +67,7 @@ class Look:
         uncertainty: bits, 0..1.
         disagreement: 0..1.
         features: (D,) float64.
-        doubts: mean entropy of the windows, (rows, columns) float32, bits.
+        entropies: mean entropy of the windows, (rows, columns) float32, bits.
     """
 
     path: Path
@@ -78,7 +75,7 @@ class Look:
     uncertainty: float
     disagreement: float
     features: np.ndarray
-    doubts: np.ndarray
+    entropies: np.ndarray
 
     @property
     def information(self) -> float:
@@ -87,10 +84,10 @@ class Look:
 
 
 @dataclass(frozen=True, eq=False)
-class Ranked:
-    """A photo's place in the list; `nearest` is the photo higher up that is most like it, None for the first."""
+class RankedPhoto:
+    """A photo of the ordered list; `nearest` is the photo higher up that is most like it, None for the first."""
 
-    look: Look
+    stats: AcquisitionStats
     score: float
     diversity: float
     nearest: Path | None
@@ -102,10 +99,9 @@ def entropy_bits(probabilities: np.ndarray) -> np.ndarray:
     return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
 
 
-def mean_of_most(values: np.ndarray) -> float:
-    """Mean of the largest MOST_SHARE of the values, one of them at least."""
-    count = math.ceil(MOST_SHARE * values.size)
-    return float(np.sort(values, axis=None)[-count:].mean())
+def mean_of_highest(values: np.ndarray) -> float:
+    """Mean of the largest HIGHEST_SHARE of the values, one of them at least."""
+    return float(np.sort(values, axis=None)[-math.ceil(HIGHEST_SHARE * values.size) :].mean())
 
 
 def window_means(values: np.ndarray) -> np.ndarray:
@@ -116,7 +112,7 @@ def window_means(values: np.ndarray) -> np.ndarray:
 
 def pixel_probabilities(predictor: Predictor, pyramid: Pyramid, defect: str) -> np.ndarray:
     """The probability of the defect at every pixel, (H, W) float32."""
-    slope, intercept = predictor.weights.facts[defect].platt
+    slope, intercept = predictor.weights.configs[defect].platt
     return probability(slope * predictor.maps(pyramid, defect).merged() + intercept)
 
 
@@ -132,9 +128,9 @@ def pooled_features(engine: TorchEngine, image_rgb: np.ndarray) -> np.ndarray:
     return torch.cat([deepest.mean(1), deepest.std(1, correction=0)]).cpu().numpy()
 
 
-def look_at(predictor: Predictor, path: Path, image_rgb: np.ndarray) -> Look:
-    """Everything the order needs of a photo (H, W, 3) uint8."""
-    scale = min(1.0, math.sqrt(LOOKED_AT_PX / (image_rgb.shape[0] * image_rgb.shape[1])))
+def acquisition_stats(predictor: Predictor, path: Path, image_rgb: np.ndarray) -> AcquisitionStats:
+    """What the order needs of a photo (H, W, 3) uint8."""
+    scale = min(1.0, math.sqrt(LARGEST_PHOTO_PX / (image_rgb.shape[0] * image_rgb.shape[1])))
     size = [max(1, round(scale * length)) for length in image_rgb.shape[1::-1]]
     image_rgb = cv2.resize(image_rgb, size, interpolation=cv2.INTER_AREA) if scale < 1 else image_rgb
     pyramids = Pyramid(image_rgb), Pyramid(np.ascontiguousarray(image_rgb[:, ::-1]))
@@ -142,31 +138,31 @@ def look_at(predictor: Predictor, path: Path, image_rgb: np.ndarray) -> Look:
     def figures(defect: str) -> tuple[float, float, np.ndarray]:
         here, mirrored = (pixel_probabilities(predictor, pyramid, defect) for pyramid in pyramids)
         there = np.ascontiguousarray(mirrored[:, ::-1])
-        doubts = window_means(entropy_bits(here))
-        return mean_of_most(doubts), mean_of_most(np.abs(window_means(here) - window_means(there))), doubts
+        entropies = window_means(entropy_bits(here))
+        return mean_of_highest(entropies), mean_of_highest(np.abs(window_means(here) - window_means(there))), entropies
 
     found = {defect: figures(defect) for defect in predictor.defects}
     defect = max(found, key=lambda name: found[name][0] + found[name][1])
     features = np.concatenate([pooled_features(predictor.torch_engine(name), image_rgb) for name in found])
-    return Look(path, defect, *found[defect][:2], features, found[defect][2])
+    return AcquisitionStats(path, defect, *found[defect][:2], features, found[defect][2])
 
 
-def ranked(looks: Sequence[Look]) -> list[Ranked]:
+def ranked(photos: Sequence[AcquisitionStats]) -> list[RankedPhoto]:
     """The photos in the order to label them in; see the top of this module."""
-    features = np.stack([look.features for look in looks])
+    features = np.stack([photo.features for photo in photos])
     deviation = features.std(axis=0)
     features = (features - features.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
     typical = float(np.median(np.linalg.norm(features, axis=1))) or 1.0
-    information = np.array([look.information for look in looks])
-    distance, diversity = np.full(len(looks), np.inf), np.ones(len(looks))
-    nearest = np.full(len(looks), -1)
-    order: list[Ranked] = []
-    waiting = np.ones(len(looks), bool)
+    information = np.array([photo.information for photo in photos])
+    distance, diversity = np.full(len(photos), np.inf), np.ones(len(photos))
+    nearest = np.full(len(photos), -1)
+    order: list[RankedPhoto] = []
+    waiting = np.ones(len(photos), bool)
     while waiting.any():
         scores = np.where(waiting, information * diversity, -1.0)
         pick = int(scores.argmax())
-        like = looks[nearest[pick]].path if order else None
-        order.append(Ranked(looks[pick], float(scores[pick]), float(diversity[pick]), like))
+        like = photos[nearest[pick]].path if order else None
+        order.append(RankedPhoto(photos[pick], float(scores[pick]), float(diversity[pick]), like))
         waiting[pick] = False
         to_pick = np.linalg.norm(features - features[pick], axis=1)
         nearest[to_pick < distance] = pick
@@ -198,9 +194,9 @@ def photo_paths(source: Path) -> list[Path]:
     return found
 
 
-def look_at_all(predictor: Predictor, paths: Sequence[Path]) -> tuple[list[Look], dict[Path, str]]:
-    """Looks at the photos, and of those that cannot be read the reason."""
-    looks, skipped = [], {}
+def acquisition_stats_of(predictor: Predictor, paths: Sequence[Path]) -> tuple[list[AcquisitionStats], dict[Path, str]]:
+    """`acquisition_stats` of all photos; and path -> reason of those that cannot be read."""
+    stats, skipped = [], {}
     for path in tqdm(paths, desc="photos", unit="photo"):
         try:
             image_rgb = decode_image(path.read_bytes(), pixel_limit())
@@ -208,28 +204,18 @@ def look_at_all(predictor: Predictor, paths: Sequence[Path]) -> tuple[list[Look]
             skipped[path] = getattr(error, "strerror", None) or str(error)
             tqdm.write(f"skipped {path}: {skipped[path]}", file=sys.stderr)
             continue
-        looks.append(look_at(predictor, path, image_rgb))
-    return looks, skipped
+        stats.append(acquisition_stats(predictor, path, image_rgb))
+    return stats, skipped
 
 
-def picture_of(look: Look) -> np.ndarray:
+def picture_of(stats: AcquisitionStats) -> np.ndarray:
     """The photo beside itself with its uncertain windows in yellow, (h, w, 3) uint8 RGB."""
-    image = decode_image(look.path.read_bytes(), pixel_limit())
-    height, width = image.shape[:2]
-    size = (PICTURE_PX, max(1, round(PICTURE_PX * height / width)))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if width > PICTURE_PX else cv2.INTER_LINEAR)
-    share = 0.7 * cv2.resize(look.doubts, size, interpolation=cv2.INTER_LINEAR)[..., None] ** 2
+    small = at_width(decode_image(stats.path.read_bytes(), pixel_limit()), PICTURE_PX)
+    share = 0.7 * cv2.resize(stats.entropies, small.shape[1::-1], interpolation=cv2.INTER_LINEAR)[..., None] ** 2
     return np.hstack([small, np.rint((1 - share) * small + share * np.array([255, 220, 0])).astype(np.uint8)])
 
 
-PAGE = jinja2.Template(
-    """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Photos to label next</title>
-<style>
-body { font: 14px/1.4 sans-serif; margin: 2em; } figure { display: inline-block; margin: 0 1em 1.5em 0; width: 640px; }
-img { display: block; max-width: 100%; } figcaption { overflow-wrap: anywhere; }
-</style>
-<h1>Photos to label next</h1>
+BODY = """
 <p>The first {{ shown|length }} of {{ photos }}, by weights {{ version }}. On the right, yellow: where the network is in
 doubt. All of them, with their figures, are in next_images.csv.</p>
 {% for row in shown %}<figure><img src="{{ row.picture }}" alt="{{ row.path }}" loading="lazy">
@@ -239,63 +225,49 @@ disagreement {{ row.disagreement }}; diversity {{ row.diversity }}
 {% endfor %}
 {% if skipped %}<h2>Skipped</h2>
 <ul>{% for path, reason in skipped.items() %}<li>{{ path }}: {{ reason }}</li>{% endfor %}</ul>{% endif %}
-</html>
-""",
-    autoescape=True,
-)
+"""
 
 
-def write_order(order: Sequence[Ranked], skipped: dict[Path, str], version: str, top: int, out: Path) -> None:
+def write_order(order: Sequence[RankedPhoto], skipped: dict[Path, str], version: str, top: int, out: Path) -> None:
     """Write next_images.csv (all photos), pictures of the first `top`, and index.html that shows them."""
-    out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for rank, one in enumerate(order, start=1):
-        look = one.look
-        values = (rank, look.path, one.score, look.uncertainty, look.disagreement, one.diversity, one.nearest or "", look.defect)
-        rows.append(dict(zip(COLUMNS, (round(value, 4) if isinstance(value, float) else value for value in values))))
-    with open(out / "next_images.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    shown = []
-    for row, one in zip(rows[:top], order):
-        picture = f"pictures/{row['rank']:04d}.jpg"
-        write_image(out / picture, cv2.cvtColor(picture_of(one.look), cv2.COLOR_RGB2BGR))
-        shown.append(row | {"picture": picture})
-    page = PAGE.render(shown=shown, photos=len(order), skipped=skipped, version=version)
-    (out / "index.html").write_text(page, encoding="utf-8")
+    for rank, photo in enumerate(order, start=1):
+        stats = photo.stats
+        scores = (round(value, 4) for value in (photo.score, stats.uncertainty, stats.disagreement, photo.diversity))
+        rows.append((rank, stats.path, *scores, photo.nearest or "", stats.defect))
+    shown = write_ranking(out / "next_images.csv", COLUMNS, rows, (picture_of(photo.stats) for photo in order[:top]))
+    html = page("Photos to label next", BODY, shown=shown, photos=len(order), skipped=skipped, version=version)
+    (out / "index.html").write_text(html, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `defectcam next-images`."""
     parser = command_parser("next-images", __doc__)
     parser.add_argument("photos", type=Path, help="folder of photos, or a text file with a path on every line")
-    parser.add_argument("--weights", type=Path, default=Path("weights"), help="weights folder (default: %(default)s)")
-    parser.add_argument("--top", type=int, default=50, help="how many are shown, and uploaded (default: %(default)s)")
+    add_weights_option(parser)
+    parser.add_argument("--top", type=count, default=50, help="how many are shown, and uploaded (default: %(default)s)")
     parser.add_argument("--cvat-task", metavar="NAME", help="make a task of this name in CVAT from the first --top photos")
     add_server_options(parser)
     parser.add_argument("-o", "--out", type=Path, default=Path("out/next"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.photos.exists():
         parser.error(f"{args.photos} is not there: give a folder of photos, or a text file that lists them")
-    if args.top < 1:
-        parser.error(f"--top is {args.top}; allowed is 1 or more")
     try:
         server = server_of(args) if args.cvat_task else None
     except RequestError as error:
         parser.error(f"--cvat-task: {error}")
     try:
         paths = photo_paths(args.photos)
-        predictor = Predictor(load_weights(args.weights), *device_and_engine(os.environ))
-        looks, skipped = look_at_all(predictor, paths)
-        if not looks:
+        predictor = open_weights(args.weights)
+        stats, skipped = acquisition_stats_of(predictor, paths)
+        if not stats:
             sys.exit(f"none of the {len(skipped)} photos can be read")
-        order = ranked(looks)
+        order = ranked(stats)
         write_order(order, skipped, predictor.weights.version, args.top, args.out)
         print(f"{len(order)} photos ordered: {(args.out / 'index.html').resolve()}")
         if server:
             labels = task_labels(labels_with(predictor.defects))
-            task = server.create_task(args.cvat_task, labels, [one.look.path for one in order[: args.top]])
+            task = server.create_task(args.cvat_task, labels, [one.stats.path for one in order[: args.top]])
             print(f"task {task}: {server.name}/tasks/{task}")
     except (WeightsError, RequestError, CvatError, ValueError) as error:
         sys.exit(str(error))

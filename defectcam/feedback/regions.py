@@ -68,9 +68,15 @@ def vertices(region: Component) -> int:
 
 def innermost_xy(region: Component) -> tuple[int, int]:
     """The region's pixel that is farthest from its outside."""
-    depth = cv2.distanceTransform(np.pad(region.mask, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    depth = depth_px(region)
     y, x = np.unravel_index(np.argmax(depth), depth.shape)
-    return region.left + int(x) - 1, region.top + int(y) - 1
+    return region.left + int(x), region.top + int(y)
+
+
+def depth_px(region: Component) -> np.ndarray:
+    """How far every pixel of a region's crop is from its outside, (h, w) float32."""
+    depth = cv2.distanceTransform(np.pad(region.mask, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return depth[1:-1, 1:-1]
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

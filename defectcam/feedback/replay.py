@@ -1,12 +1,12 @@
 """The replay pack: crops of photos that the weights learnt from, for `defectcam adapt` to learn them again beside new ones.
 
-A user who adapts weights does not have the photos that made them. Without any, the weights forget old sites a little. A pack is
-small, and holds parts of photos whose licence lets everybody have them. It lies beside the weights, laid out as a set for `defectcam train`:
+A user who adapts weights does not have the photos that made them. Without such photos, the weights forget old sites a little. A
+pack is small, and holds parts of photos that everybody may have. It lies beside the weights, laid out as a set for training:
 
 WEIGHTS/replay/DEFECT/images/*.jpg, masks/DEFECT/*.png
 
-The photos are spread evenly over the train photos that show the defect. Of each a square around a pixel of the defect is
-taken, of CROP_PX to the photo's whole height or width, and reduced to CROP_PX.
+The photos are spread evenly over the train photos that show the defect. Each gives a square around a pixel of the defect. Its
+side is between CROP_PX and the photo's height or width, and it is reduced to CROP_PX.
 
 Example:
     defectcam replay --defect crack --data ../shared/data --sets uav_kaggle315 --out weights
@@ -23,8 +23,9 @@ import cv2
 import numpy as np
 
 from defectcam.command_line import command_parser
-from defectcam.paths import file_name, write_image
+from defectcam.paths import file_name, write_image, write_rgb
 from defectcam.training.calibrate import say, spread
+from defectcam.training.clicks import patch_bounds
 from defectcam.training.config import TrainConfig, names
 from defectcam.training.dataset import PhotoLabels, on_disk
 from defectcam.training.labels import UNKNOWN, add_label_option
@@ -44,20 +45,19 @@ def read_pack(weights: Path, defect: str) -> list[PhotoLabels]:
 
 
 def crop_of(photo: PhotoLabels, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A square around a pixel of the defect: (CROP_PX, CROP_PX, 3) uint8 RGB, and its mask, 255 the defect.
+    """A square around a pixel of the defect, (CROP_PX, CROP_PX, 3) uint8 RGB, and its mask, 255 the defect.
 
-    A photo that is smaller gives its largest square.
+    A smaller photo gives its largest square.
     """
     height, width = photo.outline.shape
     most = min(height, width)
     size = round(float(np.exp(rng.uniform(*np.log([min(CROP_PX, most), most])))))
     y, x = divmod(int(rng.choice(np.flatnonzero(photo.outline == 255))), width)
-    y0, x0 = (min(max(at - size // 2, 0), length - size) for at, length in ((y, height), (x, width)))
-    part, side = (slice(y0, y0 + size), slice(x0, x0 + size)), min(CROP_PX, size)
-    image, mask = photo.image_rgb[part], (photo.outline[part] == 255).astype(np.uint8) * np.uint8(255)
-    if side < size:
-        image, mask = (cv2.resize(one, (side, side), interpolation=cv2.INTER_AREA) for one in (image, mask))
-    return np.ascontiguousarray(image), (mask > 127).astype(np.uint8) * np.uint8(255)
+    part = slice(*patch_bounds(y, size, height)), slice(*patch_bounds(x, size, width))
+    image_rgb, mask = photo.image_rgb[part], np.where(photo.outline[part] == 255, np.uint8(255), np.uint8(0))
+    if size > CROP_PX:
+        image_rgb, mask = (cv2.resize(array, (CROP_PX, CROP_PX), interpolation=cv2.INTER_AREA) for array in (image_rgb, mask))
+    return np.ascontiguousarray(image_rgb), np.where(mask > 127, np.uint8(255), np.uint8(0))
 
 
 def write_pack(config: TrainConfig, out: Path) -> int:
@@ -76,7 +76,7 @@ def write_pack(config: TrainConfig, out: Path) -> int:
     chosen = spread(found, CROPS)
     for number, photo in enumerate(chosen):
         image_rgb, mask = crop_of(photo, rng)
-        write_image(folder / "images" / f"{number:02}.jpg", cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))
+        write_rgb(folder / "images" / f"{number:02}.jpg", image_rgb)
         write_image(folder / "masks" / config.defect / f"{number:02}.png", mask)
     return len(chosen)
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("replay", __doc__)
     parser.add_argument("--defect", required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of sets")
-    parser.add_argument("--sets", type=names, required=True, help="sets with the defect's outlines, whose licence lets everybody have them")
+    parser.add_argument("--sets", type=names, required=True, help="sets with the defect's outlines that everybody may have")
     add_label_option(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True, help="the weights folder")

@@ -10,48 +10,31 @@ Example:
 
 from __future__ import annotations
 
-import io
 import sys
-import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import jinja2
-import markupsafe
-import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from defectcam.command_line import command_parser
 from defectcam.evaluation.measures import relative_time_saving
-from defectcam.feedback.store import (
-    ACCEPTED,
-    MISS,
-    MODIFIED,
-    REJECTED,
-    FrameRow,
-    InteractionRow,
-    JobRow,
-    StoreError,
-    add_store_option,
-    open_store,
-    without_secrets,
-)
+from defectcam.evaluation.pages import page, svg_of
+from defectcam.feedback.store import ACCEPTED, MISS, MODIFIED, REJECTED, FrameRow, InteractionRow, JobRow
+from defectcam.feedback.store import StoreError, add_store_option, open_store, without_secrets
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
-# Names are anything people type: no formulas, and letters that the browser's fonts have, not those of the plots'.
-pyplot.rcParams.update({"text.parse_math": False, "svg.fonttype": "none"})
 NAME_LENGTH = 32  # in plots; tables have the whole name
 COLOURS = {ACCEPTED: "#2a7f3f", MODIFIED: "#e0a100", REJECTED: "#b8312f"}
+GROUPINGS = ("defect", "annotator", "weights", "week")
 
 
 @dataclass(frozen=True)
-class Event:
+class ReportedInteraction:
     """One interaction with what the report groups by: the final defect (of rejected ones the proposed one)."""
 
     outcome: str
@@ -64,7 +47,6 @@ class Event:
     seconds: float | None
 
 
-@dataclass(frozen=True)
 class Figures:
     """Figures of some interactions; None where there is nothing to tell them from.
 
@@ -77,33 +59,49 @@ class Figures:
         hours, hours_saved: worked; and the time that drawing everything would have taken beyond it, by saved_of_all.
     """
 
-    proposals: int
-    accepted: float | None
-    modified: float | None
-    rejected: float | None
-    missed: int
-    seconds_per_shape: float | None
-    saved: float | None
-    saved_of_all: float | None
-    hours: float | None
-    hours_saved: float | None
+    def __init__(self, interactions: Sequence[ReportedInteraction]) -> None:
+        count = Counter(one.outcome for one in interactions)
+        self.proposals, self.missed = sum(count[outcome] for outcome in COLOURS), count[MISS]
+        shares = {outcome: _ratio(count[outcome], self.proposals) for outcome in COLOURS}
+        self.accepted, self.modified, self.rejected = shares[ACCEPTED], shares[MODIFIED], shares[REJECTED]
+        shapes = [one for one in interactions if one.is_instance and one.saved is not None]
+        self.saved = _eq_3([one.saved for one in shapes if one.outcome != MISS])
+        self.saved_of_all = _eq_3([one.saved for one in shapes])
+        timed = [one for one in interactions if one.seconds is not None]
+        seconds = sum(one.seconds for one in timed)
+        self.seconds_per_shape = _ratio(seconds, sum(one.is_instance for one in timed))
+        self.hours, self.hours_saved = (seconds / 3600 if timed else None), None
+        if timed and self.saved_of_all is not None:
+            self.hours_saved = self.hours * self.saved_of_all / (1 - self.saved_of_all)
 
 
-def read_events(engine: Engine) -> list[Event]:
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _eq_3(shares: Sequence[float]) -> float | None:
+    return relative_time_saving(shares) if shares else None
+
+
+def read_interactions(engine: Engine) -> list[ReportedInteraction]:
     """All interactions of a database, oldest job first; of a task's jobs that overlap on a frame those of the last."""
-    joined = select(InteractionRow, JobRow).join(
-        JobRow, (JobRow.server == InteractionRow.server) & (JobRow.job == InteractionRow.job)
-    )
     with Session(engine) as session:
-        looked_at = select(FrameRow.server, JobRow.task, FrameRow.frame, JobRow.job).join(
-            JobRow, (JobRow.server == FrameRow.server) & (JobRow.job == FrameRow.job)
+        frames = session.execute(
+            select(FrameRow.server, FrameRow.frame, JobRow.job, JobRow.task)
+            .select_from(JobRow)
+            .join(JobRow.frames)
+            .order_by(JobRow.completed, JobRow.job)
         )
-        last = {
-            (server, task or f"job {job}", frame): job
-            for server, task, frame, job in session.execute(looked_at.order_by(JobRow.completed, JobRow.job))
-        }
+        last = {(server, task or f"job {job}", frame): job for server, frame, job, task in frames}
+        rows = session.execute(
+            select(InteractionRow, JobRow)
+            .select_from(JobRow)
+            .join(JobRow.frames)
+            .join(FrameRow.interactions)
+            .order_by(JobRow.completed, InteractionRow.id)
+        )
         return [
-            Event(
+            ReportedInteraction(
                 outcome=row.outcome,
                 defect=row.final_defect or row.defect,
                 annotator=job.annotator or "unknown",
@@ -113,7 +111,7 @@ def read_events(engine: Engine) -> list[Event]:
                 is_instance=bool(row.shape_keys),
                 seconds=row.working_time_s,
             )
-            for row, job in session.execute(joined.order_by(JobRow.completed, InteractionRow.id))
+            for row, job in rows
             if last[row.server, job.task or f"job {job.job}", row.frame] == row.job
         ]
 
@@ -123,35 +121,12 @@ def week_of(time: str) -> str:
     return f"{datetime.fromisoformat(time):%G-W%V}" if time else "unknown"
 
 
-def figures(events: Sequence[Event]) -> Figures:
-    """The figures of some interactions."""
-    count = {outcome: sum(event.outcome == outcome for event in events) for outcome in (*COLOURS, MISS)}
-    proposals = sum(count[outcome] for outcome in COLOURS)
-    instances = [event for event in events if event.is_instance]
-    saved = [e.saved for e in instances if e.saved is not None and e.outcome != MISS]
-    saved_of_all = [e.saved for e in instances if e.saved is not None]
-    timed = [event for event in events if event.seconds is not None]
-    seconds = sum(event.seconds for event in timed)
-    timed_shapes = sum(event.is_instance for event in timed)
-    share_of_all = relative_time_saving(saved_of_all) if saved_of_all else None
-    return Figures(
-        proposals=proposals,
-        **{outcome: count[outcome] / proposals if proposals else None for outcome in COLOURS},
-        missed=count[MISS],
-        seconds_per_shape=seconds / timed_shapes if timed_shapes else None,
-        saved=relative_time_saving(saved) if saved else None,
-        saved_of_all=share_of_all,
-        hours=seconds / 3600 if timed else None,
-        hours_saved=seconds / 3600 * share_of_all / (1 - share_of_all) if timed and share_of_all is not None else None,
-    )
-
-
-def grouped(events: Sequence[Event], key: Callable[[Event], str]) -> dict[str, Figures]:
-    """Figures of the interactions by `key`, in the order of the keys."""
+def grouped(interactions: Sequence[ReportedInteraction], by: str) -> dict[str, Figures]:
+    """Figures of the interactions by one of GROUPINGS, in the order of its values."""
     groups = defaultdict(list)
-    for event in events:
-        groups[key(event)].append(event)
-    return {name: figures(groups[name]) for name in sorted(groups)}
+    for one in interactions:
+        groups[getattr(one, by)].append(one)
+    return {name: Figures(groups[name]) for name in sorted(groups)}
 
 
 def short(name: str) -> str:
@@ -160,70 +135,47 @@ def short(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 3]}..."
 
 
-def shares_plot(groups: dict[str, Figures], title: str) -> str:
-    """Stacked bars of accepted, modified and rejected, as SVG."""
-    figure, axis = pyplot.subplots(figsize=(1.6 + 1.1 * len(groups), 3.2), layout="constrained")
+def shares_plot(groups: dict[str, Figures], title: str) -> Markup:
+    """Stacked bars of accepted, modified and rejected."""
+    figure = Figure(figsize=(1.6 + 1.1 * len(groups), 3.2), layout="constrained")
+    axes = figure.subplots()
     bottoms = [0.0] * len(groups)
     for outcome, colour in COLOURS.items():
-        shares = [100 * (getattr(of, outcome) or 0) for of in groups.values()]
-        axis.bar(range(len(groups)), shares, bottom=bottoms, label=outcome, color=colour, width=0.6)
+        shares = [100 * (getattr(of_group, outcome) or 0) for of_group in groups.values()]
+        axes.bar(range(len(groups)), shares, bottom=bottoms, label=outcome, color=colour, width=0.6)
         bottoms = [bottom + share for bottom, share in zip(bottoms, shares)]
-    axis.set(title=title, ylabel="% of proposals", ylim=(0, 100))
-    axis.set_xticks(range(len(groups)), [short(name) for name in groups], rotation=30)
-    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set(title=title, ylabel="% of proposals", ylim=(0, 100))
+    axes.set_xticks(range(len(groups)), [short(name) for name in groups], rotation=30)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return svg_of(figure)
 
 
-def course_plot(
-    events: Sequence[Event],
-    key: Callable[[Event], str],
-    value: Callable[[Figures], float | None],
-    title: str,
-    unit: str,
-) -> str:
-    """One line per group over the weeks, as SVG."""
-    weeks = sorted({event.week for event in events})
-    figure, axis = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+def weekly_plot(
+    interactions: Sequence[ReportedInteraction], by: str, value: Callable[[Figures], float | None], title: str, unit: str
+) -> Markup:
+    """A figure over the weeks, one line per group."""
+    weeks = sorted({one.week for one in interactions})
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
     names = []
-    for name in sorted({key(event) for event in events}):
-        own = grouped([event for event in events if key(event) == name], lambda event: event.week)
-        points = [(weeks.index(week), value(of)) for week, of in own.items() if value(of) is not None]
+    for name in sorted({getattr(one, by) for one in interactions}):
+        by_week = grouped([one for one in interactions if getattr(one, by) == name], "week")
+        points = [(weeks.index(week), value(of_week)) for week, of_week in by_week.items() if value(of_week) is not None]
         if points:
-            axis.plot(*zip(*points), marker="o")
+            axes.plot(*zip(*points), marker="o")
             names.append(short(name))
-    axis.set(title=title, ylabel=unit)
-    axis.set_xticks(range(len(weeks)), weeks, rotation=30)
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
+    axes.set(title=title, ylabel=unit)
+    axes.set_xticks(range(len(weeks)), weeks, rotation=30)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
     if names:  # given here, since a line's own label does not show if it begins with "_"
-        axis.legend(axis.lines, names, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(axes.lines, names, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return svg_of(figure)
 
 
-def svg_of(figure) -> str:
-    """A figure as markup to be put into a page; closes it."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has it
-        figure.savefig(buffer, format="svg")
-    pyplot.close(figure)
-    text = buffer.getvalue()
-    return markupsafe.Markup(text[text.index("<svg") :])
-
-
-PAGE = jinja2.Template(
-    """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>What the proposals were worth</title>
-<style>
-body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: .5em 0 2em; } th, td { padding: .25em .8em; text-align: right; }
-th { border-bottom: 2px solid #888; font-weight: 600; } td { border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; } svg { max-width: 100%; height: auto; }
-.lead { font-size: 1.25em; } .note { color: #666; font-size: .9em; }
-</style>
+BODY = """
 {% macro percent(share) %}{% if share is none %}&ndash;{% else %}{{ "%.0f"|format(100 * share) }} %{% endif %}{% endmacro %}
 {% macro number(value, digits) %}{% if value is none %}&ndash;{% else %}{{ ("%." ~ digits ~ "f")|format(value) }}{% endif %}{% endmacro %}
-<h1>What the proposals were worth</h1>
 <p class="lead">{{ total.proposals }} proposals: {{ percent(total.accepted) }} accepted, {{ percent(total.modified) }} modified,
 {{ percent(total.rejected) }} rejected. {{ total.missed }} shapes were missed and drawn by hand.
 Time saved (Eq. 3): <b>{{ percent(total.saved) }}</b> on what was proposed, <b>{{ percent(total.saved_of_all) }}</b> with the missed shapes.</p>
@@ -240,35 +192,26 @@ Time saved (Eq. 3): <b>{{ percent(total.saved) }}</b> on what was proposed, <b>{
 {% for plot in plots %}{{ plot }}
 {% endfor %}
 <h2>How to read this</h2>
-<ul class="note">
+<ul>
 <li>Accepted: nothing was changed. Modified: outline or label were. Rejected: deleted. Missed: drawn without a proposal.</li>
 <li>Saved, by Eq. 3: a shape of which the proposal saved at least 95, 75 or 50 % of the clicks counts 0.95, 0.75 or 0.5, any
 other nothing; the mean over shapes. A lower bound, as in the paper; the paper leaves missed shapes out.</li>
 <li>Time is CVAT's working time of a job, shared out among its shapes by the clicks they needed; a dash where CVAT keeps no
 events. Hours saved: what drawing everything by hand would have taken beyond the hours worked, if Eq. 3 holds.</li>
 <li>Relabelled shapes count as modified, under their new label. Misses count under the weights that ran on their photo.</li>
-</ul></html>
-""",
-    autoescape=True,
-)
-GROUPINGS: dict[str, Callable[[Event], str]] = {
-    "defect": lambda event: event.defect,
-    "annotator": lambda event: event.annotator,
-    "weights": lambda event: event.weights,
-    "week": lambda event: event.week,
-}
+</ul>
+"""
 
 
-def page(events: Sequence[Event]) -> str:
+def report(interactions: Sequence[ReportedInteraction]) -> str:
     """The report as HTML."""
-    tables = {title: grouped(events, key) for title, key in GROUPINGS.items()}
-    plots = [shares_plot(groups, f"By {title}") for title, groups in tables.items()]
-    for title in ("defect", "annotator", "weights"):
-        key = GROUPINGS[title]
-        plots.append(course_plot(events, key, lambda of: of.saved_of_all and 100 * of.saved_of_all,
-                                 f"Time saved by {title}, Eq. 3 with missed shapes", "%"))  # fmt: skip
-        plots.append(course_plot(events, key, lambda of: of.seconds_per_shape, f"Time per shape by {title}", "s"))
-    return PAGE.render(total=figures(events), tables=list(tables.items()), plots=plots)
+    tables = {by: grouped(interactions, by) for by in GROUPINGS}
+    plots = [shares_plot(groups, f"By {by}") for by, groups in tables.items()]
+    for by in ("defect", "annotator", "weights"):
+        saved, seconds = f"Time saved by {by}, Eq. 3 with missed shapes", f"Time per shape by {by}"
+        plots.append(weekly_plot(interactions, by, lambda of: of.saved_of_all and 100 * of.saved_of_all, saved, "%"))
+        plots.append(weekly_plot(interactions, by, lambda of: of.seconds_per_shape, seconds, "s"))
+    return page("What the proposals were worth", BODY, total=Figures(interactions), tables=tables.items(), plots=plots)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -279,11 +222,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         engine = open_store(args.db, make=False)
-        events = read_events(engine)
+        interactions = read_interactions(engine)
     except StoreError as error:
         sys.exit(str(error))
-    if not events:
+    if not interactions:
         sys.exit(f"{without_secrets(engine.url)} has no interactions yet: run defectcam harvest once jobs are completed")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(events), encoding="utf-8")
+    args.out.write_text(report(interactions), encoding="utf-8")
     print(f"report: {args.out.resolve()}")

@@ -1,7 +1,7 @@
 """The database of interactions: four tables, in SQLite or any other database that SQLAlchemy knows.
 
-`docs/feedback.md` describes them for other tools. Times are ISO 8601 text; shapes, settings
-and lists are JSON. Nothing depends on when a row was written, so harvesting the same thing twice changes nothing.
+`docs/database.md` describes them for other tools. Times are ISO 8601 text; shapes, settings and lists are JSON. No row says when
+it was written, so harvesting the same thing twice changes nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 
 from sqlalchemy import JSON, URL, Engine, ForeignKeyConstraint, Text, create_engine, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-DATABASE = "out/feedback/feedback.db"
+from defectcam.settings import DATABASE, read_variable
+
 ACCEPTED, MODIFIED, REJECTED, MISS = "accepted", "modified", "rejected", "miss"
 
 
@@ -47,10 +48,11 @@ class JobRow(Table):
     completed: Mapped[str]
     labels: Mapped[list]
     working_time_s: Mapped[float | None]
+    frames: Mapped[list[FrameRow]] = relationship(order_by="FrameRow.frame", cascade="all, delete-orphan")
 
 
 class FrameRow(Table):
-    """A photo of a completed job with all outlines its annotator left on it: what is not outlined has no defect.
+    """A photo of a completed job with all outlines that its annotator left on it. Pixels without an outline have no defect.
 
     Attributes:
         frame: number within the task.
@@ -69,6 +71,9 @@ class FrameRow(Table):
     height: Mapped[int]
     image: Mapped[str]
     shapes: Mapped[list]
+    interactions: Mapped[list[InteractionRow]] = relationship(
+        order_by="InteractionRow.id", cascade="all, delete-orphan", lazy="selectin"
+    )
     __table_args__ = (ForeignKeyConstraint(["server", "job"], ["jobs.server", "jobs.job"]),)
 
 
@@ -84,7 +89,7 @@ class InteractionRow(Table):
         final_defect: the label in the end; null if rejected.
         proposal: its name; "" for a miss.
         proposed: {"type", "points"} of the proposal in px of the frame; null for a miss, or if that is unknown.
-        shape_keys: keys of the frame's shapes it became; of proposals joined into one shape the first has the keys.
+        shape_keys: keys of the frame's shapes that it became; of joined proposals the largest has the keys.
         iou: of proposal and final shape, 0..1; of joined and sliced ones of their unions.
         edited_share: of the contour, 0..1, see `regions.edited_share`; 1 for rejected ones and misses.
         saved: share of clicks saved (0..1), see `regions.saved_share`; null if rejected.
@@ -143,7 +148,7 @@ class StoreError(RuntimeError):
 def add_store_option(parser: argparse.ArgumentParser) -> None:
     """`--db`, which takes no password, since others see what is on the command line; `open_store` takes its value."""
 
-    class Place(argparse.Action):
+    class DatabaseAction(argparse.Action):
         def __call__(self, parser, namespace, place: str, *_) -> None:
             try:
                 url = database_url(place)
@@ -157,7 +162,7 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
             namespace.db = place
 
     parser.add_argument(
-        "--db", action=Place, default=os.environ.get("ADVCAM_DB", "").strip() or DATABASE,
+        "--db", action=DatabaseAction, default=read_variable(os.environ, "ADVCAM_DB") or DATABASE,
         help=f"SQLite file, or SQLAlchemy URL without a password (default: $ADVCAM_DB, else {DATABASE}); a URL with a "
         "password is taken from $ADVCAM_DB alone",
     )  # fmt: skip

@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from defectcam.evaluation.figures import painted
-from defectcam.feedback.cvat import UNTOUCHED, CvatServer, Frame, Job, LeftOut, Shape
+from defectcam.feedback.cvat import CvatServer
+from defectcam.feedback.jobs import UNTOUCHED, Frame, Job, LeftOut, Shape
 from defectcam.feedback.match import Interaction, match
 from defectcam.feedback.regions import innermost_xy
 from defectcam.feedback.shown import LoggedProposals, shown_proposals, with_model_labels

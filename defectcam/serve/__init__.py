@@ -36,8 +36,9 @@ from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from defectcam import function
-from defectcam.request import MAX_BODY_BYTES, RequestError
+from defectcam.request import MAX_BODY_BYTES
 from defectcam.serve.tryout import Tryout
+from defectcam.settings import RequestError, variables_help
 from defectcam.weights import WeightsError
 
 QUEUE_SECONDS = 110.0  # of function.yaml, which gives the reasons; a test holds the two together
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="defectcam serve",
         description="Serve the function over HTTP as Nuclio would, without Nuclio. In a browser, the same address shows a page "
         "to try it out on your own photos. Photos stay on this machine.",
-        epilog=EXAMPLE,
+        epilog=f"{EXAMPLE}\n{variables_help(['ADVCAM_DB'])}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")

@@ -32,8 +32,8 @@ from defectcam.handler import ModelHandler
 from defectcam.overlay import draw_shapes
 from defectcam.paths import file_name
 from defectcam.proposals import Component
-from defectcam.request import RequestError, Settings
 from defectcam.serve.photos import Photo
+from defectcam.settings import RequestError, Settings
 from defectcam.training.names import stem_of
 
 KINDS = ("cvat", "coco", "labelme", "masks", "overlay")
@@ -182,9 +182,9 @@ def _as_export(root: ElementTree.Element, created: str) -> bytes:
     images, task = root.findall("image"), root.find("meta/task")
     for number, image in enumerate(images):
         image.set("id", str(FIRST_IMAGE_ID + number))
-    facts = {"id": JOB, "name": "defectcam", "size": len(images), "start_frame": FIRST_IMAGE_ID, "created": created}
-    facts["updated"] = datetime.now(timezone.utc).isoformat()
-    for number, (name, value) in enumerate(facts.items()):
+    fields = {"id": JOB, "name": "defectcam", "size": len(images), "start_frame": FIRST_IMAGE_ID, "created": created}
+    fields["updated"] = datetime.now(timezone.utc).isoformat()
+    for number, (name, value) in enumerate(fields.items()):
         element = ElementTree.Element(name)
         element.text = str(value)
         task.insert(number, element)

@@ -23,8 +23,8 @@ from defectcam.predict import CELL_PX, STEPS, any_of_cells, climb_around, extend
 from defectcam.proposal_log import image_hash
 from defectcam.proposals import LEVELS_ASKED, Component, Proposal, find_components, probability
 from defectcam.pyramid import UNREAD_LOGIT, PhotoMaps, Pyramid
-from defectcam.request import RequestError, Settings
-from defectcam.weights import DefectWeights
+from defectcam.settings import RequestError, Settings
+from defectcam.weights import DefectConfig
 
 LEAST_THETA = 0.1  # or a defect's own, where that is lower
 HEAT_PX = 1600  # longer side of heat maps
@@ -94,7 +94,7 @@ class Part:
 
 
 def parts_of(
-    merged: Mapping[int, np.ndarray], levels: Mapping[float, np.ndarray], fact: DefectWeights, theta: float
+    merged: Mapping[int, np.ndarray], levels: Mapping[float, np.ndarray], config: DefectConfig, theta: float
 ) -> list[Part]:
     """The parts of a photo in which a region at `theta` or higher may lie.
 
@@ -102,8 +102,8 @@ def parts_of(
         merged: T -> merged map of the photo, (H, W) float32.
         levels: as `PhotoMaps.levels`.
     """
-    cells = np.logical_or.reduce([any_of_cells(one > fact.least_logit(theta)) for one in merged.values()])
-    margin = -(-fact.cleaning.reach_px // CELL_PX)
+    cells = np.logical_or.reduce([any_of_cells(one > config.least_logit(theta)) for one in merged.values()])
+    margin = -(-config.cleaning.reach_px // CELL_PX)
     near = cv2.dilate(cells.view(np.uint8), np.ones((2 * margin + 1, 2 * margin + 1), np.uint8))
     found = []
     for component in find_components(near):
@@ -153,12 +153,12 @@ class Photo:
         parts = (part.size_bytes for parts in self.parts.values() for part in parts)
         return len(self.file_bytes) + self.image_rgb.nbytes + sum(parts) + sum(one.nbytes for one in self.heat.values())
 
-    def proposals(self, defect: str, fact: DefectWeights, steps: int, threshold: float, theta: float) -> list[Proposal]:
+    def proposals(self, defect: str, config: DefectConfig, steps: int, threshold: float, theta: float) -> list[Proposal]:
         """As `predict.proposals_for` of the whole photo."""
         found = []
         for part in self.parts[defect]:
-            cores = [core for core in find_cores(part, fact, theta) if core.confidence >= threshold]
-            own = extended(part, fact, steps, cores, theta) if steps and cores else cores
+            cores = [core for core in find_cores(part, config, theta) if core.confidence >= threshold]
+            own = extended(part, config, steps, cores, theta) if steps and cores else cores
             found += [part.in_photo(one) for one in own]
         found.sort(key=lambda one: (one.component.top, one.component.left, one.component.area_px))  # as `find_components`
         return sorted(found, key=lambda one: -one.confidence * one.component.area_px)
@@ -228,8 +228,8 @@ class Photos:
             self._keep(photo, defect, read[defect], STEPS[:1])
 
         def climb(defect: str) -> None:
-            maps, fact, theta = read.pop(defect), self.model.weights.facts[defect], self.least_theta(defect)
-            climb_around(maps, fact, STEPS[1:], find_cores(maps, fact, theta), theta)
+            maps, config, theta = read.pop(defect), self.model.weights.configs[defect], self.least_theta(defect)
+            climb_around(maps, config, STEPS[1:], find_cores(maps, config, theta), theta)
             self._keep(photo, defect, maps, STEPS)
 
         for work, name in ((plain, "looking for {}"), (climb, "climbing for {}")):
@@ -256,18 +256,18 @@ class Photos:
             if own["cam_threshold"] < least:
                 raise RequestError(f"cam_threshold is {own['cam_threshold']}, but must be {least} or more on this page")
             how = steps, own["threshold"], own["cam_threshold"]
-            in_force[defect], found[defect] = own, photo.proposals(defect, self.model.weights.facts[defect], *how)
+            in_force[defect], found[defect] = own, photo.proposals(defect, self.model.weights.configs[defect], *how)
         return self.model.shapes(found, in_force, photo.key, photo.size)
 
     def _keep(self, photo: Photo, defect: str, maps: PhotoMaps, steps: tuple[int, ...]) -> None:
-        fact = self.model.weights.facts[defect]
-        slope, intercept = fact.platt
+        config = self.model.weights.configs[defect]
+        slope, intercept = config.platt
         scale = min(1.0, HEAT_PX / max(photo.size))
         merged = {T: maps.merged(T) for T in steps}
         for T, logits in merged.items():
             small = cv2.resize(logits, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
             photo.heat[defect, T] = np.rint(255 * probability(slope * small + intercept)).astype(np.uint8)
-        photo.parts[defect] = parts_of(merged, maps.levels, fact, self.least_theta(defect))
+        photo.parts[defect] = parts_of(merged, maps.levels, config, self.least_theta(defect))
         photo.steps[defect] = steps
         self._drop()
 

@@ -25,9 +25,10 @@ from defectcam.handler import ModelHandler
 from defectcam.image import ImageError
 from defectcam.overlay import COLOURS_RGB
 from defectcam.paths import repository_file
-from defectcam.request import RequestError, Settings, parse_request
+from defectcam.request import parse_request
 from defectcam.serve.files import KINDS, ReviewedSet, download, encoded, measures
 from defectcam.serve.photos import LEAST_THETA, STEPS, Cancelled, Gone, Job, Photo, Photos
+from defectcam.settings import RequestError, Settings
 
 PAGE = Path(__file__).parent / "page"
 SAMPLE = repository_file("docs/sample.jpg")

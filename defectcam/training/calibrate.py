@@ -1,13 +1,13 @@
 """From a trained network to weights that can be deployed: everything the manifest needs, chosen on val.
 
-1. Reading: the finest level and the sharpness of merging whose plain maps fit best, each at its best threshold; a
+1. Reading: the finest level and the sharpness of merging whose plain maps overlap best, each at its best threshold; a
    finer level must be better by FINER_GAIN, since it costs four times as much, the enlarged one by ENLARGED_GAIN.
 2. Climb, of the finest level alone: `g_ref`, the 99.9 % quantile of the gradient's magnitude on photos with the defect;
    and the shortest of STEP_LENGTHS that comes nearest to a dial, at the threshold that is best for its T = 2: this costs
-   at most COST_OF_DEFAULT_T of the best fit of T = 0, T = 8 at most COST_OF_LARGE_T, and the recall of pixels rises by
+   at most COST_OF_DEFAULT_T of the best overlap of T = 0, T = 8 at most COST_OF_LARGE_T, and the recall of pixels rises by
    LEAST_RISE. Where a coarse level climbs too, whole blocks of the photo grow.
-3. Cleaning: closing, gap and minimum area that fit best at the default T, and then the threshold that does; by how
-   much T = 0 fits better at a threshold counts against it.
+3. Cleaning: closing, gap and minimum area with the best overlap at the default T, and then the threshold that does; by how
+   much T = 0 overlaps better at a threshold counts against it.
 4. Platt: the probability of a pixel, by logistic regression of the truth on the merged map; theta is the threshold
    as a probability.
 5. Confidence: logistic regression on the regions of T = 0, right or wrong. Right ones lie for the most part within
@@ -68,7 +68,7 @@ from defectcam.proposals import component_confidence, component_features, find_c
 from defectcam.pyramid import ENLARGED, PhotoMaps, PlainMaps, Pyramid, Reading
 from defectcam.torch_engine import TorchEngine
 from defectcam.training.confidence import fit_logistic, reliability_of
-from defectcam.training.click_judge import absent_of, click_config, clicked_photos, fit_of_clicks, judged_px
+from defectcam.training.click_judge import click_config, clicked_photos, judged_px, negative_area_of, overlap_of_clicks
 from defectcam.training.config import LABELS, names
 from defectcam.training.export import ENCODERS_WITH_GRAPH, graph_of
 from defectcam.training.labels import add_label_option
@@ -84,12 +84,12 @@ FIRST_CLEANING = {"crack": Cleaning(1, 10, 24)}
 OTHER_FIRST_CLEANING = Cleaning(1, 0, 30)
 CLEANINGS = {"crack": [Cleaning(*how) for how in product((0, 1, 2), (6, 10, 14), (24, 48))]}
 OTHER_CLEANINGS = [Cleaning(closing, 0, area) for closing, area in product((0, 1, 3), (30, 100, 300))]
-FINER_GAIN = 0.03  # of fit, which a level twice as fine must bring: it takes four times as long
+FINER_GAIN = 0.03  # of overlap, which a level twice as fine must bring: it takes four times as long
 ENLARGED_GAIN = 0.01  # which the enlarged level must bring: it is read only near what the others see
 STEP_LENGTHS = (0.0025, 0.005, 0.01, 0.02)  # xi
 HIGHER_THRESHOLDS = tuple(0.5 * index for index in range(9))  # above the best one of T = 0: climbing extends
 G_REF_QUANTILE = 0.999
-COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.15  # of the fit of T = 0 that T = 2 and T = 8 may lose
+COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.15  # of the overlap of T = 0 that T = 2 and T = 8 may lose
 DEFAULT_T_COUNTS = 4  # the weight of what T = 2 loses beyond that: T = 2 is the default
 LEAST_RISE = 0.03  # of the recall of pixels from T = 0 to 8; of proposals that extend it is about twice as much
 CLIMB_PHOTOS = 8  # a climb of eight steps takes as long as thirty plain maps
@@ -139,10 +139,10 @@ class Calibration:
         """The maps of a photo; no level is read twice."""
         return PhotoMaps(self.engine, reading, Pyramid(photo.image_rgb), plain=self.plain[photo])
 
-    def fit(self, photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
-        """How well masks (H, W) bool fit photos of `judging`, 0..1; see above."""
+    def overlap(self, photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
+        """How well masks (H, W) bool agree with the labels of photos of `judging`, 0..1; see above."""
         if self.judging is not self.labelled:
-            return fit_of_clicks(photos, masks)
+            return overlap_of_clicks(photos, masks)
         by_set: dict[str, list[tuple]] = {}
         for photo, mask in zip(photos, masks, strict=True):
             truth, more = photo.truth, ()
@@ -167,19 +167,19 @@ class Calibration:
         cleaning: Cleaning,
         plain: Sequence[np.ndarray] | None = None,
     ) -> tuple[float, float]:
-        """The largest fit, and the threshold where it is; of equal ones that nearest to 0, where the network says one half.
+        """The largest overlap, and the threshold where it is; of equal ones that nearest to 0, where the network says one half.
 
         Args:
-            plain: the maps of T = 0. By how much they fit better at a threshold counts against it: the default T shall
+            plain: the maps of T = 0. By how much they overlap better at a threshold counts against it: the default T shall
                 be the best.
         """
 
         def at(least: float) -> tuple[float, float, float, float]:
-            fit = self.fit(photos, (regions(one, least, cleaning) for one in logits))
+            overlap = self.overlap(photos, (regions(one, least, cleaning) for one in logits))
             if plain is None:
-                return fit, -abs(least), fit, least
-            lead = self.fit(photos, (regions(one, least, cleaning) for one in plain)) - fit
-            return fit - max(0.0, lead), -abs(least), fit, least
+                return overlap, -abs(least), overlap, least
+            lead = self.overlap(photos, (regions(one, least, cleaning) for one in plain)) - overlap
+            return overlap - max(0.0, lead), -abs(least), overlap, least
 
         found = max(map(at, THRESHOLDS))
         for step in (0.5, 0.25):
@@ -187,16 +187,16 @@ class Calibration:
         return found[2:]
 
     def choose_reading(self) -> tuple[Reading, float, dict]:
-        """The reading that fits best, its threshold, and the fit of all."""
+        """The reading with the best overlap, its threshold, and the overlap of all."""
         cleaning = FIRST_CLEANING.get(self.defect, OTHER_FIRST_CLEANING)
         best, report = (-np.inf, 0.0, None), {}
         for finest, sharpness in product(FINEST.get(self.defect, OTHER_FINEST), SHARPNESSES):
             reading = Reading(finest, 16, sharpness, (None,))
             logits = self.climbed(self.judging, reading, 0)
-            fit, least = self.best_threshold(self.judging, logits, cleaning)
-            report[f"finest {finest:g}, sharpness {sharpness:g}"] = {"fit": round(fit, 4), "threshold": least}
-            say(f"reading from level {finest:g}, sharpness {sharpness:g}: fit {fit:.3f} at {least:g}")
-            worth = fit - FINER_GAIN * np.log2(min(finest, 1.0)) - ENLARGED_GAIN * (finest == ENLARGED)
+            overlap, least = self.best_threshold(self.judging, logits, cleaning)
+            report[f"finest {finest:g}, sharpness {sharpness:g}"] = {"overlap": round(overlap, 4), "threshold": least}
+            say(f"reading from level {finest:g}, sharpness {sharpness:g}: overlap {overlap:.3f} at {least:g}")
+            worth = overlap - FINER_GAIN * np.log2(min(finest, 1.0)) - ENLARGED_GAIN * (finest == ENLARGED)
             best = max(best, (worth, least, reading), key=lambda one: one[0])
         return best[2], best[1], report
 
@@ -227,23 +227,23 @@ class Calibration:
                 for steps in STEPS:
                     logits[steps].append(maps.merged(steps))
 
-            def fit(steps: int, threshold: float) -> float:
-                return self.fit(photos, (regions(one, threshold, cleaning) for one in logits[steps]))
+            def overlap(steps: int, threshold: float) -> float:
+                return self.overlap(photos, (regions(one, threshold, cleaning) for one in logits[steps]))
 
-            plain = fit(0, least)
-            best, higher = max((fit(2, least + higher), -higher) for higher in HIGHER_THRESHOLDS)
+            plain = overlap(0, least)
+            best, higher = max((overlap(2, least + higher), -higher) for higher in HIGHER_THRESHOLDS)
             threshold = least - higher
-            fits = {steps: fit(steps, threshold) for steps in STEPS}
+            overlaps = {steps: overlap(steps, threshold) for steps in STEPS}
             recalls = {steps: recall(photos, (one > threshold for one in logits[steps])) for steps in STEPS}
             report[str(xi)] = {
                 "threshold": threshold,
                 "plain": round(plain, 4),
-                "fit": {str(steps): round(value, 4) for steps, value in fits.items()},
+                "overlap": {str(steps): round(value, 4) for steps, value in overlaps.items()},
                 "recall": {str(steps): round(value, 4) for steps, value in recalls.items()},
             }
             say(f"climb, step {xi}: {report[str(xi)]}")
             cost = DEFAULT_T_COUNTS * max(0.0, plain - best - COST_OF_DEFAULT_T)
-            cost += max(0.0, plain - fits[8] - COST_OF_LARGE_T)
+            cost += max(0.0, plain - overlaps[8] - COST_OF_LARGE_T)
             lacking = max(0.0, LEAST_RISE - (recalls[8] - recalls[0]))
             found.append((cost + lacking, climb))
         return min(found, key=lambda one: one[0])[1], report
@@ -261,14 +261,14 @@ class Calibration:
     def choose_cleaning(
         self, photos: Sequence[KeptPhoto], logits: Sequence[np.ndarray], least: float
     ) -> tuple[Cleaning, dict]:
-        """The cleaning of the photos' maps that fits best at a threshold, and the fit of all."""
+        """The cleaning of the photos' maps with the best overlap at a threshold, and the overlap of all."""
         report = {}
         for cleaning in tqdm(CLEANINGS.get(self.defect, OTHER_CLEANINGS), desc="cleaning", leave=False):
-            report[cleaning] = self.fit(photos, (regions(one, least, cleaning) for one in logits))
+            report[cleaning] = self.overlap(photos, (regions(one, least, cleaning) for one in logits))
         best = max(report, key=report.get)
         return best, {
-            f"closing {one.closing_radius_px}, gap {one.gap_px}, area {one.min_area_px}": round(fit, 4)
-            for one, fit in report.items()
+            f"closing {one.closing_radius_px}, gap {one.gap_px}, area {one.min_area_px}": round(overlap, 4)
+            for one, overlap in report.items()
         }
 
 
@@ -287,15 +287,15 @@ def spread(items: Sequence, count: int) -> list:
 
 
 def random_pixels(
-    logits: np.ndarray, truth: np.ndarray | None, rng: np.random.Generator, absent: np.ndarray | None = None
+    logits: np.ndarray, truth: np.ndarray | None, rng: np.random.Generator, negative_area: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """PIXELS_PER_PHOTO values of a photo's merged map, (n,) float32, and whether they are the defect, (n,) 0 or 1.
 
     Args:
-        absent: (H, W) bool, where the defect is known not to be, of a photo with clicks alone. Half are then drawn from there.
+        negative_area: (H, W) bool, where the defect is known not to be, of a photo with clicks alone. Half are then drawn from there.
     """
-    if absent is not None:
-        kinds = [np.flatnonzero(kind) for kind in (absent, truth) if kind is not None and kind.any()]
+    if negative_area is not None:
+        kinds = [np.flatnonzero(kind) for kind in (negative_area, truth) if kind is not None and kind.any()]
         pixels = np.concatenate([rng.choice(kind, PIXELS_PER_PHOTO // 2) for kind in kinds] or [np.empty(0, int)])
     else:
         pixels = rng.integers(logits.size, size=PIXELS_PER_PHOTO)
@@ -315,11 +315,11 @@ def regions_with_features(
     least: float,
     cleaning: Cleaning,
     truth: np.ndarray | None,
-    absent: np.ndarray | None = None,
+    negative_area: np.ndarray | None = None,
 ) -> list[tuple[tuple[float, ...], bool]]:
     """Features of every region of the plain map, and whether it is right; `logits`: merged.
 
-    Right is what lies within 2 px of the truth for the most part. Where clicks are all that is known, `absent` (H, W) bool
+    Right is what lies within 2 px of the truth for the most part. Where clicks are all that is known, `negative_area` (H, W) bool
     says where the defect is not; regions of which nothing is known are left out.
     """
     near = None if truth is None else cv2.dilate(truth.astype(np.uint8), np.ones((5, 5), np.uint8))
@@ -327,9 +327,9 @@ def regions_with_features(
     for component in find_components(regions(logits, least, cleaning)):
         x0, y0, x1, y1 = component.box_xyxy
         part = slice(y0, y1 + 1), slice(x0, x1 + 1)
-        shares = [0.0 if one is None else one[part][component.mask].mean() for one in (near, absent)]
-        right = shares[0] > (0.5 if absent is None else 0)
-        if absent is not None and not right and shares[1] <= 0.5:
+        shares = [0.0 if one is None else one[part][component.mask].mean() for one in (near, negative_area)]
+        right = shares[0] > (0.5 if negative_area is None else 0)
+        if negative_area is not None and not right and shares[1] <= 0.5:
             continue
         found.append((component_features(component, logits, maps.levels), bool(right)))
     return found
@@ -383,14 +383,14 @@ def calibrate(args: argparse.Namespace, licences: Mapping[str, dict] | None = No
     climbed = work.climbed(photos, replace(reading, climbs=climbs_of(climb)), args.iterations)
     plain = work.climbed(photos, reading, 0)
     cleaning, cleanings = work.choose_cleaning(photos, climbed, least)
-    fit, least = work.best_threshold(photos, climbed, cleaning, plain)
-    say(f"T = {args.iterations}: fit {fit:.3f} at threshold {least:g} of the merged map, {cleaning}")
+    overlap, least = work.best_threshold(photos, climbed, cleaning, plain)
+    say(f"T = {args.iterations}: overlap {overlap:.3f} at threshold {least:g} of the merged map, {cleaning}")
     samples, found, rng = [], {}, np.random.default_rng(0)
     for photo in tqdm(work.plain, desc="regions", unit="photo"):
-        maps, truth, absent = work.maps(photo, reading), photo.truth, absent_of(photo)
+        maps, truth, negative_area = work.maps(photo, reading), photo.truth, negative_area_of(photo)
         logits = maps.merged()
-        samples.append(random_pixels(logits, truth, rng, absent))
-        found[photo] = regions_with_features(maps, logits, least, cleaning, truth, absent)
+        samples.append(random_pixels(logits, truth, rng, negative_area))
+        found[photo] = regions_with_features(maps, logits, least, cleaning, truth, negative_area)
     platt = fit_platt(samples)
     every = [one for some in found.values() for one in some]
     if not any(right for _, right in every):

@@ -56,7 +56,7 @@ def clicked_photos(config: TrainConfig, limit: int | None) -> Iterator[LabelledP
         yield LabelledPhoto(set_name, stem, photo.image_rgb, truth > 0 if photo.positive else None, patches)
 
 
-def fit_of_clicks(photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
+def overlap_of_clicks(photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
     """The harmonic mean of the share of positive clicks with a region and of patches without one, 0..1.
 
     Args:
@@ -73,17 +73,17 @@ def fit_of_clicks(photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> f
     return 2 * shares[0] * shares[1] / max(sum(shares), 1e-9)
 
 
-def absent_of(photo: KeptPhoto) -> np.ndarray | None:
+def negative_area_of(photo: KeptPhoto) -> np.ndarray | None:
     """Where the defect is known not to be, (H, W) bool; None where every pixel is known."""
     if photo.patches_xyxy is None:
         return None
-    absent = np.zeros(photo.image_rgb.shape[:2], bool)
+    negative_area = np.zeros(photo.image_rgb.shape[:2], bool)
     for x0, y0, x1, y1 in photo.patches_xyxy:
-        absent[y0:y1, x0:x1] = True
-    return absent
+        negative_area[y0:y1, x0:x1] = True
+    return negative_area
 
 
 def judged_px(photo: KeptPhoto) -> int:
     """How many pixels of a photo without the defect are known."""
-    absent = absent_of(photo)
-    return photo.image_rgb[..., 0].size if absent is None else max(1, int(absent.sum()))
+    negative_area = negative_area_of(photo)
+    return photo.image_rgb[..., 0].size if negative_area is None else max(1, int(negative_area.sum()))

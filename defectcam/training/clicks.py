@@ -27,13 +27,13 @@ SMALLEST_CLICKED_PX = 30  # people do not see smaller defects
 
 @dataclass(frozen=True)
 class Click:
-    """One click: at pixel (x, y) of `image` there is `defect`, or none of `absent` within the patch around it.
+    """One click: at pixel (x, y) of `image` there is `defect`, or none of `negative_for` within the patch around it.
 
     Attributes:
         image: path of the photo.
         x, y: pixel, 0-based from the upper left corner.
         defect: the defect clicked on, or "none".
-        absent: for a none-click the defect that was looked for; "" for a positive click.
+        negative_for: for a negative click the defect that was looked for; "" for a positive click.
         photo_group: what is never split between train and val, and what a sampler balances over.
         weight: how much it counts against the other clicks, 0 or more; more where the proposals were worse.
         interaction: id of what an annotator did that it was derived from (`feedback.store`); "" of a click by hand.
@@ -44,7 +44,7 @@ class Click:
     x: int
     y: int
     defect: str
-    absent: str = ""
+    negative_for: str = ""
     photo_group: str = ""
     weight: float = 1.0
     interaction: str = ""
@@ -92,7 +92,7 @@ def read_clicks(path: Path, with_photos: bool = False) -> list[Click]:
                     x,
                     y,
                     "none" if defect.lower() == "none" else defect,
-                    (row.get("absent") or "").strip(),
+                    (row.get("negative_for") or row.get("absent") or "").strip(),  # `absent` in files of earlier versions
                     row.get("photo_group") or "",
                     weight,
                     row.get("interaction") or "",
@@ -210,16 +210,16 @@ def simulate_clicks(
     largest_patch_px: int | None = None,
     label_names: Mapping[str, str] | None = None,
 ) -> list[Click]:
-    """The clicks a person would give: one per defect component, and none-clicks on patches free of the defect.
+    """The clicks a person would give: one per defect component, and negative clicks on patches free of the defect.
 
-    A set without masks of this defect gives none-clicks only: its photos are of another material and are taken
+    A set without masks of this defect gives negative clicks only: its photos are of another material and are taken
     to be free of it (the caller decides which sets that holds for).
 
     Args:
-        patch_px: side of the patch around a none-click that must be free of the defect (cut at the photo's edges).
+        patch_px: side of the patch around a negative click that must be free of the defect (cut at the photo's edges).
         label_names: see `LabelledSet`.
-        largest_patch_px: where given, the side is drawn for every none-click, log-uniformly from `patch_px` to this.
-        none_per_photo: none-clicks tried per photo; a photo full of defect gives fewer.
+        largest_patch_px: where given, the side is drawn for every negative click, log-uniformly from `patch_px` to this.
+        none_per_photo: negative clicks tried per photo; a photo full of defect gives fewer.
         smallest_px: components of fewer pixels get no click.
         shows_defect: whether the set was named as one with the defect, so that it must have masks of it.
 
@@ -249,16 +249,14 @@ def simulate_clicks(
                 pick = rng.integers(len(xs))
                 clicks.append(Click(str(path), int(xs[pick]), int(ys[pick]), defect, "", group))
         height, width = mask.shape
-        summed = cv2.integral((mask | unknown).astype(np.uint8))  # no none-click where nothing is known
+        summed = cv2.integral((mask | unknown).astype(np.uint8))  # no negative click where nothing is known
         for _ in range(none_per_photo):
             side = patch_px
             if largest_patch_px:
                 side = round(float(np.exp(rng.uniform(*np.log([patch_px, largest_patch_px])))))
             for _attempt in range(20):
                 x, y = int(rng.integers(width)), int(rng.integers(height))
-                x0, x1 = patch_bounds(x, side, width)
-                y0, y1 = patch_bounds(y, side, height)
-                if summed[y1, x1] - summed[y0, x1] - summed[y1, x0] + summed[y0, x0] == 0:
+                if patch_is_free(summed, x, y, side):
                     clicks.append(Click(str(path), x, y, "none", defect, group, patch_px=side))
                     break
     return clicks
@@ -269,6 +267,13 @@ def patch_bounds(center: int, patch_px: int, size: int) -> tuple[int, int]:
     length = min(patch_px, size)
     start = min(max(center - length // 2, 0), size - length)
     return start, start + length
+
+
+def patch_is_free(summed: np.ndarray, x: int, y: int, patch_px: int) -> bool:
+    """Whether the patch around (x, y) has no pixel of a mask (H, W), of which `cv2.integral` made `summed`."""
+    height, width = summed.shape[0] - 1, summed.shape[1] - 1
+    (x0, x1), (y0, y1) = patch_bounds(x, patch_px, width), patch_bounds(y, patch_px, height)
+    return summed[y1, x1] - summed[y0, x1] - summed[y1, x0] + summed[y0, x0] == 0
 
 
 def patch_xyxy(click: Click, default_px: int, height: int, width: int) -> tuple[int, int, int, int]:

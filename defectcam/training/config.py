@@ -13,6 +13,7 @@ from pathlib import Path
 from defectcam.command_line import command_parser
 from defectcam.encoders import ENCODERS, POOLINGS, check_architecture, stride_px
 from defectcam.training.labels import add_label_option
+from defectcam.weights import DefectConfig
 
 DECODERS = {"resnet34": (64, 32, 16), "efficientnet-lite0": (64, 48, 32, 16)}
 DOWNSAMPLINGS = {"resnet34": 2, "efficientnet-lite0": 4}
@@ -134,6 +135,16 @@ def _plain(value: object) -> object:
 def names(text: str) -> list[str]:
     """"a,b" -> ["a", "b"]."""
     return [name for name in text.split(",") if name]
+
+
+def architecture_of(defect_config: DefectConfig) -> dict:
+    """The fields of `TrainConfig` that say what the network is, from a manifest's entry."""
+    return {
+        "encoder": defect_config.encoder,
+        "decoder": defect_config.decoder_channels,
+        "downsamplings": defect_config.downsamplings,
+        "pooling": defect_config.pooling,
+    }
 
 
 def labels_of(record: dict) -> str:

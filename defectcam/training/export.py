@@ -30,7 +30,7 @@ from defectcam.command_line import command_parser
 from defectcam.network import ScoreNet, fold_batchnorm, fold_upsampling
 from defectcam.openvino_engine import OpenVinoEngine
 from defectcam.torch_engine import TorchEngine
-from defectcam.weights import DefectWeights, WeightsError, load_tensors, read_manifest, write_manifest
+from defectcam.weights import DefectConfig, WeightsError, load_tensors, read_manifest, write_manifest
 
 aten = torch.ops.aten
 ENCODERS_WITH_GRAPH = ("efficientnet-lite0",)
@@ -231,16 +231,16 @@ def _compare(engine: OpenVinoEngine, reference: TorchEngine) -> None:
             )
 
 
-def add_graph(folder: Path, fact: DefectWeights) -> str:
+def add_graph(folder: Path, config: DefectConfig) -> str:
     """Write the graph of a defect beside its tensors; returns the file's name, "" where its encoder has no graph.
 
     Raises:
         WeightsError: for tensors that do not fit the manifest.
     """
-    network = fact.build_network().eval()
-    path = folder / fact.file
-    load_tensors(network, path, fact.sha256)
-    if fact.encoder not in ENCODERS_WITH_GRAPH:
+    network = config.build_network().eval()
+    path = folder / config.file
+    load_tensors(network, path, config.sha256)
+    if config.encoder not in ENCODERS_WITH_GRAPH:
         return ""
     graph = path.with_suffix(".onnx")
     graph.write_bytes(graph_of(network))
@@ -253,16 +253,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, required=True, help="a weights folder; its manifest gets a new version")
     args = parser.parse_args(argv)
     try:
-        _, facts = read_manifest(args.weights)
+        _, configs = read_manifest(args.weights)
         path = args.weights / "manifest.json"
         manifest = json.loads(path.read_text())
-        for defect, fact in facts.items():
+        for defect, config in configs.items():
             print(f"{defect}: exporting, about 20 s", flush=True)
-            graph = add_graph(args.weights, fact)
+            graph = add_graph(args.weights, config)
             if graph:
                 manifest["defects"][defect]["graph"] = graph
             else:
-                print(f"{defect}: {fact.encoder} has no graph, PyTorch runs it")
+                print(f"{defect}: {config.encoder} has no graph, PyTorch runs it")
         version = write_manifest(args.weights, manifest["defects"], manifest.get("parent"))
         print(f"written: {path}, version {version}")
     except (WeightsError, ValueError) as error:

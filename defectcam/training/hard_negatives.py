@@ -1,7 +1,7 @@
 """Hard negatives: negative clicks where a network sees the defect on photos without it (beyond the paper).
 
 Nearly all of a photo without the defect is easy: crops drawn evenly from it teach nothing about the few edges, joints and
-shadows that become false proposals. What an annotator rejects is such a place. Before anybody has rejected anything, the
+shadows that become false proposals. What an annotator rejects is such a place. Before anything is rejected, the
 photos known to be without the defect show them. The clicks are labels like any others: `defectcam train --clicks`.
 
 Example:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,15 +27,14 @@ from tqdm import tqdm
 
 from defectcam.command_line import command_parser
 from defectcam.paths import write_image
-from defectcam.predict import Predictor, device_and_engine, paste
+from defectcam.predict import Predictor, open_weights, paste
 from defectcam.proposals import Proposal
-from defectcam.request import ITERATIONS_MAX
+from defectcam.settings import ITERATIONS_MAX
 from defectcam.training.clicks import Click, simulate_clicks, split_stems
 from defectcam.training.config import names
 from defectcam.training.dark_lines import dark_lines
 from defectcam.training.labels import UNKNOWN, LabelledSet, add_label_option, read_photo_rgb
 from defectcam.training.sources import PSEUDO_RECORD
-from defectcam.weights import load_weights
 
 GAP_PX = 16  # px: pieces of one outline lie no farther apart, nor a click from its outline by half of it
 AROUND_CLICK_PX = 16  # px: as far as the unknown reaches around a click without an outline
@@ -148,26 +146,26 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("name sets with --sets, --unlabelled-sets or both")
     if args.iterations is not None and not 0 <= args.iterations <= ITERATIONS_MAX:
         parser.error(f"--iterations is {args.iterations}; allowed is 0 to {ITERATIONS_MAX}")
-    predictor = Predictor(load_weights(args.weights), *device_and_engine(os.environ))
+    predictor = open_weights(args.weights)
     if args.defect not in predictor.defects:
         sys.exit(f"{args.weights} has no weights for {args.defect!r}; there are {predictor.defects}")
     if args.iterations is None:
-        args.iterations = predictor.weights.facts[args.defect].iterations
-    facts = {
-        "defect": args.defect, "weights": predictor.weights.facts[args.defect].sha256, "sets": args.sets,
-        "unlabelled_sets": args.unlabelled_sets, "label_names": args.label_names, "iterations": args.iterations, "dark_lines": args.dark_lines,
-        "seed": args.seed,
+        args.iterations = predictor.weights.configs[args.defect].iterations
+    identity = {
+        "defect": args.defect, "weights": predictor.weights.configs[args.defect].sha256, "sets": args.sets,
+        "unlabelled_sets": args.unlabelled_sets, "label_names": args.label_names,
+        "iterations": args.iterations, "dark_lines": args.dark_lines, "seed": args.seed,
     }  # fmt: skip
     record = args.out / PSEUDO_RECORD
-    if record.exists() and json.loads(record.read_text())["facts"] != facts:
-        sys.exit(f"{args.out} holds masks of {json.loads(record.read_text())['facts']}: choose another --out, or remove it")
+    if record.exists() and (other := json.loads(record.read_text()).get("identity")) != identity:
+        sys.exit(f"{args.out} holds masks of {other or 'an earlier version'}: choose another --out, or remove it")
     args.out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"facts": facts, "finished": False}))
+    record.write_text(json.dumps({"identity": identity, "finished": False}))
     labeller = Labeller(predictor, args)
     try:
         photos = sum(labeller.write_set(name, labelled=True) for name in args.sets)
         photos += sum(labeller.write_set(name, labelled=False) for name in args.unlabelled_sets)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
-    record.write_text(json.dumps({"facts": facts, "finished": True}))
+    record.write_text(json.dumps({"identity": identity, "finished": True}))
     print(f"{photos} masks written: {args.out}")

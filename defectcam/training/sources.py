@@ -202,7 +202,7 @@ def _own_clicks(config: TrainConfig, split: str) -> list[Click]:
 def click_on(click: Click, defect: str) -> Click | None:
     """What a click says of a defect, which it may call in other capital letters; None if nothing."""
     if click.defect == "none":
-        return click if click.absent.casefold() in ("", defect.casefold()) else None
+        return click if click.negative_for.casefold() in ("", defect.casefold()) else None
     return dataclasses.replace(click, defect=defect) if click.defect.casefold() == defect.casefold() else None
 
 

@@ -107,7 +107,7 @@ def trained_network(folder: Path) -> ScoreNet:
     record = folder / "record.json"
     if not record.is_file() or not (folder / "best.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has not both of {RUN_FILES}: it is no folder of a finished `defectcam train`")
-    facts = json.loads(record.read_text())
-    network = ScoreNet(*(facts[name] for name in ("encoder", "decoder", "downsamplings", "pooling")))
+    record = json.loads(record.read_text())
+    network = ScoreNet(*(record[name] for name in ("encoder", "decoder", "downsamplings", "pooling")))
     load_tensors(network, folder / "best.safetensors")
     return network.requires_grad_(False).eval()

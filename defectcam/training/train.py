@@ -69,7 +69,7 @@ def fit(
     crops: Dataset,
     validate: Validate | None,
     best_by: str,
-    facts: dict,
+    identity: dict,
     workers: int = 0,
 ) -> dict:
     """The training loop.
@@ -79,7 +79,7 @@ def fit(
         network: to start from; it is trained in place.
         crops: endless dataset; draw k is always the same.
         validate: figures of a network on val; the checkpoint with the largest `best_by` is kept. Without it the last is.
-        facts: what else the run is defined by, beside `config`; a checkpoint of another run is never gone on from.
+        identity: what else the run is defined by, beside `config`; a checkpoint of another run is never gone on from.
 
     Returns:
         The record of the run, which is also in record.json.
@@ -105,12 +105,12 @@ def fit(
         lr=config.lr,
         weight_decay=WEIGHT_DECAY,
     )
-    facts = {name: value for name, value in config.record().items() if name not in OF_NO_WEIGHT} | facts
-    state = {"facts": facts, "step": 0, "steps": config.steps, "best": -1.0, "seconds": 0.0, "history": []}
+    identity = {name: value for name, value in config.record().items() if name not in OF_NO_WEIGHT} | identity
+    state = {"identity": identity, "step": 0, "steps": config.steps, "best": -1.0, "seconds": 0.0, "history": []}
     checkpoint = out / "last.safetensors"
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, network, average, optimiser)
-        check_same_run(out, state, facts, config.steps)
+        check_same_run(out, state, identity, config.steps)
         state["steps"] = config.steps
         print(f"going on from step {state['step']} of {checkpoint}", file=sys.stderr)
     objective = PartialLabelLoss(network, config.pixels)
@@ -176,7 +176,7 @@ def fit(
     record = {
         "command": "defectcam " + shlex.join(sys.argv[1:]),
         **config.record(),
-        **facts,
+        **identity,
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "minutes": round(state["seconds"] / 60, 1),
@@ -189,14 +189,14 @@ def fit(
     return record
 
 
-def check_same_run(out: Path, state: dict, facts: dict, steps: int) -> None:
+def check_same_run(out: Path, state: dict, identity: dict, steps: int) -> None:
     """Whether a checkpoint is of the same run, and of no more steps.
 
     Raises:
         ValueError: naming what differs, and the remedy.
     """
-    names_of_both = facts.keys() | state["facts"].keys()
-    changed = sorted(name for name in names_of_both if facts.get(name) != state["facts"].get(name))
+    names_of_both = identity.keys() | state.get("identity", {}).keys()
+    changed = sorted(name for name in names_of_both if identity.get(name) != state.get("identity", {}).get(name))
     if changed:
         raise ValueError(f"{out} holds a run with other {', '.join(changed)}: choose another --out, or remove it")
     if steps < state["step"]:
@@ -374,7 +374,7 @@ def train(config: TrainConfig, out: Path, workers: int = 0, more: Sequence[Photo
     photos = on_disk([*read_all(sources, "train photos"), *more], out)
     crops = crops_of(config, photos)
     clicks = [click.defect == "none" for photo in photos for click in photo.clicks]
-    facts = {
+    identity = {
         "encoder_weights": published,
         "init_sha256": hashlib.sha256(config.init.read_bytes()).hexdigest() if config.init else None,
         "photos": len(photos),
@@ -384,7 +384,7 @@ def train(config: TrainConfig, out: Path, workers: int = 0, more: Sequence[Photo
         "labels_sha256": labels_sha256(photos),
         **judged_by,
     }
-    return fit(config, out, network, crops, validate, best_by, facts, workers)
+    return fit(config, out, network, crops, validate, best_by, identity, workers)
 
 
 def main(argv: list[str] | None = None) -> None:

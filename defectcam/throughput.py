@@ -14,7 +14,7 @@ SAMPLE_PX = 192  # side of the tile that is timed: large enough for a stable tim
 GRADIENT_COST = 1.3  # of a backward pass to the image alone, in forward passes
 
 
-class Pace:
+class Throughput:
     """Seconds per pixel of a tile that one forward pass takes, per defect: the fastest that was seen.
 
     The fastest, since everything else that runs makes a pass slower, never faster: so nothing is refused because
