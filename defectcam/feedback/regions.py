@@ -45,10 +45,10 @@ def edited_share(before: Component, after: Component) -> float:
 
 
 def saved_share(before: Component, after: Component, defect: str, width: int, height: int) -> float:
-    """Share (0..1) of clicks that starting from `before` saved the person who drew `after` (paper 4.3, Eq. 3's groups).
+    """Share (0..1) of clicks saved: the annotator corrected `before` and did not draw `after` anew (paper 4.3, Eq. 3).
 
-    Counted as for simulated annotators (`defectcam.evaluation.measures`), with the outline the annotator left as
-    the truth; of regions too small for that the share of the outline that was not edited.
+    It is counted as for simulated annotators (`defectcam.evaluation.measures`). The outline that the annotator left is the
+    truth. Of a region too small for that, it is the share of the outline that was not edited.
 
     Args:
         width, height: of the photo, px: how exact an outline must be depends on its longer side.
