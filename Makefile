@@ -74,7 +74,7 @@ loop: install
 	$(VENV)/python -m defectcam loop --defect crack --weights $(LOOP)/weights-crack --data $(DATA) --campaign uav_kaggle315 \
 		--old-sets deepcrack,uav75 --all-weights weights --out $(LOOP) $(ARGS)
 	$(VENV)/python -m defectcam loop --defect rust --weights $(LOOP)/weights-rust --data $(DATA) --campaign cis_corrosion \
-		--old-sets steelbridge440 --all-weights weights --out $(LOOP) $(ARGS)
+		--judged 40 --old-sets steelbridge440 --all-weights weights --out $(LOOP) $(ARGS)
 	$(VENV)/python -m defectcam loop --defect spalling --weights $(LOOP)/weights-spalling --data $(DATA) --campaign mdmcs18 \
 		--photos 1,5 --clicked= --proposed= --judged 40 --old-sets phinet_labelled --out $(LOOP) $(ARGS)
 	cp $(LOOP)/loop.md $(LOOP)/loop.png docs/

@@ -10,12 +10,10 @@ umask 077 # function files may hold a CVAT token
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 IMAGE=advcam-defects
 SAMPLE=$ROOT/docs/sample.jpg
-SAMPLE_CLICK='[560.0, 560.0]' # on the spall of the sample photo
-TITLE_MAX=24                  # characters of a name that CVAT's model list shows
-NAME_MAX=16                   # those of --name: "NAME defects" must fit
+TITLE_MAX=24 # characters of a name that CVAT's model list shows
+NAME_MAX=16  # those of --name: "NAME defects" must fit
 READY_SECONDS=${READY_SECONDS:-300}
 ANSWER_SECONDS=${ANSWER_SECONDS:-300} # a CPU may take minutes for the sample with many climbing steps
-DRIVER=580                            # NVIDIA's, the first for CUDA 13, which PyTorch brings along
 
 usage() {
     cat <<'EOF'
@@ -28,8 +26,7 @@ usage: ./deploy.sh cpu|gpu [options]   build the image, deploy the function and 
        ./deploy.sh load FILE           deploy and verify such a file on a machine without internet
 
 Every run of cpu or gpu deploys what its command line says, and deletes functions of the last run that it does not
-name. If a deployed function does not answer as its weights must, everything goes back to the release before. A defect of
-the weights that function.yaml has no label for gets one in the files that are deployed; add it to your tasks in CVAT, too.
+name. If a deployed function does not answer as its weights must, everything goes back to the release before.
 
 options of cpu and gpu:
   --weights DIR         these weights instead of ./weights
@@ -56,23 +53,16 @@ options of every command:
   --help
 
 With ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN in the environment the functions read T and the labels' types from the CVAT
-task that is being annotated, and a new deployment is checked with defectcam doctor (docs/operate.md). The token is a
-personal access token of a service account, a user of CVAT that is there for the functions alone; for CVAT 2.15, which
-has none, the key that POST /api/auth/login gives that user (docs/deploy.md).
-Do not sign in to the web page as that user: signing out there deletes the key.
+task that is being annotated, and defectcam doctor checks a new deployment. docs/deploy.md says whose token it must be,
+and what to do about a defect that function.yaml has no label for.
 EOF
 }
 
-# Progress and results; a dry run, which prints commands alone, has none.
-say() { [[ -n $dry_run ]] || printf '%s\n' "$*" >&2 || true; } # a closed terminal must not end the way back
-# shellcheck disable=SC2059
-tell() { [[ -n $dry_run ]] || printf "$@"; }
-
 warn() { printf 'deploy.sh: %s\n' "$@" >&2; }
-die() {
-    warn "$@"
-    exit 1
-}
+die() { warn "$@"; exit 1; }
+# Progress, which a dry run has none of. A closed terminal must not end the way back.
+say() { [[ -n $dry_run ]] || printf '%s\n' "$*" >&2 || true; }
+fail() { say "$@" && return 1; } # for what can be put right, where die would end the run
 
 # lack REASON ...: the end of a run, but not of a dry run, which only says that something is lacking.
 lack() {
@@ -99,10 +89,7 @@ parse_arguments() {
     local option
     while (($#)); do
         case $1 in
-            --help | -h)
-                usage
-                exit
-                ;;
+            --help | -h) usage && exit ;;
             --dry-run) dry_run=yes ;;
             --platform | --namespace | --name | --registry | --cvat | \
                 --weights | --iterations | --presets | --min-replicas | --max-replicas)
@@ -114,15 +101,14 @@ parse_arguments() {
                 ;;
             -*) die "unknown option '$1'; ./deploy.sh --help" ;;
             *)
-                if [[ $command =~ ^(weights|save|load)$ && -z $argument ]]; then # whatever the path is called
-                    argument=$1
-                    shift
-                    continue
+                if [[ $command =~ ^(weights|save|load)$ && -z $argument ]]; then
+                    argument=$1 # whatever the path is called
+                else
+                    [[ $1 =~ ^(cpu|gpu|weights|rollback|status|remove|save|load)$ ]] ||
+                        die "unknown command '$1'; ./deploy.sh --help"
+                    [[ -z $command ]] || die "two commands, '$command' and '$1'; ./deploy.sh --help"
+                    command=$1
                 fi
-                [[ $1 =~ ^(cpu|gpu|weights|rollback|status|remove|save|load)$ ]] ||
-                    die "unknown command '$1'; ./deploy.sh --help"
-                [[ -z $command ]] || die "two commands, '$command' and '$1'; ./deploy.sh --help"
-                command=$1
                 ;;
         esac
         shift
@@ -140,8 +126,7 @@ parse_arguments() {
     [[ $command =~ ^(cpu|gpu)$ || -z $iterations$presets$weights ]] ||
         die "--iterations, --presets and --weights belong to cpu and gpu: '$command' keeps what is deployed or saved"
     if [[ $command =~ ^(cpu|gpu|load)$ ]]; then
-        [[ $platform == local || -n $registry ]] ||
-            die "--platform kube needs --registry: the cluster pulls the image from there"
+        [[ $platform == local || -n $registry ]] || die "--platform kube needs --registry: the cluster pulls the image from there"
         [[ ${ADVCAM_CVAT_URL:+set} == "${ADVCAM_CVAT_TOKEN:+set}" ]] ||
             die "only one of ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN is set: set both, or neither"
     else
@@ -149,28 +134,27 @@ parse_arguments() {
             die "--registry and replicas belong to cpu, gpu and load: '$command' keeps what is deployed"
     fi
     [[ ! $command =~ ^(weights|save|load)$ || -n $argument ]] || die "$command needs a path; ./deploy.sh --help"
+    [[ $command != weights ]] || weights=$argument
+    weights=${weights:-$ROOT/weights}
     case $command in
-        weights) weights=$argument ;;
+        cpu | gpu | weights)
+            [[ -f $weights/manifest.json ]] || die "no weights in '$weights': it has no manifest.json"
+            compgen -G "$weights/*.safetensors" >/dev/null || die "no weights in '$weights': it has no *.safetensors"
+            ;;
         save)
             [[ ! -e $argument ]] || die "'$argument' is there already: name another file, or delete it"
             [[ -w $(dirname "$argument") ]] || die "cannot write '$argument': make its folder, or name another one"
             ;;
         load) [[ -f $argument && -r $argument ]] || die "cannot read '$argument': name a file of ./deploy.sh save" ;;
     esac
-    weights=${weights:-$ROOT/weights}
-    if [[ $command =~ ^(cpu|gpu|weights)$ ]]; then
-        [[ -f $weights/manifest.json ]] || die "no weights in '$weights': it has no manifest.json"
-        compgen -G "$weights/*.safetensors" >/dev/null || die "no weights in '$weights': it has no *.safetensors"
-    fi
     where=(--platform "$platform" --namespace "$namespace")
 }
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
 check_needs() {
-    local missing=() tools=(docker nuctl curl) tool
-    [[ $platform == local ]] || tools+=(kubectl)
-    for tool in "${tools[@]}"; do
+    local missing=() tool
+    for tool in docker nuctl curl $([[ $platform == local ]] || echo kubectl); do
         command -v "$tool" >/dev/null || missing+=("$tool is not installed, or not in PATH")
     done
     ((${#missing[@]} == 0)) || lack "${missing[@]}"
@@ -209,16 +193,14 @@ check_nuclio_version() {
 }
 
 check_gpu() {
-    local found
+    local asked=(docker info --format '{{json .Runtimes}}') wanted=nvidia found
+    local problem='docker has no NVIDIA runtime: install NVIDIA Container Toolkit, then nvidia-ctk runtime configure'
     if [[ $platform == kube ]]; then
-        found=$(call kubectl get nodes --output 'jsonpath={..allocatable.nvidia\.com/gpu}')
-        [[ -n $dry_run || $found =~ [1-9] ]] ||
-            die "no node of the cluster offers nvidia.com/gpu: install NVIDIA's device plugin"
-    else
-        found=$(call docker info --format '{{json .Runtimes}}')
-        [[ -n $dry_run || $found == *nvidia* ]] ||
-            die "docker has no NVIDIA runtime: install NVIDIA Container Toolkit, then nvidia-ctk runtime configure"
+        asked=(kubectl get nodes --output 'jsonpath={..allocatable.nvidia\.com/gpu}') wanted='[1-9]'
+        problem="no node of the cluster offers nvidia.com/gpu: install NVIDIA's device plugin"
     fi
+    found=$(call "${asked[@]}")
+    [[ -n $dry_run || $found =~ $wanted ]] || die "$problem"
 }
 
 check_disk() {
@@ -229,8 +211,7 @@ check_disk() {
     folder=$(call docker info --format '{{.DockerRootDir}}')
     [[ -z $dry_run && -d $folder ]] || return 0 # without it the daemon is on another machine
     free=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1e6) }')
-    ((free >= needed)) ||
-        die "$folder has $free GB free, but $needed GB are needed: docker system prune, or a larger disk"
+    ((free >= needed)) || die "$folder has $free GB free, but $needed GB are needed: docker system prune, or a larger disk"
 }
 
 # ---------------------------------------------------------------------------------------------- a release
@@ -252,38 +233,36 @@ named_deployments() { # those beside the one without a name
     done
 }
 
-release_of() { # the name of the release that a link points to; nothing where there is no link
-    local path
-    path=$(readlink "$STATE/$1" 2>/dev/null) || return 0
-    printf '%s' "${path##*/}"
-}
-
-point() { # point LINK RELEASE: in one step, so that no interruption leaves half a link
+# The name of the release that a link points to; nothing where there is no link.
+release_of() { basename "$(readlink "$STATE/$1")"; }
+point() { # point LINK RELEASE: the link and its variable; in one step, so that no interruption leaves half a link
+    printf -v "$1" '%s' "$2"
     [[ -z $dry_run ]] || return 0
     ln -sfn "releases/$2" "$STATE/$1.new"
     mv -T "$STATE/$1.new" "$STATE/$1"
 }
-
-settle() { # what was pending is deployed, or gone
-    pending=''
-    [[ -n $dry_run ]] || rm -f "$STATE/pending"
-}
+settle() { pending=''; [[ -n $dry_run ]] || rm -f "$STATE/pending"; } # what was pending is deployed, or gone
 
 new_release() { # new_release [NAME OF A DRY RUN]: sets $release and $folder
-    release=${1:-dry-run}
-    [[ -z $dry_run ]] || rm -rf "$STATE/releases/$release"
-    until [[ -n $dry_run ]] || { release=$(date -u +%Y%m%d-%H%M%S) && [[ ! -e $STATE/releases/$release ]]; }; do
-        sleep 0.2 # a run of this very second was cut off: names are times, the next second has its own
-    done
+    if [[ -n $dry_run ]]; then
+        release=${1:-dry-run}
+        rm -rf "$STATE/releases/$release"
+    else
+        local now number=1
+        now=$(date -u +%Y%m%d-%H%M%S)
+        release=$now
+        while [[ -e $STATE/releases/$release ]]; do # a run of this very second
+            release=$now.$((++number))
+        done
+    fi
     folder=$STATE/releases/$release
     mkdir -p "$folder"/{functions,settings,answers} || die "cannot write to $STATE/releases"
 }
 
-# inherit RELEASE_FOLDER: the new release gets all of it but what image and weights decide
-inherit() {
-    local part
+inherit() { # the new release gets all of the current one but what image and weights decide
+    local part from=$STATE/releases/$current
     for part in names functions settings options nuclio detector.json interactor.json; do
-        [[ ! -e $1/$part ]] || cp -r "$1/$part" "$folder"
+        [[ ! -e $from/$part ]] || cp -r "$from/$part" "$folder"
     done
 }
 
@@ -292,9 +271,12 @@ write_options() { # further options of nuctl deploy
     ((${#options[@]} == 0)) || printf '%s\n' "${options[@]}" >"$folder/options"
 }
 
-functions_of() { # names of a release's functions, the default first
-    [[ -z $1 ]] || cat "$STATE/releases/$1/names"
-}
+# Names of a release's functions, the default first.
+functions_of() { [[ -z $1 ]] || cat "$STATE/releases/$1/names"; }
+# Names of all functions that may be deployed, those of runs that were cut off too. A dry run's folder has none.
+functions_of_all() { cat "$STATE"/releases/[0-9]*/names 2>/dev/null | sort -u; }
+# images_of RELEASE_FOLDER ...: what they are to be deployed from, built or not
+images_of() { cat "${@/%//image}" "${@/%//code}" </dev/null 2>/dev/null | sort -u; }
 
 # add_function TEMPLATE NAME TITLE [KEY=VALUE ...]: NAME and TITLE may be empty for the template's own.
 add_function() {
@@ -308,9 +290,9 @@ add_function() {
         die "'$title' has ${#title} characters, but CVAT shows $TITLE_MAX: shorten it${deployment:+, or --name}"
     ! grep -qxF "$name" "$folder/names" 2>/dev/null || die "two entries named '$title' ($name): rename one"
     (($# == 0)) || printf '%s\n' "$@" >"$folder/settings/$name"
-    write_function "$template" "$name" "$title"
-    printf '%s\n' "$title" >"$folder/functions/$name.title"
     printf '%s\n' "$name" >>"$folder/names"
+    printf '%s\n' "$title" >"$folder/functions/$name.title"
+    write_function "$template" "$name" "$title"
 }
 
 # write_function FILE NAME TITLE: the release's file of function NAME, made from FILE, a template or this very file.
@@ -318,43 +300,170 @@ add_function() {
 # nuctl could override all but two things: it cuts an annotation at its second "=", and it builds again, whatever
 # --run-image says, as long as the file has spec.build. Hence a file for each function.
 write_function() {
-    local cvat_of=file file=$folder/functions/$2.yaml
+    local file=$folder/functions/$2.yaml manifest=$weights/manifest.json cvat_of=file default
+    default=$(head -n 1 "$folder/names")
+    [[ $1 != "$file" || $command == weights ]] || manifest=/dev/null # a file of a release has the labels
     if [[ $command == save ]]; then # a token stays on its machine; a reference to a Secret may go
         ! grep -q '^ADVCAM_CVAT_TOKEN=' <(file_variables "$1") || cvat_of=nothing
     else
-        [[ -z ${ADVCAM_CVAT_TOKEN:+set} ]] || cvat_of=environment
+        [[ -z ${ADVCAM_CVAT_TOKEN:+set} || ($1 == "$file" && $command != load) ]] || cvat_of=environment
         # An entry with a T of its own is chosen for that T: the task's label must not replace it. A click has no T.
-        if is_interactor "$1" || grep -qs '^ADVCAM_ITERATIONS=' "$folder/settings/$2"; then cvat_of=nothing; fi
+        if [[ $(type_of "$1") == interactor ]] || grep -qs '^ADVCAM_ITERATIONS=' "$folder/settings/$2"; then cvat_of=nothing; fi
     fi
     # The token is read by awk alone: other users can see a program's arguments, and `bash -x` prints bash's values.
-    LC_ALL=C awk -v name="$2" -v title="$3" -v cvat_of="$cvat_of" '
-        BEGIN {
-            count = cvat_of == "environment" ? split("ADVCAM_CVAT_URL ADVCAM_CVAT_TOKEN", variables, " ") : 0
-            for (i = 1; i <= count; i++) {
-                value = ENVIRON[variables[i]]
-                gsub(/^[ \t\r\n]+|[ \t\r\n]+$/, "", value)
-                if (value !~ /^[!-~]+$/ || value ~ /["\047\\]/) {
-                    print "deploy.sh: " variables[i] " has a blank, a quote or a control character in it" >"/dev/stderr"
-                    exit 1
-                }
-                entries = entries "    - name: " variables[i] "\n      value: \"" value "\"\n"
-            }
-        }
-        /^(  )?[a-z]/ { block = $1; skipping = block == "build:" }
-        block == "env:" && /^    - / {
-            skipping = cvat_of != "file" && /name: *["\047]?ADVCAM_CVAT_(URL|TOKEN)(["\047 ,#]|$)/
-        }
-        skipping { next }
-        /^  name:/ { print "  name: " name; next }
-        block == "annotations:" && /^    name:/ { print "    name: \"" title "\""; next }
-        { print }
-        /^  env:/ { printf "%s", entries }' "$1" >"$file.new" || exit 1
+    MANIFEST=$manifest ANSWERS=$folder/answers/$default LC_ALL=C awk -v name="$2" -v title="$3" -v cvat_of="$cvat_of" \
+        -v default_name="$default" "$FUNCTION_PROGRAM" "$1" >"$file.new" || exit 1
     mv "$file.new" "$file"
 }
 
-rewrite_function() { write_function "$folder/functions/$1.yaml" "$1" "$(<"$folder/functions/$1.title")"; }
+rewrite_functions() { # those of the new release, or of the one that is saved
+    local name
+    for name in $(<"$folder/names"); do
+        write_function "$folder/functions/$name.yaml" "$name" "$(<"$folder/functions/$name.title")"
+    done
+}
 
-is_interactor() { grep -q '^ *type: *interactor' "$1"; }
+# Prints a function file with the name, title and CVAT variables that are asked for, and without spec.build.
+# - Every defect of the weights' manifest gets a label if there is none: like the first label of type polygon but for
+#   name and colour, before the tags. defectcam/cvat_labels.py has the same rules; a test holds the two together.
+# - The T that the weights answer with comes first in its label's select: "From model" makes the first one the default.
+# awk, since there is no Python outside the image.
+# shellcheck disable=SC2016
+FUNCTION_PROGRAM='
+function complain(problem) { print "deploy.sh: " problem >"/dev/stderr"; failed = 1 }
+
+# Sets, by the path of keys and places from 1 on, joined by SUBSEP: value[PATH], and first[PATH] and last[PATH], where its
+# text begins and ends. paths[1..count] are in the order of the text.
+function read_json(text, at, begin, token, depth, path, inside, is_list, place, is_key, key) {
+    split("", value); split("", first); split("", last); count = 0
+    while (match(substr(text, at + 1), /"([^"\\]|\\.)*"|[][{},]|[^][{},:" \t\r\n]+/)) {
+        begin = at + RSTART
+        at = begin + RLENGTH - 1
+        token = substr(text, begin, RLENGTH)
+        if (token == ",") { place[depth]++; is_key = !is_list[depth]; continue }
+        if (token ~ /^[]}]/) { last[inside[depth--]] = at; is_key = 0; continue }
+        if (is_key) { key = text_of(token); is_key = 0; continue }
+        path = depth ? inside[depth] SUBSEP (is_list[depth] ? place[depth] : key) : ""
+        paths[++count] = path; first[path] = begin; last[path] = at
+        value[path] = token ~ /^"/ ? text_of(token) : token
+        if (token ~ /^[[{]/) { inside[++depth] = path; is_key = token == "{"; is_list[depth] = !is_key; place[depth] = 1 }
+    }
+}
+function text_of(string, text, c, code, high, i) { # of a JSON string with its quotes, in UTF-8
+    string = substr(string, 2, length(string) - 2)
+    while (match(string, /\\./)) {
+        text = text substr(string, 1, RSTART - 1)
+        c = substr(string, RSTART + 1, 1)
+        string = substr(string, RSTART + 2)
+        if (c == "u") {
+            code = 0
+            for (i = 1; i <= 4; i++) code = 16 * code + index("123456789abcdef", tolower(substr(string, i, 1)))
+            code += high
+            string = substr(string, 5)
+            high = code >= 55296 && code < 56320 ? 65536 + (code - 55296) * 1024 - 56320 : 0 # the first half of a pair
+            c = high ? "" : utf8(code)
+        } else if (index("bfnrt", c)) c = "\n"
+        text = text c
+    }
+    return text string
+}
+function utf8(code, tail, room) { # six bits in every byte but the first
+    if (code < 128) return code < 32 ? "\n" : sprintf("%c", code) # no name may have any of the control characters
+    for (room = 64; code >= room; room /= 2) {
+        tail = sprintf("%c", 128 + code % 64) tail
+        code = int(code / 64)
+    }
+    return sprintf("%c", 256 - 2 * room + code) tail
+}
+function check_name(defect, characters, why) {
+    characters = defect
+    gsub(/[\200-\277]/, "", characters) # of a character of several bytes the first one counts
+    if (defect == "") why = "is empty"
+    else if (defect == "unprocessed" || defect == "notice") why = "is the tag \047" defect "\047 of the function"
+    else if (defect ~ /^ | $/) why = "begins or ends with a blank"
+    else if (length(characters) > 64) why = "has " length(characters) " characters, but CVAT takes 64"
+    else if (defect ~ /[\001-\037\177]|\302[\200-\237]|\342\200[\250\251]/) why = "has a control character or a line break"
+    else return
+    complain(ENVIRON["MANIFEST"] ": the defect\047s name \047" defect "\047 " why \
+        ": give it another name (defectcam calibrate --defect NAME)")
+}
+function with_label(spec, defect, labels, kind, like, tag, before, after, made, colours, i) {
+    read_json(spec)
+    for (labels = 0; ("", labels + 1) in first; labels++) {
+        if (value["", labels + 1, "name"] == defect) return spec
+        kind = value["", labels + 1, "type"]
+        if (!like && kind == "polygon") like = labels + 1
+        if (!tag && kind == "tag") tag = labels + 1
+    }
+    if (!like) {
+        complain(FILENAME " has no label of type polygon; the label of \047" defect "\047 is made like that: add one, " \
+            "such as crack")
+        exit 1
+    }
+    before = substr(spec, first["", like], first["", like, "name"] - first["", like])
+    after = substr(spec, last["", like, "name"] + 1, last["", like] - last["", like, "name"])
+    sub(/"color": *"[^"]*", */, "", before)
+    sub(/, *"color": *"[^"]*"/, "", after)
+    colours = split("#00dc78 #ff00ff #00e5ff #b4ff00 #aa5aff #ff7800", colour, " ")
+    for (i = 1; i <= colours && index(spec, "\"" colour[i] "\""); i++) continue
+    if (i > colours) i = labels % colours + 1
+    if (name == default_name) print "note: the weights have a defect \047" defect "\047; add the label \047" defect \
+        "\047 to your task in CVAT (docs/annotate.md, \"Labels\"), which drops its proposals otherwise" >"/dev/stderr"
+    gsub(/["\\]/, "\\\\&", defect)
+    made = before "\"" defect "\", \"color\": \"" colour[i] "\"" after
+    if (tag) return substr(spec, 1, first["", tag] - 1) made ",\n        " substr(spec, first["", tag])
+    return substr(spec, 1, last["", labels]) ",\n        " made substr(spec, last["", labels] + 1)
+}
+function with_iterations_first(spec, i, j, path, steps, values) {
+    read_json(spec)
+    for (i = count; i; i--) { # from the end, since what comes before keeps its place
+        path = paths[i]
+        if (split(path, keys, SUBSEP) != 5 || keys[5] != "values" || !(value["", keys[2], "name"] in iterations)) continue
+        if (value["", keys[2], "attributes", keys[4], "name"] != "iterations") continue
+        steps = iterations[value["", keys[2], "name"]]
+        values = "\"" steps "\""
+        for (j = 1; (path, j) in first; j++) if (value[path, j] != steps) values = values ", \"" value[path, j] "\""
+        spec = substr(spec, 1, first[path]) values substr(spec, last[path])
+    }
+    return spec
+}
+function print_spec(i) {
+    in_spec = 0
+    for (i = 1; i <= defects; i++) spec = with_label(spec, defect[i])
+    printf "%s", with_iterations_first(spec)
+}
+
+function env_entry(variable, content) {
+    content = ENVIRON[variable]
+    gsub(/^[ \t\r\n]+|[ \t\r\n]+$/, "", content)
+    if (content !~ /^[!-~]+$/ || content ~ /["\047\\]/) complain(variable " has a blank, a quote or a control character in it")
+    return "    - name: " variable "\n      value: \"" content "\"\n"
+}
+
+BEGIN {
+    if (cvat_of == "environment") entries = env_entry("ADVCAM_CVAT_URL") env_entry("ADVCAM_CVAT_TOKEN")
+    while ((getline line <ENVIRON["MANIFEST"]) > 0) manifest = manifest line "\n"
+    read_json(manifest)
+    for (i = 1; i <= count; i++)
+        if (split(paths[i], keys, SUBSEP) == 3 && keys[2] == "defects") check_name(defect[++defects] = keys[3])
+    getline answer <ENVIRON["ANSWERS"]
+    read_json(answer)
+    for (i = 1; i <= count; i++)
+        if (split(paths[i], keys, SUBSEP) == 4 && keys[2] == "defaults" && keys[4] == "iterations")
+            iterations[keys[3]] = value[paths[i]]
+    if (failed) exit 1
+}
+/^    spec: *\|/ { in_spec = 1; print; next }
+in_spec && /^(      |[ \t]*$)/ { spec = spec $0 "\n"; next }
+in_spec { print_spec() }
+/^(  )?[a-z]/ { block = $1; skipping = block == "build:" }
+block == "env:" && /^    - / { skipping = cvat_of != "file" && /name: *["\047]?ADVCAM_CVAT_(URL|TOKEN)(["\047 ,#]|$)/ }
+skipping { next }
+/^  name:/ { print "  name: " name; next }
+block == "annotations:" && /^    name:/ { print "    name: \"" title "\""; next }
+{ print }
+/^  env:/ { printf "%s", entries }
+END { if (in_spec) print_spec() }'
 
 # add_preset TITLE KEY=VALUE ...: one more entry in CVAT's model list, keys as in a request.
 add_preset() {
@@ -364,224 +473,39 @@ add_preset() {
         die "a preset's name is '$title', but may have letters, digits, spaces and =.,+- only"
     (($# > 0)) || die "preset '$title' sets nothing: NAME | key=value ..."
     for setting in "$@"; do
-        [[ ${setting%%=*} =~ ^(iterations|threshold|cam_threshold|defects|shape|tolerance_px|hole_share|max_proposals)$ &&
-            $setting == *=?* ]] ||
+        [[ $setting =~ ^(iterations|threshold|cam_threshold|defects|shape|tolerance_px|hole_share|max_proposals)=. ]] ||
             die "preset '$title' has '$setting', but needs key=value with a key of README.md, \"Settings\""
-        if [[ $setting == iterations=* ]] && ! grep -q "\"iterations\".*\"${setting#*=}\"" "$template"; then
+        settings+=("ADVCAM_${BASH_REMATCH[1]^^}=${setting#*=}")
+        [[ $setting != iterations=* ]] || grep -q "\"iterations\".*\"${setting#*=}\"" "$template" ||
             say "note: the labels have no iterations '${setting#*=}': its shapes will show the task's default"
-        fi
-        name=${setting%%=*}
-        settings+=("ADVCAM_${name^^}=${setting#*=}")
     done
     name=$(tr -cs '[:alnum:]' - <<<"${title,,}")
     add_function "$template" "${name%-}" "$title" "${settings[@]}"
 }
 
-describe_release() { # the functions that cpu and gpu were asked for
-    local template=$ROOT/function.yaml line count
+describe_release() { # the functions that cpu and gpu were asked for, and the sample as CVAT sends it to them
+    local template=$ROOT/function.yaml count line title words encoded
     [[ $device != gpu ]] || template=$ROOT/function-gpu.yaml
     add_function "$template" '' ''
-    if [[ -n $iterations ]]; then
-        for count in ${iterations//,/ }; do
-            [[ $count =~ ^[0-9]{1,2}$ && $((10#$count)) -le 50 ]] ||
-                die "--iterations has '$count', but may have numbers from 0 to 50, as in 0,2,8"
-            add_preset "AdvCAM defects T=$count" "iterations=$count"
-        done
-    fi
-    if [[ -n $presets ]]; then
-        [[ -f $presets ]] || die "--presets is '$presets', but there is no such file"
-        while IFS= read -r line || [[ -n $line ]]; do
-            line=${line%%#*}
-            [[ $line == *[![:space:]]* ]] || continue
-            [[ $line == *'|'* ]] || die "$presets has '$line', but a line must be: NAME | key=value ..."
-            local title words
-            read -r title <<<"${line%%|*}"
-            read -ra words <<<"${line#*|}"
-            add_preset "$title" "${words[@]}"
-        done <"$presets"
-    fi
-    [[ ! -f $ROOT/interactor.yaml ]] || add_function "$ROOT/interactor.yaml" '' ''
-    add_labels "$weights/manifest.json"
-}
-
-# JSON for awk, which is there where no Python is. read_json(TEXT) sets, by the path of keys and places from 1 on, joined by
-# SUBSEP: first[PATH] and last[PATH], where a value's text begins and ends, and paths[1..count]. text_of(JSON) is the text
-# that a JSON string between its quotes stands for, in UTF-8; json_of(TEXT) the other way.
-# shellcheck disable=SC2016
-JSON='
-function read_json(s, at, length_s, c, depth, path, end, key, place, list, inside, wants_key) {
-    split("", first); split("", last); count = 0
-    length_s = length(s)
-    for (at = 1; at <= length_s; at++) {
-        c = substr(s, at, 1)
-        if (c == ",") place[depth]++
-        if (index(" \t\r\n,:", c)) continue
-        if (c == "}" || c == "]") {
-            last[inside[depth]] = at
-            wants_key[--depth] = 1
-            continue
-        }
-        end = at
-        if (c == "\"") {
-            for (end++; end <= length_s && substr(s, end, 1) != "\""; end++) if (substr(s, end, 1) == "\\") end++
-            if (depth && !list[depth] && wants_key[depth]) {
-                key[depth] = text_of(substr(s, at + 1, end - at - 1))
-                wants_key[depth] = 0
-                at = end
-                continue
-            }
-        } else if (!index("{[", c)) {
-            while (end < length_s && substr(s, end + 1, 1) !~ /[] \t\r\n,}]/) end++
-        }
-        path = depth > 1 ? inside[depth] SUBSEP : ""
-        if (depth) path = path (list[depth] ? place[depth] : key[depth])
-        paths[++count] = path
-        first[path] = at
-        last[path] = end
-        if (index("{[", c)) {
-            inside[++depth] = path
-            list[depth] = c == "["
-            place[depth] = 1
-        }
-        wants_key[depth] = 1
-        at = end
-    }
-}
-function text_of(json, at, c, code, out) {
-    for (at = 1; at <= length(json); at++) {
-        c = substr(json, at, 1)
-        if (c == "\\") {
-            c = substr(json, ++at, 1)
-            if (c == "u") {
-                code = hexadecimal(substr(json, at + 1, 4))
-                at += 4
-                if (code >= 55296 && code < 56320 && substr(json, at + 1, 2) == "\\u") { # the first half of a pair
-                    code = 65536 + (code - 55296) * 1024 + hexadecimal(substr(json, at + 3, 4)) - 56320
-                    at += 6
-                }
-                c = utf8(code)
-            } else if (index("bfnrt", c)) c = "\n"
-        }
-        out = out c
-    }
-    return out
-}
-function hexadecimal(digits, i, value) {
-    for (i = 1; i <= length(digits); i++) value = 16 * value + index("0123456789abcdef", tolower(substr(digits, i, 1))) - 1
-    return value
-}
-function utf8(code) {
-    if (code < 32) return "\n" # every control character: no name may have one
-    if (code < 128) return sprintf("%c", code)
-    if (code < 2048) return sprintf("%c%c", 192 + int(code / 64), 128 + code % 64)
-    if (code < 65536) return sprintf("%c%c%c", 224 + int(code / 4096), 128 + int(code / 64) % 64, 128 + code % 64)
-    return sprintf("%c", 240 + int(code / 262144)) sprintf("%c%c%c", 128 + int(code / 4096) % 64, 128 + int(code / 64) % 64, \
-        128 + code % 64)
-}
-function json_of(text) {
-    gsub(/\\/, "\\\\&", text)
-    gsub(/"/, "\\\\&", text)
-    return text
-}
-function string_at(s, path) { return text_of(substr(s, first[path] + 1, last[path] - first[path] - 1)) }
-function file_text(path, s, separator) {
-    separator = RS
-    RS = "\001"
-    getline s <path
-    close(path)
-    RS = separator
-    return s
-}'
-
-# What comes before and after a function file's labels is printed as it is, and the labels are given to change_labels.
-# shellcheck disable=SC2016
-ITS_LABELS='
-/^    spec: *\|/ { inside_spec = 1; print; next }
-inside_spec && /^(      |[ \t]*$)/ { spec = spec $0 "\n"; next }
-inside_spec { printf "%s", change_labels(spec); inside_spec = 0; spec = "" }
-{ print }
-END { if (inside_spec) printf "%s", change_labels(spec) }'
-
-# change_labels AWK_PROGRAM: whose function change_labels changes those of every function of the release
-change_labels() {
-    local name file
-    for name in $(functions_of "$release"); do
-        file=$folder/functions/$name.yaml
-        LC_ALL=C awk "$JSON$ITS_LABELS$1" "$file" >"$file.new" || exit 1
-        mv "$file.new" "$file"
+    for count in ${iterations//,/ }; do
+        [[ $count =~ ^[0-9]{1,2}$ && $((10#$count)) -le 50 ]] ||
+            die "--iterations has '$count', but may have numbers from 0 to 50, as in 0,2,8"
+        add_preset "AdvCAM defects T=$count" "iterations=$count"
     done
-}
-
-# defects_of MANIFEST: the names of its defects, one a line, each of which CVAT must be able to take for a label.
-# defectcam/cvat_labels.py has the same rules; a test holds the two together.
-defects_of() {
-    MANIFEST=$1 LC_ALL=C awk "$JSON"'
-        function refuse(name, why) {
-            printf "deploy.sh: %s: the defect\047s name \047%s\047 %s: give it another name (defectcam calibrate " \
-                "--defect NAME)\n", ENVIRON["MANIFEST"], name, why >"/dev/stderr"
-            failed = 1
-        }
-        BEGIN {
-            read_json(file_text(ENVIRON["MANIFEST"]))
-            for (i = 1; i <= count; i++) {
-                if (split(paths[i], keys, SUBSEP) != 2 || keys[1] != "defects") continue
-                name = keys[2]
-                characters = name
-                gsub(/[\200-\277]/, "", characters) # of a character of several bytes the first one counts
-                if (name == "") refuse(name, "is empty")
-                else if (name == "unprocessed" || name == "notice")
-                    refuse(name, "is the tag \047" name "\047 of the function")
-                else if (name ~ /^ | $/) refuse(name, "begins or ends with a blank")
-                else if (length(characters) > 64) refuse(name, "has " length(characters) " characters, but CVAT takes 64")
-                else if (name ~ /[\001-\037\177]|\302[\200-\237]|\342\200[\250\251]/)
-                    refuse(name, "has a control character or a line break")
-                else print name
-            }
-            exit failed
-        }' </dev/null
-}
-
-# add_labels MANIFEST: the release's function files get a label for each defect of a manifest that they lack: as their
-# first label, but for name and colour, before the tags.
-add_labels() {
-    local defects
-    [[ -f $1 ]] || return 0 # nothing can be built then
-    defects=$(defects_of "$1") || exit 1
-    DEFECTS=$defects TOLD=$folder/functions/$(functions_of "$release" | head -n 1).yaml change_labels '
-        BEGIN {
-            names = split(ENVIRON["DEFECTS"], defects, "\n")
-            colours = split("#00dc78 #ff00ff #00e5ff #b4ff00 #aa5aff #ff7800", colour, " ")
-        }
-        function change_labels(spec, i) {
-            for (i = 1; i <= names; i++) spec = with_label(spec, defects[i])
-            return spec
-        }
-        function with_label(spec, defect, labels, like, tag, i, made, own) {
-            read_json(spec)
-            for (labels = 0; (labels + 1) in first; labels++) {
-                if (string_at(spec, labels + 1 SUBSEP "name") == defect) return spec
-                if (!like && string_at(spec, labels + 1 SUBSEP "type") == "polygon") like = labels + 1
-                if (!tag && string_at(spec, labels + 1 SUBSEP "type") == "tag") tag = labels + 1
-            }
-            if (!like) {
-                printf "deploy.sh: %s has no label of type polygon; the label of \047%s\047 is made like that: add one, " \
-                    "such as crack\n", FILENAME, defect >"/dev/stderr"
-                exit 1
-            }
-            for (i = 1; i <= colours && index(spec, "\"" colour[i] "\""); i++) continue
-            own = colour[i <= colours ? i : labels % colours + 1]
-            made = substr(spec, first[like], last[like] - first[like] + 1)
-            sub(/"color": *"[^"]*", */, "", made)
-            read_json(made)
-            made = substr(made, 1, first["name"]) json_of(defect) "\", \"color\": \"" own substr(made, last["name"])
-            read_json(spec)
-            if (FILENAME == ENVIRON["TOLD"]) {
-                printf "note: the weights have a defect \047%s\047; add the label \047%s\047 to your task in CVAT " \
-                    "(docs/annotate.md, \"Labels\"), which drops its proposals otherwise\n", defect, defect >"/dev/stderr"
-            }
-            if (tag) return substr(spec, 1, first[tag] - 1) made ",\n        " substr(spec, first[tag])
-            return substr(spec, 1, last[labels]) ",\n        " made substr(spec, last[labels] + 1)
-        }'
+    [[ -z $presets || -f $presets ]] || die "--presets is '$presets', but there is no such file"
+    while IFS= read -r line || [[ -n $line ]]; do
+        line=${line%%#*}
+        [[ $line == *[![:space:]]* ]] || continue
+        [[ $line == *'|'* ]] || die "$presets has '$line', but a line must be: NAME | key=value ..."
+        read -r title <<<"${line%%|*}"
+        read -ra words <<<"${line#*|}"
+        add_preset "$title" "${words[@]}"
+    done <"${presets:-/dev/null}"
+    [[ ! -f $ROOT/interactor.yaml ]] || add_function "$ROOT/interactor.yaml" '' ''
+    encoded=$(base64 -w 0 "$SAMPLE")
+    printf '{"image": "%s"}' "$encoded" >"$folder/detector.json"
+    printf '{"image": "%s", "pos_points": [[560.0, 560.0]], "neg_points": [], "obj_bbox": null}' "$encoded" \
+        >"$folder/interactor.json" # a click on the spall
 }
 
 # suppose_release REASON: end a real run, since there is no release; a dry run goes on as if cpu had been run.
@@ -593,30 +517,25 @@ suppose_release() {
     new_release RELEASE
     describe_release
     name_image
-    write_requests
     current=RELEASE previous=RELEASE
 }
 
 build_code() {
     local arguments=(--build-arg "NUCLIO_VERSION=$nuclio_version" --build-arg "DEVICE=$device")
-    [[ $device != cpu ]] || openvino_suffices || {
+    # OpenVINO can run the weights if every defect has a graph, and none climbs as the paper does.
+    if [[ $device == cpu ]] &&
+        (($(in_manifest '"file": *"') != $(in_manifest '"graph": *"[^"]') || $(in_manifest '"form": *"paper"') > 0)); then
         say "not all of $weights can be run by OpenVINO: the image gets PyTorch"
         arguments+=(--build-arg ENGINE=torch)
-    }
+    fi
     name_image
     printf '%s\n' "$nuclio_version" >"$folder/nuclio"
     say "building $code"
     call docker build "${arguments[@]}" --target code --tag "$code" "$ROOT" >&2
 }
 
-# Whether OpenVINO can run all of the weights: every defect has a graph, and none climbs as the paper does.
-openvino_suffices() {
-    (($(in_manifest '"file": *"') == $(in_manifest '"graph": *"[^"]') && $(in_manifest '"form": *"paper"') == 0))
-}
-
-in_manifest() { # how often the weights' manifest.json has something
-    { grep -o "$1" "$weights/manifest.json" || true; } | wc -l
-}
+# How often the weights' manifest.json has something.
+in_manifest() { grep -o "$1" "$weights/manifest.json" | wc -l; }
 
 # The weights on the code. They are copied into the release first: what is verified is what is deployed.
 build_weights() {
@@ -701,27 +620,12 @@ for label in expected:
 run_program() {
     local program=$1
     shift
-    set -- docker run --rm --interactive "$@" python -c "$RUN_STDIN"
-    if [[ -n $dry_run ]]; then
-        call "$@"
-    else
-        { printf '%s\f' "$program" && cat; } | "$@"
-    fi
+    call docker run --rm --interactive "$@" python -c "$RUN_STDIN" < <(printf '%s\f' "$program" && cat)
 }
 
-write_requests() { # the sample as CVAT sends it, to a detector and to an interactor
-    local encoded
-    encoded=$(base64 <"$SAMPLE" | tr -d '\n')
-    printf '{"image": "%s"}' "$encoded" >"$folder/detector.json"
-    printf '{"image": "%s", "pos_points": [%s], "neg_points": [], "obj_bbox": null}' "$encoded" "$SAMPLE_CLICK" \
-        >"$folder/interactor.json"
-}
-
-request_for() { # request_for RELEASE NAME
-    local kind=detector
-    ! is_interactor "$STATE/releases/$1/functions/$2.yaml" || kind=interactor
-    printf '%s' "$STATE/releases/$1/$kind.json"
-}
+type_of() { sed -nE 's/^    type:[^a-z]*(detector|interactor).*/\1/p' "$1"; } # of a function file
+# request_for RELEASE NAME: the file of the request for that function
+request_for() { printf '%s' "$STATE/releases/$1/$(type_of "$STATE/releases/$1/functions/$2.yaml").json"; }
 
 # What a function file's env sets of the model, KEY=VALUE a line.
 file_variables() {
@@ -741,34 +645,23 @@ file_variables() {
         END { flush() }' "$1"
 }
 
-# Those for a container that is run alone: not what names CVAT or a folder that is mounted when the function is deployed,
-# and no device where the function runs on another machine.
-file_settings() {
-    local others='LOG_DIR|WEIGHTS|CVAT_.*'
-    [[ $platform == local ]] || others+='|DEVICE'
-    file_variables "$1" | grep -vE "^ADVCAM_($others)=" || true
-}
-
-# env_options: sets $options to --env KEY=VALUE ..., which docker and nuctl share, for the lines KEY=VALUE on stdin.
-env_options() {
-    local setting
-    options=()
-    while IFS= read -r setting; do
-        options+=(--env "$setting")
-    done
-}
+# env_options FILE ...: for docker and nuctl, what is set by the lines KEY=VALUE of those files that are there
+env_options() { cat "$@" 2>/dev/null | sed 's/^/--env\n/'; }
 
 # What every function must answer, from the image itself. It proves weights and settings before anything is touched.
 work_out_answers() {
-    local name options gpus=() advice=''
+    # The image is run alone: without CVAT, without folders that are mounted later, on Kubernetes without its GPU.
+    local name options gpus=() advice='' not_here='LOG_DIR|WEIGHTS|CVAT_.*'
+    [[ $platform == local ]] || not_here+='|DEVICE'
     if [[ $device == gpu && $platform == local ]]; then
         gpus=(--gpus all --env ADVCAM_DEVICE=cuda) # without it a GPU that PyTorch cannot use would be passed over
-        advice="; a GPU needs NVIDIA's driver $DRIVER or newer: nvidia-smi"
+        advice="; a GPU needs NVIDIA's driver 580 or newer, the first for CUDA 13: nvidia-smi"
     fi
     for name in $(functions_of "$release"); do
         say "working out what $name must answer"
         # Of a variable given twice the last one counts: the file's, then the preset's.
-        env_options < <(file_settings "$folder/functions/$name.yaml" && cat "$folder/settings/$name" 2>/dev/null)
+        mapfile -t options < <(env_options \
+            <(file_variables "$folder/functions/$name.yaml" | grep -vE "^ADVCAM_($not_here)=") "$folder/settings/$name")
         run_program "$ANSWER_PROGRAM" ${gpus[@]+"${gpus[@]}"} ${options[@]+"${options[@]}"} \
             "$image" <"$(request_for "$release" "$name")" >"$folder/answers/$name" ||
             die "$name cannot be deployed: its image, weights or settings do not work (see above)$advice"
@@ -777,47 +670,11 @@ work_out_answers() {
     done
 }
 
-# The T that these weights answer with comes first in its label's select: "From model" makes the first one the default.
-put_iterations_first() {
-    [[ -z $dry_run ]] || return 0 # nothing was answered
-    SAID=$folder/answers/$(functions_of "$release" | head -n 1) change_labels '
-        BEGIN {
-            answer = file_text(ENVIRON["SAID"])
-            sub(/\n.*/, "", answer)
-            read_json(answer)
-            for (i = 1; i <= count; i++) {
-                if (split(paths[i], keys, SUBSEP) == 3 && keys[1] == "defaults" && keys[3] == "iterations")
-                    steps[keys[2]] = substr(answer, first[paths[i]], last[paths[i]] - first[paths[i]] + 1)
-            }
-        }
-        function change_labels(spec, label, defect) {
-            read_json(spec)
-            for (label = 1; label in first; label++) {
-                defect = string_at(spec, label SUBSEP "name")
-                if (defect in steps) spec = with_first(spec, label, steps[defect])
-                read_json(spec)
-            }
-            return spec
-        }
-        function with_first(spec, label, steps, path, i, values) {
-            for (i = 1; (path = label SUBSEP "attributes" SUBSEP i) in first; i++) {
-                if (string_at(spec, path SUBSEP "name") == "iterations") break
-            }
-            path = path SUBSEP "values"
-            if (!(path in first) || string_at(spec, path SUBSEP 1) == steps) return spec
-            values = "\"" steps "\""
-            for (i = 1; (path SUBSEP i) in first; i++) {
-                if (string_at(spec, path SUBSEP i) != steps) values = values ", \"" string_at(spec, path SUBSEP i) "\""
-            }
-            return substr(spec, 1, first[path]) values substr(spec, last[path])
-        }'
-}
-
 # ---------------------------------------------------------------------------------------------- deploying
 
 ask() { call curl --noproxy '*' --silent --fail "$@"; } # a function: on this machine, whatever proxy the network has
 
-# reach NAME: sets $url to where this machine reaches a deployed function.
+# reach NAME: sets $url to where this machine reaches a deployed function, and $url_for_cvat to where CVAT does.
 reach() {
     hang_up
     local asked=(docker port "nuclio-$namespace-$1" 8080) address
@@ -834,70 +691,47 @@ reach() {
         address=$("${asked[@]}" 2>/dev/null) && [[ -n $address ]] || return 1
         address=${address%%$'\n'*} # a second line would be the IPv6 one
     fi
-    url=http://localhost:${address##*:}/
+    url=http://localhost:${address##*:}/ url_for_cvat=http://nuclio-$1.$namespace.svc.cluster.local:8080/
+    [[ $platform == kube ]] || url_for_cvat=$url
 }
 
 hang_up() { # end the port forwarding of the last reach
-    [[ -n ${FORWARD_PID:-} ]] || return 0
-    kill "$FORWARD_PID" 2>/dev/null || true
-    wait "$FORWARD_PID" 2>/dev/null || true
-}
-
-address_of() { # address_of NAME: where CVAT reaches it
-    if [[ $platform == kube ]]; then
-        printf 'http://nuclio-%s.%s.svc.cluster.local:8080/' "$1" "$namespace"
-    else
-        printf '%s' "$url"
-    fi
+    [[ -z ${FORWARD_PID:-} ]] || { kill "$FORWARD_PID" && wait "$FORWARD_PID"; } 2>/dev/null || true
 }
 
 # is_new RELEASE NAME: on Kubernetes a copy of the last release may answer for a while. Its device may differ, and CVAT,
 # which the image is not told of before it is deployed.
 is_new() {
-    [[ $platform == kube && -z $dry_run ]] || return 0
-    local answers=$STATE/releases/$1/answers
-    [[ $(head -n 1 "$answers/$2" | of_image) == "$(of_image <"$answers/$2.deployed")" ]]
+    local answers=$STATE/releases/$1/answers of_image='1!d; s/"device": *"[a-z]*"//; s/, *"cvat": *.*/}/'
+    [[ $platform == local || -n $dry_run || $(sed "$of_image" "$answers/$2") == "$(sed "$of_image" "$answers/$2.deployed")" ]]
 }
-
-of_image() { sed 's/"device": *"[a-z]*"//; s/, *"cvat": *.*/}/'; }
 
 # verify RELEASE NAME: wait until it answers, then compare its answer to the sample with the expected one.
 verify() {
     local deadline=$((SECONDS + READY_SECONDS)) answer=$STATE/releases/$1/answers/$2.deployed
     until reach "$2" && ask --max-time 10 --output "$answer" "$url" && is_new "$1" "$2"; do
-        ((SECONDS < deadline)) || {
-            say "$2 did not get ready, with the weights and settings deployed, within $READY_SECONDS s"
-            return 1
-        }
+        ((SECONDS < deadline)) ||
+            fail "$2 did not get ready, with the weights and settings deployed, within $READY_SECONDS s" || return 1
         sleep 1
     done
     [[ -n $dry_run ]] || printf '\n' >>"$answer"
     ask --show-error --max-time "$ANSWER_SECONDS" --header 'Content-Type: application/json' --data-binary \
         "@$(request_for "$1" "$2")" "$url" >>"$answer" || return 1
-    run_program "$COMPARE_PROGRAM" "$(<"$STATE/releases/$1/image")" \
-        < <(cat "$STATE/releases/$1/answers/$2" "$answer") || {
-        say "$2 does not answer as its weights must"
-        return 1
-    }
+    run_program "$COMPARE_PROGRAM" "$(<"$STATE/releases/$1/image")" < <(cat "${answer%.deployed}" "$answer") ||
+        fail "$2 does not answer as its weights must"
 }
 
 # activate RELEASE: deploy and verify all its functions.
 activate() {
-    local name options extra
+    local name options from=$STATE/releases/$1
     for name in $(functions_of "$1"); do
         say "deploying $name"
-        env_options < <(cat "$STATE/releases/$1/settings/$name" 2>/dev/null)
-        extra=()
-        [[ ! -f $STATE/releases/$1/options ]] || mapfile -t extra <"$STATE/releases/$1/options"
-        [[ $(<"$STATE/releases/$1/device") != gpu ]] ||
-            grep -q '^[^#]*nvidia.com/gpu' "$STATE/releases/$1/functions/$name.yaml" ||
-            extra+=(--resource-limit nvidia.com/gpu=1)
-        call nuctl deploy "$name" --project-name cvat --file "$STATE/releases/$1/functions/$name.yaml" \
-            --run-image "$(<"$STATE/releases/$1/image")" ${options[@]+"${options[@]}"} \
-            ${extra[@]+"${extra[@]}"} "${where[@]}" >&2 || {
-            say "nuctl could not deploy $name (see above)"
-            return 1
-        }
+        mapfile -t options < <(cat <(env_options "$from/settings/$name") "$from/options" 2>/dev/null)
+        [[ $(<"$from/device") != gpu ]] || grep -q '^[^#]*nvidia.com/gpu' "$from/functions/$name.yaml" ||
+            options+=(--resource-limit nvidia.com/gpu=1)
+        call nuctl deploy "$name" --project-name cvat --file "$from/functions/$name.yaml" \
+            --run-image "$(<"$from/image")" ${options[@]+"${options[@]}"} "${where[@]}" >&2 ||
+            fail "nuctl could not deploy $name (see above)" || return 1
         verify "$1" "$name" || {
             [[ $platform == kube ]] || call docker logs --tail 20 "nuclio-$namespace-$name" >&2 || true
             return 1
@@ -905,25 +739,14 @@ activate() {
     done
 }
 
-# Names of all functions that may be deployed, those of runs that were cut off too. A dry run's folder has none.
-functions_of_all() { cat "$STATE"/releases/[0-9]*/names 2>/dev/null | sort -u; }
-
-# Delete all functions but a release's. To delete one that is not there is no error.
+# Delete all functions but a release's; without RELEASE all. To delete one that is not there is no error.
 delete_others() {
-    local names
-    names=$(functions_of_all | grep -vxF -f <(functions_of "$1")) || return 0 # there are no others
-    delete_functions "$names"
-}
-
-# --force: a run that was cut off leaves functions "building", which Nuclio keeps otherwise.
-delete_functions() {
     local name failed=0
-    for name in $1; do
+    for name in $(functions_of_all | grep -vxF -f <(functions_of "$1")); do
         say "deleting $name"
-        call nuctl delete function "$name" --force "${where[@]}" >&2 || {
-            say "nuctl could not delete $name (see above)"
+        # --force: a run that was cut off leaves functions "building", which Nuclio keeps otherwise.
+        call nuctl delete function "$name" --force "${where[@]}" >&2 || fail "nuctl could not delete $name (see above)" ||
             failed=1
-        }
     done
     return "$failed"
 }
@@ -934,16 +757,15 @@ switch_to() {
     [[ -n $dry_run ]] || switching=$1
     activate "$1" || exit 1
     switching=''
-    if [[ -n $current && $current != "$1" ]]; then
-        previous=$current
-        point previous "$previous"
-    fi
-    current=$1
-    point current "$current"
+    [[ -z $current || $current == "$1" ]] || point previous "$current"
+    point current "$1"
     delete_others "$1" || die "release $1 is deployed and verified, but others are left: run this again"
     settle
     say "release $1 is deployed and verified"
 }
+
+# Deploy the current release again, after a run that was cut off.
+restore() { activate "$current" && delete_others "$current" && settle; }
 
 on_exit() {
     local code=$?
@@ -955,17 +777,13 @@ on_exit() {
     if [[ -n $switching ]]; then
         # After a SIGHUP the terminal is gone, and nuctl too would fail to write there.
         [[ $code != 129 ]] || exec >>"$STATE/going-back.log" 2>&1
-        if [[ -n $current && $current != "$switching" ]]; then
-            say "going back to release $current; this cannot be interrupted"
-            if activate "$current" && delete_others "$current"; then
-                settle
-                say "release $current is deployed again; $switching was given up"
-            else
-                say "release $current is not back: put right what is said above, then ./deploy.sh rollback$its_name"
-            fi
-        else
+        if [[ -z $current || $current == "$switching" ]]; then
             say "there is no release to go back to: deleting what was deployed"
-            delete_functions "$(functions_of "$switching")" && settle
+            delete_others '' && settle
+        elif say "going back to release $current; this cannot be interrupted" && restore; then
+            say "release $current is deployed again; $switching was given up"
+        else
+            say "release $current is not back: put right what is said above, then ./deploy.sh rollback$its_name"
         fi
         code=1
     fi
@@ -974,21 +792,19 @@ on_exit() {
 
 # Images and folders of all releases but the current and the one before.
 forget_old_releases() {
-    local releases=$STATE/releases tag path
-    for tag in $(comm -23 <(images_of "$releases"/[0-9]*) <(images_of "$releases/$current" "$releases/$previous")); do
-        delete_image "$tag"
-    done
-    for path in "$releases"/*; do
+    local path
+    delete_other_images "$current" "$previous"
+    for path in "$STATE"/releases/*; do
         [[ -n $dry_run || " $current $previous " == *" ${path##*/} "* ]] || rm -rf "$path"
     done
 }
 
-# images_of RELEASE_FOLDER ...: what they are to be deployed from, built or not
-images_of() { cat "${@/%//image}" "${@/%//code}" 2>/dev/null | sort -u; }
-
-delete_image() {
-    call docker image inspect "$1" >/dev/null 2>&1 || return 0
-    only_if='the image is there' call docker rmi "$1" >/dev/null || say "note: image $1 is still in use and stays"
+delete_other_images() { # delete_other_images RELEASE ...: those that none of these releases needs
+    local tag
+    for tag in $(comm -23 <(images_of "$STATE"/releases/[0-9]*) <(images_of "${@/#/$STATE/releases/}")); do
+        call docker image inspect "$tag" >/dev/null 2>&1 || continue
+        only_if='the image is there' call docker rmi "$tag" >/dev/null || say "note: image $tag is still in use and stays"
+    done
 }
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -996,7 +812,6 @@ delete_image() {
 deploy() {
     new_release
     describe_release
-    write_requests
     write_options
     build_code
     build_weights
@@ -1006,8 +821,8 @@ deploy() {
 deploy_weights() {
     need_image "$current_code"
     new_release
-    inherit "$STATE/releases/$current"
-    add_labels "$weights/manifest.json"
+    inherit
+    rewrite_functions
     name_image "$current_code"
     build_weights
     deploy_release
@@ -1019,40 +834,38 @@ need_image() { # need_image TAG: of the current release, which only cpu and gpu 
 }
 
 deploy_release() { # the new one, whose image is built
+    local default
+    default=$(head -n 1 "$folder/names")
     work_out_answers
-    put_iterations_first
+    rewrite_functions # now that it is known with which T the weights answer
     [[ $platform == local ]] || call docker push "$image" >&2
-    local projects
-    projects=$(call nuctl get project cvat "${where[@]}" 2>/dev/null) || projects='' # there may be none
-    grep -qw cvat <<<"$projects" || only_if='it is not there' call nuctl create project cvat "${where[@]}" >&2
+    call nuctl get project cvat "${where[@]}" 2>/dev/null | grep -w cvat >/dev/null ||
+        only_if='it is not there' call nuctl create project cvat "${where[@]}" >&2
     switch_to "$release"
     forget_old_releases
     show_release
-    tell '\nLabels for a CVAT task (tab Raw of its label editor; "From model" makes the same by clicks):\n%s\n' \
-        "$(labels)"
-    [[ -z ${ADVCAM_CVAT_URL:-} ]] || check_with_cvat
+    printf '\nLabels for a CVAT task (tab Raw of its label editor; "From model" makes the same by clicks):\n'
+    # CVAT's label editor wants `mutable` and a default as well.
+    sed -nE '/^    spec: *\|/,/^ {0,5}[^ ]/ { s/"values": \["([^"]*)"/"mutable": false, "default_value": "\1", &/; s/^ {6}//p }' \
+        "$folder/functions/$default.yaml"
+    [[ -z ${ADVCAM_CVAT_URL:-} ]] || check_with_cvat "$default"
 }
 
 # From inside the function: can it reach CVAT, and does CVAT see it as it is? What is wrong there ends no deployment.
 check_with_cvat() {
-    local name inside
-    name=$(functions_of "$current" | head -n 1)
-    if [[ $platform == local ]]; then
-        inside=(docker exec --env "NUCLIO_FUNCTION_NAME=$name" "nuclio-$namespace-$name")
-    else
-        inside=(kubectl exec --namespace "$namespace" "deployment/nuclio-$name" -- env "NUCLIO_FUNCTION_NAME=$name")
-    fi
+    local inside=(docker exec --env "NUCLIO_FUNCTION_NAME=$1" "nuclio-$namespace-$1")
+    [[ $platform == local ]] ||
+        inside=(kubectl exec --namespace "$namespace" "deployment/nuclio-$1" -- env "NUCLIO_FUNCTION_NAME=$1")
     say ''
     call "${inside[@]}" python -m defectcam doctor >&2 ||
-        say 'note: the deployment is verified; put right what is marked wrong above, then look again: docs/operate.md, "defectcam doctor"'
+        say 'note: the deployment is verified; put right what is marked wrong above, then look again:' \
+            'docs/operate.md, "defectcam doctor"'
 }
 
 # After an interruption to the current release, else to the one before: a second rollback undoes the first.
 rollback() {
     if [[ -n $pending ]]; then
-        { activate "$current" && delete_others "$current"; } ||
-            die "release $current is not back: put right what is said above, then once more"
-        settle
+        restore || die "release $current is not back: put right what is said above, then once more"
     else
         switch_to "$previous"
     fi
@@ -1064,42 +877,33 @@ status() {
     show_release
     for name in $(named_deployments); do
         use_deployment "$name"
-        tell '\n%s: ' "$name"
+        printf '\n%s: ' "$name"
         show_release
     done
 }
 
 show_release() {
     local name
-    [[ -z $current ]] || tell 'release %s\n' "$current"
+    [[ -z $current ]] || printf 'release %s\n' "$current"
     for name in $(functions_of "$current"); do
-        tell '%-26s' "$(<"$STATE/releases/$current/functions/$name.title")"
+        printf '%-26s' "$(<"$STATE/releases/$current/functions/$name.title")"
         if reach "$name" && ask --max-time 10 --output "$STATE/answer" "$url"; then
-            [[ -n $dry_run ]] || printf '%s  weights %s\n' "$(address_of "$name")" \
+            [[ -n $dry_run ]] || printf '%s  weights %s\n' "$url_for_cvat" \
                 "$(sed 's/.*"weights": *"\([^"]*\)".*/\1/' "$STATE/answer")"
         else
-            tell 'does not answer: nuctl get function %s %s\n' "$name" "${where[*]}"
+            printf 'does not answer: nuctl get function %s %s\n' "$name" "${where[*]}"
         fi
     done
-    [[ -z $previous ]] || tell 'rollback goes to release %s\n' "$previous"
-    [[ -z $pending ]] || tell 'deploying %s was interrupted: run it again, or ./deploy.sh %s\n' "$pending" \
+    [[ -z $previous ]] || printf 'rollback goes to release %s\n' "$previous"
+    [[ -z $pending ]] || printf 'deploying %s was interrupted: run it again, or ./deploy.sh %s\n' "$pending" \
         "$([[ -n $current ]] && echo rollback || echo remove)$its_name"
 }
 
-# CVAT's label editor wants `mutable` and a default as well.
-labels() {
-    awk '/^    spec: \|/ { inside = 1; next } inside && !/^      / { exit } inside' \
-        "$STATE/releases/$current/functions/$(functions_of "$current" | head -n 1).yaml" |
-        sed 's/^      //; s/"values": \["\([^"]*\)"/"mutable": false, "default_value": "\1", &/'
-}
-
 remove() {
-    local tag name
+    local name
     [[ -n $(functions_of_all) ]] || warn "$nothing"
-    delete_functions "$(functions_of_all)" || die "not all is deleted: put right what is said above, then once more"
-    for tag in $(images_of "$STATE"/releases/[0-9]*); do
-        delete_image "$tag"
-    done
+    delete_others '' || die "not all is deleted: put right what is said above, then once more"
+    delete_other_images
     [[ -n $dry_run ]] || rm -rf "$STATE"
     for name in $(named_deployments); do
         say "note: $name stays: ./deploy.sh remove --name $name"
@@ -1113,7 +917,7 @@ remove() {
 CARRIED=("$IMAGE:carried" "$IMAGE:carried-code")
 
 save() {
-    local from=$STATE/releases/$current name image helper=''
+    local from=$STATE/releases/$current image helper=''
     image=$(<"$from/image")
     [[ -f $from/nuclio || -n $dry_run ]] ||
         die "release $current does not say its Nuclio, being older than save: run ./deploy.sh $device$its_name again"
@@ -1128,10 +932,10 @@ save() {
     carrying=$STATE/carried folder=$STATE/carried/release
     rm -rf "$carrying"
     mkdir -p "$folder" || die "cannot write to $STATE"
-    inherit "$from"
+    inherit
     cp "$from/device" "$folder"
     printf '%s\n' "$deployment" >"$folder/deployment"
-    for name in $(functions_of "$current"); do rewrite_function "$name"; done
+    rewrite_functions
     diff -r "$from/functions" "$folder/functions" >/dev/null ||
         say "note: CVAT's address and token are left out: set ADVCAM_CVAT_URL and ADVCAM_CVAT_TOKEN for load"
     call docker tag "$image" "${CARRIED[0]}"
@@ -1158,8 +962,7 @@ check_file() {
         die "'$argument' is not a file of ./deploy.sh save, or was cut off: copy it again"
     say "checking $argument"
     while read -r sum path; do
-        [[ $(member "$path" | sha256sum) == "$sum "* ]] ||
-            die "'$argument' is damaged or was cut off ($path): copy it again"
+        [[ $(member "$path" | sha256sum) == "$sum "* ]] || die "'$argument' is damaged or was cut off ($path): copy it again"
     done <<<"$sums"
     saved=$(member release/deployment)
     [[ -z $saved || $saved == "$deployment" ]] || die "'$argument' was saved with --name $saved: load it with that, too"
@@ -1168,10 +971,9 @@ check_file() {
 }
 
 load() {
-    local name
     new_release
     tar --extract --no-same-owner --file=- --directory "$folder" --strip-components=1 release <"$argument"
-    for name in $(functions_of "$release"); do rewrite_function "$name"; done
+    rewrite_functions
     [[ $platform == kube ]] || rm -f "$folder/options"
     write_options
     name_image
@@ -1193,9 +995,10 @@ end_carrying() {
 
 # ---------------------------------------------------------------------------------------------- main
 
-exec 3>&1 # where dry runs print, whatever becomes of a command's output
 switching='' carrying=''
 parse_arguments "$@"
+exec 3>&1 # where dry runs print commands, whatever becomes of their output; they have no other results
+[[ -z $dry_run ]] || exec >/dev/null
 mkdir -p "$ROOT/out/deploy"
 use_deployment "$deployment"
 exec 9>"$ROOT/out/deploy/lock"

@@ -490,23 +490,25 @@ def main(argv: list[str] | None = None) -> None:
     results["engines"] = {defect: engine.name for defect, engine in model.predictor.engines.items()}
 
     def keep(more: dict) -> None:
-        """Write after every part: if one of the last, the longest, is interrupted, the others are kept."""
+        """Write the JSON after every part: if one of the last, the longest, is interrupted, the others are kept."""
         for key, value in more.items():
             results[key] = results.get(key, {}) | value if key in DEFECTS else value
         (args.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-        draw(results, args.out / "bench.png")
         print(*printed(more), sep="\n", flush=True)
 
     keep(compare_networks(model, repetitions))
-    keep(time_answers(function, folder, repetitions))
-    keep(time_start(model.device, repetitions))
-    with suppress(metadata.PackageNotFoundError):  # beside a GPU there may be no OpenVINO
-        keep({"cpu_install_mb": install_mb("defectcam", "runtime-cpu")})
-    if not args.quick:
-        for megapixels, key in product(LARGE_MP, DEFECTS):
-            keep(time_large_answers(megapixels, key, folder, model.device))
-        of_photos = results["answer_all_tiles_s"]
-        keep({"growth_25mp": of_photos["25"][str(STEPS)] / of_photos["1"][str(STEPS)]})
+    try:
+        keep(time_answers(function, folder, repetitions))
+        keep(time_start(model.device, repetitions))
+        with suppress(metadata.PackageNotFoundError):  # beside a GPU there may be no OpenVINO
+            keep({"cpu_install_mb": install_mb("defectcam", "runtime-cpu")})
+        if not args.quick:
+            for megapixels, key in product(LARGE_MP, DEFECTS):
+                keep(time_large_answers(megapixels, key, folder, model.device))
+            of_photos = results["answer_all_tiles_s"]
+            keep({"growth_25mp": of_photos["25"][str(STEPS)] / of_photos["1"][str(STEPS)]})
+    finally:
+        draw(results, args.out / "bench.png")  # also of a run that is interrupted
     print(f"{args.out / 'bench.json'}, {args.out / 'bench.png'}")
 
 

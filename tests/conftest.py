@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import certifi
 import cv2
 import numpy as np
 import pytest
@@ -186,11 +187,12 @@ def graph_once(network: ScoreNet) -> bytes:
 def little_training(val_crops: int):
     """Trainings judge `val_crops` crops, not 400; one step of the climb is tried, on one photo; photos fit into one tile.
 
-    A network that has its graph is not exported once more.
+    A network that has its graph is not exported once more. Curves, which `test_training` looks at, are not drawn.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("defectcam.encoders.LARGEST_HALO_PX", 16)
         patch.setattr("defectcam.training.train.VAL_CROPS", val_crops)
+        patch.setattr("defectcam.training.train.draw_curves", lambda history, path: None)
         patch.setattr("defectcam.training.calibrate.graph_of", graph_once)
         patch.setattr("defectcam.training.calibrate.STEP_LENGTHS", (0.012,))
         patch.setattr("defectcam.training.calibrate.CLIMB_PHOTOS", 1)
@@ -242,6 +244,18 @@ def running_function(handler=None, **environ: str):
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_clients(tmp_path_factory):
+    """Clients load one certificate authority, not all known ones (30 ms), and try a connection twice, not four times."""
+    known = Path(certifi.where()).read_text()
+    end = "-----END CERTIFICATE-----\n"
+    path = tmp_path_factory.mktemp("authority") / "one.pem"
+    path.write_text(known[: known.index(end)] + end)
+    os.environ["SSL_CERT_FILE"] = str(path)
+    with patch("defectcam.cvat.client.CONNECT_RETRIES", 1):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

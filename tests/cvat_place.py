@@ -80,7 +80,7 @@ class Place:
             log.append(image_hash(photo), photo.shape[1], photo.shape[0], model.weights.version, in_force, answer)
             cvat.automatic_annotation(frame, answer)
 
-    def annotate(self, *options, steps=4, status=0):
+    def annotate(self, *options, steps=1, status=0):
         """What the command prints."""
         with serving(self.cvat) as url:
             end = 0
@@ -96,7 +96,7 @@ class Place:
     def names(self, frame, label="crack"):
         return [self.cvat.value(shape, "proposal") for shape in self.cvat.of(frame, label)]
 
-    def wanted(self, frame, label="crack", steps=4, **environ):
+    def wanted(self, frame, label="crack", steps=1, **environ):
         """Names of what the function proposes on a frame."""
         answer = self.function(self.cvat.photos[frame], steps, **environ)
         return sorted(e["attributes"][2]["value"] for e in answer if e["label"] == label)

@@ -1,8 +1,8 @@
-"""Stand-ins for docker, nuctl, kubectl, curl and df, in one process: it forks for every call, so that Python starts once.
+"""Stand-ins for docker, nuctl, kubectl, curl and df, in one process, so that Python starts once.
 
 A stand-in is the script `STAND_IN` in `bin` of a test's folder. It tells this process its own id and waits for its exit
-status; the fork takes arguments, environment and open files from /proc. `world`, beside `bin`, has images, functions and
-a record of every call.
+status; this process takes arguments, environment and open files from /proc. It forks for calls that run a program or
+wait. `world`, beside `bin`, has images, functions and a record of every call.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import yaml
 from PIL import ImageDraw  # noqa: F401
 
 HELPER = "gcr.io/iguazio/alpine:3.17"  # of the container that nuctl keeps its records in
+INTERRUPTIONS = "SIGKILL", "SIGINT", "hang"
 # -p: bash does not trace it when the environment has it trace deploy.sh.
 STAND_IN = """#!/bin/bash -p
 exec 4<&0 5>&1 6>&2 8<>/dev/tcp/127.0.0.1/{port}
@@ -34,25 +35,28 @@ exit "$status"
 
 
 def answer_calls() -> None:
-    """Fork for every stand-in that calls, until stdin ends; the port is the first line of stdout."""
+    """Answer every stand-in that calls, until stdin ends; the port is the first line of stdout."""
     server = socket.create_server(("127.0.0.1", 0), backlog=64)
     print(server.getsockname()[1], flush=True)
+    end = sys.stdin
     forks: set[int] = set()
-    while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
+    while end not in select.select([server, end], [], [])[0]:
         connection, _ = server.accept()
-        if fork := os.fork():
-            forks.add(fork)
+        forks -= {done for done in forks if os.waitpid(done, os.WNOHANG)[0]}
+        fork = None
+        try:
+            call = Call(connection)
+            fork = os.fork() if call.needs_a_fork() else None
+            if fork:
+                forks.add(fork)
+                call.close()
+            else:
+                connection.sendall(f"{call.status()}\n".encode())
+        except OSError:
+            pass  # the stand-in was killed
+        finally:
             connection.close()
-            forks -= {done for done in forks if os.waitpid(done, os.WNOHANG)[0]}
-        else:
-            server.close()
-            try:
-                status = Call(connection).status()
-                sys.stdout.flush()
-                connection.sendall(f"{status}\n".encode())
-            except OSError:
-                pass  # the stand-in was killed
-            finally:
+            if fork == 0:
                 os._exit(0)
 
 
@@ -63,55 +67,68 @@ class Call:
         pid: process of its stand-in.
         words: name of the tool and its arguments.
         world: folder.
+        fault: what the test wants of such a call, None for what the tool does.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.pid = int(connection.makefile().readline())
-        for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_APPEND)):
-            os.dup2(os.open(f"/proc/{self.pid}/fd/{4 + number}", flags), number)
+        self.pid = int(connection.recv(20))
+        self.files = [open(f"/proc/{self.pid}/fd/{number}", mode) for number, mode in ((4, "r"), (5, "a"), (6, "a"))]
         _, _, script, *arguments = self.of_process("cmdline")
         self.words = [Path(script).name, *arguments]
         self.world = Path(script).parent.parent / "world"
+        faults = json.loads((self.world / "faults").read_text())
+        self.fault = next((fault for start, fault in faults.items() if re.match(start, " ".join(self.words))), None)
 
     def of_process(self, name: str) -> list[str]:
         return [os.fsdecode(word) for word in Path(f"/proc/{self.pid}/{name}").read_bytes()[:-1].split(b"\0")]
 
+    def needs_a_fork(self) -> bool:
+        """Whether the call runs a program or waits."""
+        return self.words[:2] in (["docker", "run"], ["kubectl", "port-forward"]) or self.fault in INTERRUPTIONS
+
     def status(self) -> int | str:
         """Do what the tool does; returns the exit status, or "curl" where the real one is to be called."""
+        sys.stdin, sys.stdout, sys.stderr = self.files
         try:
             tool, command, *_ = self.words
-            return self.fault() or getattr(self, f"{tool}_{command.strip('-').replace('-', '_')}")() or 0
+            self.fail_as_told()
+            return getattr(self, f"{tool}_{command.strip('-').replace('-', '_')}")() or 0
         except SystemExit as end:
             if not isinstance(end.code, str):
                 return int(end.code or 0)
             print(end.code, file=sys.stderr)
         except Exception:
             traceback.print_exc()
+        finally:
+            self.close()
         return 1
 
-    def fault(self) -> None:
+    def close(self) -> None:
+        """Close its files: who reads what the stand-in writes waits for the end of it."""
+        for file in self.files:
+            file.close()
+
+    def fail_as_told(self) -> None:
         """Fail, kill or print as the test wants it for such a call: SystemExit."""
         with open(self.world / "calls", "a") as record:
             record.write(json.dumps(self.words) + "\n")
-        call = " ".join(self.words)
-        for start, fault in json.loads((self.world / "faults").read_text()).items():
-            if not re.match(start, call):
-                continue
-            if fault == "fail":
-                sys.exit(f"{call}: failed")
-            if fault in ("SIGKILL", "SIGINT", "hang"):  # once: of the whole run, as at a power cut or a Ctrl-C
-                if self.words[1] == "deploy":
-                    path = self.path_of("functions", self.words[2])
-                    new = {"port": 0, "weights": "", "environ": {}, "arguments": []}
-                    function = json.loads(path.read_text()) if path.exists() else new
-                    path.write_text(json.dumps(function | {"state": "building"}))
-                (self.world / "faults").write_text("{}")
-                if fault != "hang":
-                    os.killpg(os.getpgid(self.pid), getattr(signal, fault))
-                self.wait_for_its_end(30)
-            print(fault)
-            sys.exit()
+        if self.fault is None:
+            return
+        if self.fault == "fail":
+            sys.exit(f"{' '.join(self.words)}: failed")
+        if self.fault in INTERRUPTIONS:  # once: of the whole run, as at a power cut or a Ctrl-C
+            if self.words[1] == "deploy":
+                path = self.path_of("functions", self.words[2])
+                new = {"port": 0, "weights": "", "environ": {}, "arguments": []}
+                function = json.loads(path.read_text()) if path.exists() else new
+                path.write_text(json.dumps(function | {"state": "building"}))
+            (self.world / "faults").write_text("{}")
+            if self.fault != "hang":
+                os.killpg(os.getpgid(self.pid), getattr(signal, self.fault))
+            self.wait_for_its_end(30)
+        print(self.fault)
+        sys.exit()
 
     def wait_for_its_end(self, most_s: float) -> None:
         self.connection.settimeout(most_s)
@@ -205,7 +222,7 @@ class Call:
         (self.world / "project").write_text(self.words[3])
 
     def nuctl_deploy(self) -> None:
-        config = yaml.safe_load(Path(self.value("--file")).read_text())
+        config = yaml.load(Path(self.value("--file")).read_text(), yaml.CSafeLoader)
         assert config["metadata"]["name"] == self.words[2]
         assert "build" not in config["spec"], "nuctl would build again"
         path = self.path_of("functions", self.words[2])

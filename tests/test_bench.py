@@ -148,11 +148,13 @@ def test_a_process_of_its_own_tells_its_start_and_its_memory_and_needs_no_pytorc
     (tmp_path / "torch.py").write_text("raise RuntimeError('PyTorch was imported')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("ADVCAM_WEIGHTS", str(exported_weights))
-    bench.Image.fromarray(textured(64, 96)).save(tmp_path / "photo.png")
+    photos = [tmp_path / "large.png", tmp_path / "small.png"]
+    for photo, size in zip(photos, [(320, 320), (64, 96)]):
+        bench.Image.fromarray(textured(*size)).save(photo)
     started = time.monotonic()
-    result = bench.answers_of_process([bench.SAMPLE, tmp_path / "photo.png"], [0, 2], "cpu")
+    result = bench.answers_of_process(photos, [0, 2], "cpu")
     elapsed_s = time.monotonic() - started
-    names = [str(bench.SAMPLE)] * 2 + [str(tmp_path / "photo.png")] * 2
+    names = [str(photo) for photo in photos for _ in range(2)]
     assert [(answer["photo"], answer["iterations"]) for answer in result["answers"]] == [*zip(names, [0, 2, 0, 2])]
     assert all(0 < answer["network_seconds"] < answer["seconds"] for answer in result["answers"])
     assert 0 < result["start_s"] < elapsed_s - sum(answer["seconds"] for answer in result["answers"])

@@ -42,7 +42,7 @@ def test_untouched_proposals_are_replaced(make, version):
         for label in ("crack", "rust"):
             assert len(place.wanted(frame, label)) == 4 and place.names(frame, label) == place.wanted(frame, label)
     assert not before & {shape["id"] for shape in place.cvat.shapes}
-    assert {place.cvat.value(shape, "iterations") for shape in place.cvat.shapes} == {"4"}
+    assert {place.cvat.value(shape, "iterations") for shape in place.cvat.shapes} == {"1"}
     assert {place.cvat.value(shape, "severity") for shape in place.cvat.shapes} == {"low"}
     assert {shape["source"] for shape in place.cvat.shapes} == {"auto"}
     assert "job 7, frame 1, 1.png: 8 new, 8 replaced, 0 kept, 0 left out" in told
@@ -187,7 +187,7 @@ def test_rejected_proposals_are_not_proposed_again(make, version):
     region = stored_shapes([gone], {label["id"]: Label.model_validate(label) for label in place.cvat.labels}, 160, 96)[0].region
     for one in stored_shapes(place.cvat.of(0, "crack"), {label["id"]: Label.model_validate(label) for label in place.cvat.labels}, 160, 96):
         assert not overlaps(one.region, region)
-    assert "1 were rejected before" in place.annotate("--log-dir", place.folder, steps=8)
+    assert "1 were rejected before" in place.annotate("--log-dir", place.folder, steps=2)
     assert len(place.names(0)) == 3, "nor in the third run"
 
 
@@ -209,13 +209,13 @@ def test_a_run_that_failed_was_not_rejected(make):
 
 
 def test_what_a_run_replaced_was_not_rejected(make):
-    """One edited shape of T = 0 stays; its siblings were replaced at T = 4, and by nothing at a high threshold."""
+    """One edited shape of T = 0 stays; its siblings were replaced at T = 1, and by nothing at a high threshold."""
     place = make()
     log = ("--defects", "crack", "--log-dir", place.folder)
     place.cvat.edit(place.cvat.of(0, "crack")[0])
-    place.annotate(*log, "--threshold", 1, steps=4)
+    place.annotate(*log, "--threshold", 1)
     assert len(place.names(0)) == 1
-    place.annotate(*log, steps=4)
+    place.annotate(*log)
     assert len(place.names(0)) == 4
     second = [record["second_run"] for record in read_proposal_log(place.folder) if "second_run" in record]
     assert [(one["job"], len(one["replaced"]), one["rejected"]) for one in second] == [(7, 3, []), (7, 0, [])]
@@ -280,7 +280,7 @@ def test_photos_without_proposals_are_not_computed_again(make, monkeypatch):
 def test_what_is_there_twice_is_there_once_afterwards(make):
     place = make()
     for _ in range(2):
-        place.cvat.automatic_annotation(0, place.function(place.cvat.photos[0], 4))
+        place.cvat.automatic_annotation(0, place.function(place.cvat.photos[0], 1))
     place.annotate("--log-dir", place.folder)
     assert place.names(0) == place.wanted(0) and place.names(0, "rust") == place.wanted(0, "rust")
     (second,) = [record["second_run"] for record in read_proposal_log(place.folder) if "second_run" in record]
@@ -290,7 +290,7 @@ def test_what_is_there_twice_is_there_once_afterwards(make):
 def test_of_two_equal_shapes_the_edited_one_stays(make):
     place = make()
     for _ in range(2):
-        place.cvat.automatic_annotation(0, place.function(place.cvat.photos[0], 4))
+        place.cvat.automatic_annotation(0, place.function(place.cvat.photos[0], 1))
     edited = place.cvat.of(0, "crack")[-1]
     place.cvat.edit(edited)
     place.annotate("--defects", "crack")
@@ -343,7 +343,7 @@ def test_killed_between_create_and_delete(make):
     cvat.before = kill
     options = ["--defects", "crack", "--log-dir", str(place.folder)]
     with serving(cvat) as url:
-        command = [sys.executable, "-m", "defectcam", "cvat", "annotate", "12", "--iterations", "4", "--url", url, *options]
+        command = [sys.executable, "-m", "defectcam", "cvat", "annotate", "12", "--iterations", "1", "--url", url, *options]
         environ = os.environ | {"PYTHONPATH": str(ROOT)}
         running.process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         output = running.process.communicate(timeout=300)[0]
@@ -374,7 +374,7 @@ def test_killed_before_the_log_was_written(make, monkeypatch):
     place.annotate(*log)
     assert place.names(0) == place.wanted(0)
     record = list(read_proposal_log(place.folder))[-1]
-    wanted = [e for e in place.function(place.cvat.photos[0], 4) if e["label"] == "crack"]
+    wanted = [e for e in place.function(place.cvat.photos[0], 1) if e["label"] == "crack"]
     logged = {e["attributes"][2]["value"]: e for e in record["shapes"]}
     assert {e["attributes"][2]["value"]: e for e in wanted} == logged
 
@@ -409,7 +409,7 @@ def test_labels_of_type_mask_get_masks_and_the_rules_hold(make, version, logged,
     assert len(shapes) == 4 and {shape["type"] for shape in shapes} == {"mask"}
     assert {shape["type"] for shape in cvat.of(0, "rust")} == {"polygon"}
     other = CvatState(labels=task_labels(labels_with([])))
-    other.automatic_annotation(0, place.function(cvat.photos[0], 4, ADVCAM_SHAPE="mask"))
+    other.automatic_annotation(0, place.function(cvat.photos[0], 1, ADVCAM_SHAPE="mask"))
     assert [(s["points"], cvat.value(s, "proposal")) for s in shapes] == [
         (s["points"], other.value(s, "proposal")) for s in other.of(0, "crack")
     ]
@@ -419,15 +419,15 @@ def test_labels_of_type_mask_get_masks_and_the_rules_hold(make, version, logged,
     erased["source"] = "semi-auto"
     cvat.shapes = [shape for shape in cvat.shapes if shape not in (deleted, covered)]
     cvat.add(0, "crack", covered["points"], "mask")  # with CVAT's brush
-    told = place.annotate("--defects", "crack", *log, steps=8)
+    told = place.annotate("--defects", "crack", *log, steps=4)
     rejected = 1 if logged else 0
     assert f"{1 + (not logged)} new, 1 replaced, 2 kept" in told
     assert f"(2 overlap kept shapes, {rejected} were rejected before)" in told
-    left = [shape for shape in cvat.of(0, "crack") if cvat.value(shape, "iterations") == "8"]
+    left = [shape for shape in cvat.of(0, "crack") if cvat.value(shape, "iterations") == "4"]
     assert len(left) == 2 - rejected and {shape["type"] for shape in left} == {"mask"} and untouched not in cvat.shapes
     monkeypatch.setenv("ADVCAM_SHAPE", "polygon")
-    place.annotate("--defects", "crack", *log, steps=8)
-    assert {cvat.value(s, "iterations"): s["type"] for s in cvat.of(0, "crack")}["8"] == "polygon", "the shape given decides"
+    place.annotate("--defects", "crack", *log, steps=4)
+    assert {cvat.value(s, "iterations"): s["type"] for s in cvat.of(0, "crack")}["4"] == "polygon", "the shape given decides"
 
 
 def test_a_photo_that_cannot_be_processed_keeps_its_shapes(make, monkeypatch):
@@ -469,7 +469,7 @@ def test_names_follow_from_pixels_weights_and_settings(make, function):
     """Without a run: so frames that have proposals of it are known at once."""
     place = make()
     photo = place.cvat.photos[0]
-    model = function.model(photo, 4)
+    model = function.model(photo, 1)
     names = annotate.PhotoNames(model, np.ascontiguousarray(photo), {"crack": model.effective("crack", model.settings)})
     assert set(place.wanted(0)) <= names.of_run and not set(place.wanted(0, "rust")) & names.of_run
     here = stored_shapes(place.cvat.of(0), {label["id"]: Label.model_validate(label) for label in place.cvat.labels}, 160, 96)

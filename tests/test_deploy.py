@@ -218,6 +218,32 @@ def world(tmp_path, stand_in, ports):
     return DeployedFunction.world
 
 
+@pytest.fixture(scope="module")
+def deployments(tmp_path_factory, stand_in, ports):
+    """Function (arguments) -> a World after `deploy.sh cpu` with these arguments, which is run once."""
+
+    @cache
+    def after(*arguments: str) -> World:
+        world = DeployedFunction.world = World(tmp_path_factory.mktemp("deployed"), stand_in, ports)
+        world.succeed("cpu", *arguments)
+        return world
+
+    return after
+
+
+@pytest.fixture
+def deployed(world, deployments):
+    """Function (arguments) -> `world`, as it is after `deploy.sh cpu` with these arguments."""
+
+    def copied(*arguments: str) -> World:
+        first, DeployedFunction.world = deployments(*arguments), world
+        for source, target in ((first.folder, world.folder), (first.repository, world.repository)):
+            shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+        return world
+
+    return copied
+
+
 # Command line
 
 
@@ -564,17 +590,16 @@ def test_a_proxy_of_the_network_is_not_asked_for_what_runs_here(world):
     assert "weights old" in output
 
 
-def test_the_project_is_made_once(world):
-    made = []
-    for _ in range(2):
-        world.succeed("cpu")
-        made.append([call for call in world.calls if call[:2] == ["nuctl", "create"]])
-    assert len(made[0]) == 1 and made[1] == []
+def test_the_project_is_made_once(deployed):
+    world = deployed()
+    made = [call for call in world.calls if call[:2] == ["nuctl", "create"]]
+    world.succeed("cpu")
+    assert len(made) == 1 and made[0] not in world.calls
 
 
 @pytest.mark.parametrize("steps, values", [("4", "4 2 0 1 8"), ("2", "2 0 1 4 8"), ("16", "16 2 0 1 4 8")])
-def test_the_t_of_new_weights_is_the_default_of_their_labels(world, steps, values):
-    world.succeed("cpu", "--iterations", "2")
+def test_the_t_of_new_weights_is_the_default_of_their_labels(deployed, steps, values):
+    world = deployed("--iterations", "2")
     output = world.succeed("weights", world.write_weights(world.folder / "new", f"better T={steps}"))
     for function in world.functions.values():
         spec = json.loads(function["config"]["metadata"]["annotations"]["spec"])
@@ -606,11 +631,10 @@ def labels_of(config: dict) -> list[dict]:
     return json.loads(config["metadata"]["annotations"]["spec"])
 
 
-@pytest.mark.parametrize("how", [{}, {"ensure_ascii": False}, {"indent": 1}])
-def test_defects_that_the_function_file_lacks_get_a_label(world, how):
+def test_defects_that_the_function_file_lacks_get_a_label(world):
     """The same labels as cvat_function.py and `defectcam propose` make, whatever the names; nothing else is changed."""
     shutil.copy(ROOT / "interactor.yaml", world.repository)
-    new = write_defects(world.folder / "new", ["crack", *ODD, "rust"], **how)
+    new = write_defects(world.folder / "new", ["crack", *ODD, "rust"])
     world.succeed("cpu", "--iterations", "8")
     before = {name: function["config"] for name, function in world.functions.items()}
     done = world.run("weights", new)
@@ -634,6 +658,13 @@ def test_defects_that_the_function_file_lacks_get_a_label(world, how):
     world.succeed("rollback")
     world.succeed("rollback")
     assert labels_of(world.functions["advcam-defects"]["config"]) == labels_with(ODD)
+
+
+@pytest.mark.parametrize("how", [{"ensure_ascii": False}, {"indent": 1}])
+def test_names_of_defects_are_read_however_the_manifest_is_written(deployed, how):
+    world = deployed()
+    config = written_by_dry_run(world, "weights", write_defects(world.folder / "new", ODD, **how))["advcam-defects"]
+    assert labels_of(config) == labels_with(ODD)
 
 
 @pytest.mark.parametrize("command", ["cpu", "gpu"])
@@ -662,9 +693,8 @@ def test_a_label_that_someone_wrote_into_the_function_file_is_kept(world):
     assert labels[3]["attributes"] == [] and labels[4]["color"] == "#ff00ff", "a colour of its own"
 
 
-def test_the_t_of_a_defect_of_ones_own_is_the_default_of_its_label(world):
-    defect = "Überzug [a].* \\ \"b\""
-    world.succeed("cpu")
+def test_the_t_of_a_defect_of_ones_own_is_the_default_of_its_label(deployed):
+    world, defect = deployed(), "Überzug [a].* \\ \"b\""
     world.succeed("weights", write_defects(world.folder / "new", [defect], f"better T=16 of {defect}"))
     labels = labels_of(world.functions["advcam-defects"]["config"])[:4]
     selects = {label["name"]: label["attributes"][1]["values"] for label in labels}
@@ -686,10 +716,10 @@ def test_the_t_of_a_defect_of_ones_own_is_the_default_of_its_label(world):
         ("a\u2028b", "has a control character or a line break"),
     ],
 )
-def test_a_defect_whose_name_cvat_cannot_take_is_refused(world, defect, why):
+def test_a_defect_whose_name_cvat_cannot_take_is_refused(deployed, defect, why):
     with pytest.raises(ValueError, match=why):
         check_label_name(defect)
-    world.succeed("cpu")
+    world = deployed()
     for how in ({}, {"ensure_ascii": False}):
         new = write_defects(world.folder / "new", ["crack", defect], **how)
         error = world.refused("weights", new)
@@ -751,8 +781,8 @@ def test_a_cpu_s_image_has_pytorch_where_openvino_cannot_run_the_weights(world, 
 # Weights
 
 
-def test_new_weights_reach_every_function_and_the_code_stays(world):
-    world.succeed("cpu", "--iterations", "2")
+def test_new_weights_reach_every_function_and_the_code_stays(deployed):
+    world = deployed("--iterations", "2")
     before = world.functions
     output = world.succeed("weights", world.write_weights(world.folder / "new", "newer"))
     assert world.weights == {"newer"} and set(world.functions) == set(before)
@@ -763,24 +793,24 @@ def test_new_weights_reach_every_function_and_the_code_stays(world):
     assert world.weights == {"old"} and set(world.functions) == set(before)
 
 
-def test_a_weights_folder_may_be_called_as_a_command_is(world):
-    world.succeed("cpu")
+def test_a_weights_folder_may_be_called_as_a_command_is(deployed):
+    world = deployed()
     world.write_weights(world.folder / "weights", "newer")
     world.succeed("weights", "weights", cwd=world.folder)
     assert world.weights == {"newer"}
     assert "two commands" in world.refused("weights", "weights", "status", cwd=world.folder)
 
 
-def test_new_weights_need_the_image_of_the_code(world):
-    world.succeed("cpu")
+def test_new_weights_need_the_image_of_the_code(deployed):
+    world = deployed()
     for image in (world.folder / "images").iterdir():  # docker image prune -a
         image.unlink()
     assert "run ./deploy.sh cpu or gpu again" in world.refused("weights", world.write_weights(world.folder / "new", "n"))
     world.succeed("cpu")
 
 
-def test_weights_that_do_not_load_are_refused_before_anything_is_touched(world):
-    world.succeed("cpu")
+def test_weights_that_do_not_load_are_refused_before_anything_is_touched(deployed):
+    world = deployed()
     error = world.refused("weights", world.write_weights(world.folder / "new", "broken"))
     assert "its checksum is wrong" in error and world.weights == {"old"}
 
@@ -795,8 +825,8 @@ def test_weights_that_do_not_load_are_refused_before_anything_is_touched(world):
     ],
     ids=["deploying fails", "proposes something else", "says it has the old weights", "interrupted"],
 )
-def test_weights_go_back_by_themselves(world, fault):
-    world.succeed("cpu", "--iterations", "2")
+def test_weights_go_back_by_themselves(deployed, fault):
+    world = deployed("--iterations", "2")
     new = world.write_weights(world.folder / "new", "newer")
     (old,) = releases(world)
     world.faults({call.replace("OLD", old): kind for call, kind in fault.items()})
@@ -946,8 +976,8 @@ def test_a_run_cut_off_in_this_very_second_does_not_stop_the_next(world):
     assert (releases.parent / "current").resolve().name not in left
 
 
-def test_after_a_kill_status_says_so_and_rollback_goes_back(world):
-    world.succeed("cpu", "--iterations", "2")
+def test_after_a_kill_status_says_so_and_rollback_goes_back(deployed):
+    world = deployed("--iterations", "2")
     new = world.write_weights(world.folder / "new", "newer")
     world.faults({"nuctl deploy advcam-defects-t-2": "SIGKILL"})
     assert world.run("weights", new).returncode == -signal.SIGKILL
@@ -957,8 +987,8 @@ def test_after_a_kill_status_says_so_and_rollback_goes_back(world):
     assert world.weights == {"old"}
 
 
-def test_functions_of_a_run_that_was_cut_off_are_deleted(world):
-    world.succeed("cpu")
+def test_functions_of_a_run_that_was_cut_off_are_deleted(deployed):
+    world = deployed()
     for again in (["cpu"], ["rollback"], ["remove"]):
         world.faults({"nuctl deploy advcam-defects-t-2": "SIGKILL"})
         assert world.run("cpu", "--iterations", "0,2").returncode == -signal.SIGKILL
@@ -980,8 +1010,8 @@ def test_what_cannot_be_deleted_is_said_and_deleted_by_the_next_run(world):
     assert set(world.functions) == {"advcam-defects"}
 
 
-def test_going_back_needs_no_terminal_and_cannot_be_interrupted(world):
-    world.succeed("cpu", "--iterations", "2")
+def test_going_back_needs_no_terminal_and_cannot_be_interrupted(deployed):
+    world = deployed("--iterations", "2")
     new = world.write_weights(world.folder / "new", "newer")
     world.faults({"nuctl deploy advcam-defects-t-2": "hang"})
     master, slave = os.openpty()
@@ -1017,8 +1047,8 @@ def test_two_runs_at_once_are_refused(world):
 # The rest
 
 
-def test_remove_leaves_nothing_of_it(world):
-    world.succeed("cpu", "--iterations", "2")
+def test_remove_leaves_nothing_of_it(deployed):
+    world = deployed("--iterations", "2")
     world.succeed("weights", world.write_weights(world.folder / "new", "newer"))
     world.succeed("remove")
     assert world.functions == {}
@@ -1130,8 +1160,8 @@ def test_dry_run_without_a_release_says_so_and_goes_on(world, command, platform,
     assert not [call for call in world.calls if call[:2] != ["docker", "info"]]
 
 
-def test_dry_run_of_a_rollback_needs_no_earlier_release(world):
-    world.succeed("cpu")
+def test_dry_run_of_a_rollback_needs_no_earlier_release(deployed):
+    world = deployed()
     done = world.run("rollback", "--dry-run")
     assert done.returncode == 0 and "no earlier release" in done.stderr and "nuctl deploy advcam-defects" in done.stdout
     assert "no earlier release" in world.refused("rollback")

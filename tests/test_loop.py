@@ -95,7 +95,7 @@ def test_the_loss_is_the_mean_over_photos_of_the_fall_of_the_draws_mean():
 def test_what_makes_no_sense_is_refused(sets, running, tmp_path, capsys):
     given = ["--defect=spalling", f"--weights={running}", "--campaign=bridge", f"--out={tmp_path / 'out'}"]
     for options, named in (
-        ([f"--data={sets}", "--draws=0"], "--draws is 0"),
+        ([f"--data={sets}", "--draws=0"], "'0' is not a number of 1 or more"),
         ([f"--data={tmp_path}"], "no splits.json"),
         ([f"--data={sets}", "--photos=0"], "'0'"),
         ([f"--data={sets}", "--photos=20"], "--photos 20: bridge has 2 photos to draw from"),

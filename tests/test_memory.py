@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from PIL import Image
@@ -49,6 +50,7 @@ def answers(container_bytes, process_bytes, *bodies, folder, weights):
     return done, list(map(json.loads, done.stdout.splitlines()))
 
 
+@cache
 def flat_photo(side: int) -> dict:
     out = io.BytesIO()
     Image.new("L", (side, side), 140).save(out, "PNG")

@@ -178,6 +178,9 @@ def with_gradient_times(graph: bytes, factor: float) -> bytes:
 def test_a_graph_whose_gradient_is_wrong_is_refused_at_the_start(graph, factor):
     with pytest.raises(RuntimeError, match="OpenVINO's gradient is wrong on this processor: .*ADVCAM_ENGINE=torch"):
         OpenVinoEngine(with_gradient_times(graph, factor), 16, 96)
+
+
+def test_a_graph_whose_gradient_is_right_is_not_refused(graph):
     OpenVinoEngine(with_gradient_times(graph, 1.0), 16, 96)
 
 

@@ -120,7 +120,7 @@ def shown(folder, page):
 
 def test_evaluations_page(odd, tmp_path, capsys):
     weights, data = odd
-    run(evaluate, "--weights", weights, "--data", data, "--out", tmp_path)
+    run(evaluate, "--weights", weights, "--data", data, "--steps", "0,1", "--out", tmp_path)
     page = shown(tmp_path, "evaluate.html")
     assert len(page.pictures) == 3 and (tmp_path / "evaluate.html").read_text("utf-8").count("<b>") == len(COLUMNS)
     assert ODD in page.texts and any(f"{ODD} {ODD}: " in text for text in page.texts)

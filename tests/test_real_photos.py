@@ -4,6 +4,7 @@ import datetime
 import re
 from functools import partial
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -37,11 +38,13 @@ def scenes(photos) -> dict[str, np.ndarray]:
         some = [(image, mask) for _, image, mask in photos(set_name, defect=defect, limit=8) if mask is not None]
         if min(some[0][0].shape[:2]) < SIDE_PX:
             some = [tuple(np.vstack([one, other]) for one, other in zip(*some[:2]))]
+        # Of every pixel the share of the square that begins there.
+        shares = [cv2.boxFilter(mask.astype(np.float32), -1, (SIDE_PX, SIDE_PX), anchor=(0, 0)) for _, mask in some]
         windows = [
-            (-abs(np.mean(mask[top : top + SIDE_PX, left : left + SIDE_PX]) - DEFECT_SHARE), index, top, left)
-            for index, (_, mask) in enumerate(some)
-            for top in range(0, mask.shape[0] - SIDE_PX + 1, 16)
-            for left in range(0, mask.shape[1] - SIDE_PX + 1, 16)
+            (-abs(share[top, left] - DEFECT_SHARE), index, top, left)
+            for index, share in enumerate(shares)
+            for top in range(0, share.shape[0] - SIDE_PX + 1, 16)
+            for left in range(0, share.shape[1] - SIDE_PX + 1, 16)
         ]
         _, index, top, left = max(windows)
         found[defect] = np.ascontiguousarray(some[index][0][top : top + SIDE_PX, left : left + SIDE_PX])

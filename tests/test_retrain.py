@@ -135,11 +135,18 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def no_new_graphs(patch):
+    """Networks that are trained here get no graph: to export one takes 10 s."""
+    patch.setattr(calibrate, "ENCODERS_WITH_GRAPH", ())
+
+
 @pytest.fixture(scope="module")
 def promoted(data_dir, running, new, tmp_path_factory):
     """OUT of a run that may be worse by anything."""
     out, before = tmp_path_factory.mktemp("promoted") / "two", contents(running)
-    retrain.main(arguments(data_dir, running, new, out, "--margin", 1))
+    with pytest.MonkeyPatch.context() as patch:
+        no_new_graphs(patch)
+        retrain.main(arguments(data_dir, running, new, out, "--margin", 1))
     assert contents(running) == before
     return out
 
@@ -265,7 +272,7 @@ def test_the_same_command_again_changes_nothing(promoted, data_dir, running, new
 
 def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, tmp_path, capsys, monkeypatch):
     """With outlines: trained on the finished ones and the sets', and nothing is lost with the rejection."""
-    monkeypatch.setattr(calibrate, "ENCODERS_WITH_GRAPH", ())  # a graph would take 10 s, and is kept back with the rest
+    no_new_graphs(monkeypatch)
     out, before = tmp_path / "two", contents(running)
     with pytest.raises(SystemExit) as error:
         retrain.main(arguments(data_dir, running, new, out, "--margin", -1, "--outlines"))
@@ -283,6 +290,7 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
 
 
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir, running, new, tmp_path, monkeypatch):
+    no_new_graphs(monkeypatch)
     out = tmp_path / "two"
     options = arguments(data_dir, running, new, out, "--margin", 1)
     crop = CropDataset.__getitem__

@@ -130,6 +130,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data_dir, tmp_path,
     assert not (tmp_path / "killed" / "record.json").exists()
     resumed = train.train(config_of(data_dir), tmp_path / "killed")
     assert [entry["step"] for entry in resumed["history"]] == [3, 6]
+    assert cv2.imread(str(tmp_path / "killed" / "curves.png")).shape == (240, 3 * 320, 3)  # of three figures
     one, other = (load_file(tmp_path / out / "last.safetensors") for out in ("whole", "killed"))
     assert one.keys() == other.keys()
     for name, value in one.items():

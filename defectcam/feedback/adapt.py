@@ -7,8 +7,8 @@ A campaign is one bridge, one camera, one light. A few of its photos teach what 
 2. Against forgetting, REPLAY_SHARE of the crops comes from the weights' replay pack, where they have one (`defectcam replay`),
    and the new weights are mixed with the running ones.
 3. Two folds, from two outlined photos on: each half of the photos judges weights that learnt from the other half. They choose
-   theta and give the verdict: better, same or worse. With fewer photos it is "unchecked". Training in a fold is half as long, so
-   the weights that are written have learnt a little more than the figures say.
+   theta, as far as it costs the replay pack nothing, and give the verdict: better, same or worse. With fewer photos it is
+   "unchecked". Training in a fold is half as long, so the weights that are written have learnt a little more than the figures say.
 
 OUT/manifest.json, *.safetensors, *.onnx    the new weights, for `deploy.sh weights OUT`; other defects are as before
 OUT/before_after.jpg                        photos that were not learnt from: photo, before, after
@@ -49,7 +49,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from defectcam.command_line import command_parser
+from defectcam.command_line import command_parser, count
 from defectcam.cvat.client import CvatError, add_server_options
 from defectcam.cvat.target import task_id
 from defectcam.evaluation.measures import f1_2px
@@ -75,7 +75,8 @@ from defectcam.training.sources import check_kinds, gather, labels_sha256, read_
 from defectcam.training.train import crops_of, fit
 from defectcam.weights import DefectConfig, Weights, WeightsError, add_weights_option, load_weights, write_defect
 
-STEPS = 200  # two minutes on two cores
+# Two and four minutes on two cores. Defects that cover much of the photos are learnt more slowly.
+STEPS, STEPS_OF_COVERING = 200, 400
 LR = 3e-4
 CROP_PX, BATCH = 192, 8
 SCALES = (0.7, 1.4)  # a campaign has one camera
@@ -87,7 +88,7 @@ REPLAY_SHARE = 0.4  # of the crops with the defect
 # cover much of the photos are learnt more slowly. A replay pack keeps the old sites, so it allows the larger share.
 SHARE, SHARE_OF_COVERING = 0.3, 0.5
 # By which theta may rise, as logits of the merged map: photos full of a defect teach to see more of it. A lower theta would
-# cost old sites.
+# cost old sites, and so does a higher one that suits five photos alone.
 SHIFTS = (0.5, 1.0, 1.5, 2.0)
 NOISE_MARGIN = 0.01  # a smaller difference of overlaps is noise
 WINDOW_PX = 1024  # side of the part of a photo that judges
@@ -279,21 +280,28 @@ class Adaptation:
             for one in judged
         ]
 
-    def choose(self, judged: Sequence[JudgedPart]) -> Choice:
-        """The theta with the best overlap; the running one unless another is clearly better."""
+    def choose(self, judged: Sequence[JudgedPart], tensors: Tensors) -> Choice:
+        """The theta with the best overlap; the running one unless another is clearly better and harms no old site.
+
+        Args:
+            tensors: the new weights. With another theta they must not lose more than noise on the crops of the replay pack.
+        """
         if len(judged) < 2:
             return Choice(0.0)
+        running = self.defect_config.least_logit(self.defect_config.cam_threshold)
 
-        def overlap_of(choice: Choice | None) -> float:
-            masks = self.masks(judged, choice)
-            return overlap(self.config.defect, [(mask, one.outline) for mask, one in zip(masks, judged)])
+        def overlap_at(shift: float, maps: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+            masks = [(regions(logits, running + shift, self.defect_config.cleaning), outline) for logits, outline in maps]
+            return overlap(self.config.defect, masks)
 
-        before = overlap_of(None)
-        best, most = 0.0, overlap_of(Choice(0.0))
+        campaign = [(one.after, one.outline) for one in judged]
+        old = [(self.maps(tensors, crop.image_rgb), crop.outline) for crop in self.pack]
+        best, most, least_of_old = 0.0, overlap_at(0.0, campaign), overlap_at(0.0, old) - NOISE_MARGIN
         for shift in SHIFTS:
-            if (found := overlap_of(Choice(shift))) > most + NOISE_MARGIN:
+            found = overlap_at(shift, campaign)
+            if found > most + NOISE_MARGIN and overlap_at(shift, old) >= least_of_old:
                 best, most = shift, found
-        return Choice(best, before, most)
+        return Choice(best, overlap_at(0.0, [(one.before, one.outline) for one in judged]), most)
 
 
 def picture_of(adaptation: Adaptation, judged: Sequence[JudgedPart], choice: Choice) -> np.ndarray:
@@ -306,7 +314,7 @@ def picture_of(adaptation: Adaptation, judged: Sequence[JudgedPart], choice: Cho
 
 
 def campaign_config(config: TrainConfig, defect_config: DefectConfig, init: Path) -> TrainConfig:
-    """The training of a campaign: labels, steps and seed of `config`, everything else is fixed or that of the network."""
+    """The training of a campaign: labels and seed of `config`, everything else is fixed or that of the network."""
     return dataclasses.replace(
         config, **architecture_of(defect_config), encoder_weights=None, init=init, scales=SCALES, crop_px=CROP_PX,
         batch=BATCH, lr=LR, frozen_batchnorm=True,
@@ -342,13 +350,14 @@ def read_tasks(args: argparse.Namespace, folder: Path) -> None:
     args.data, args.sets, args.masks, args.clicks = found.data, found.sets, found.masks, found.clicks
 
 
-def adapt(labels: TrainConfig, weights_dir: Path, out: Path) -> Choice:
+def adapt(labels: TrainConfig, weights_dir: Path, out: Path, steps: int | None = None) -> Choice:
     """New weights of one defect in `out`; see the top of this module.
 
     Args:
-        labels: the defect, its labels, the steps and the seed; its other fields are not used.
+        labels: the defect, its labels and the seed; its other fields are not used.
         weights_dir: the running weights.
         out: an empty folder, or one that is not there yet.
+        steps: of training; None for STEPS or STEPS_OF_COVERING.
 
     Raises:
         WeightsError, ValueError, FileNotFoundError: bad input, named with the remedy.
@@ -360,7 +369,10 @@ def adapt(labels: TrainConfig, weights_dir: Path, out: Path) -> Choice:
     check_kinds(config, sources, "train")
     work.mkdir(parents=True, exist_ok=True)
     photos = on_disk(read_all(sources, "photos"), work)
-    config = dataclasses.replace(config, on_defect_share=0.0 if covered_share(photos) > MOST_COVERED else 0.5)
+    covering = covered_share(photos) > MOST_COVERED
+    config = dataclasses.replace(
+        config, on_defect_share=0.0 if covering else 0.5, steps=steps or (STEPS_OF_COVERING if covering else STEPS)
+    )
     crops_of(config, photos)  # refuses labels that teach nothing before any training
     pack = read_pack(weights_dir, defect)
     adaptation = Adaptation(defect_config, load_file(weights_dir / defect_config.file), config, photos, work, pack)
@@ -370,7 +382,8 @@ def adapt(labels: TrainConfig, weights_dir: Path, out: Path) -> Choice:
     after = adaptation.trained("all", photos, config.steps)
     minutes = (time.monotonic() - started) / 60
     judged = adaptation.judged() if len(adaptation.outlined) > 1 else []
-    choice = adaptation.choose(judged)
+    tensors = mixed(adaptation.before, after, adaptation.share)
+    choice = adaptation.choose(judged, tensors)
     folder = out if choice.verdict != "worse" else out / "rejected"
     folder.mkdir(exist_ok=True)
     if judged:
@@ -382,7 +395,6 @@ def adapt(labels: TrainConfig, weights_dir: Path, out: Path) -> Choice:
         "shift": choice.shift, "overlap_before": choice.overlap_before, "overlap_after": choice.overlap_after,
         "verdict": choice.verdict, "config": config.record(),
     }  # fmt: skip
-    tensors = mixed(adaptation.before, after, adaptation.share)
     running_entry = json.loads((weights_dir / "manifest.json").read_text())["defects"][defect]
     entry = entry_of(running_entry, defect_config, choice, record)
     write_defect(work / "weights", defect, entry, save(tensors), graph_for(defect_config, tensors))
@@ -425,7 +437,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_label_option(parser)
     parser.add_argument("--clicks", type=Path, help="your own clicks: CSV or JSONL")
     parser.add_argument("--masks", type=Path, help="folder of <set>/<photo>.png from weak-labels, in place of the sets' masks")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s, 2 minutes on two cores)")
+    parser.add_argument(
+        "--steps", type=count,
+        help=f"of training (default: {STEPS}, two minutes on two cores; {STEPS_OF_COVERING} where the defect covers much of the photos)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new weights")
     args = parser.parse_args(argv)
@@ -433,6 +448,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given += ["labels clicks"] if args.labels == "clicks" else []
     if args.cvat_task and given:
         parser.error(f"--cvat-task gives photos and labels: leave out --{given[0].replace('_', '-')}")
+    if args.masks and args.labels == "clicks":
+        parser.error("--masks gives outlines: leave out --labels clicks, or --masks")
     if args.log and not args.cvat_task:
         parser.error("--log says what was rejected in tasks of CVAT: give --cvat-task too")
     if not (args.sets or args.clicks or args.cvat_task):
@@ -443,9 +460,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 read_tasks(args, Path(cleanup.enter_context(TemporaryDirectory(prefix="defectcam-"))))
             labels = TrainConfig(
                 defect=args.defect, data=args.data, sets=tuple(args.sets), none_sets=tuple(args.none_sets), labels=args.labels,
-                clicks=args.clicks, masks=args.masks, label_names=args.label_names, steps=args.steps, seed=args.seed,
+                clicks=args.clicks, masks=args.masks, label_names=args.label_names, seed=args.seed,
             )  # fmt: skip
-            choice = adapt(labels, args.weights, args.out)
+            choice = adapt(labels, args.weights, args.out, args.steps)
     except (WeightsError, CvatError, ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     judged = choice.overlap_before is not None

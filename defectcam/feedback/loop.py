@@ -37,11 +37,11 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from defectcam.command_line import command_parser, numbers
+from defectcam.command_line import command_parser, count, numbers
 from defectcam.evaluation.figures import PhotoFigures, photo_figures, set_figures
 from defectcam.evaluation.measures import bootstrap_sums, interval_95
 from defectcam.evaluation.photos import labelled_photos
-from defectcam.feedback.adapt import STEPS, adapt
+from defectcam.feedback.adapt import adapt
 from defectcam.feedback.next_images import acquisition_stats_of, ranked
 from defectcam.predict import open_weights
 from defectcam.training.calibrate import say, spread
@@ -139,12 +139,10 @@ class Experiment:
         args, folder = self.args, self.work / name
         shutil.rmtree(folder, ignore_errors=True)
         data = view_of(args.data, folder / "data", {args.campaign: {"train": list(stems)}})
-        labels = TrainConfig(
-            args.defect, data, sets=(args.campaign,), labels="clicks" if kind == "clicks" else "outlines",
-            steps=args.steps, seed=args.seed,
-        )  # fmt: skip
+        learnt = "clicks" if kind == "clicks" else "outlines"
+        labels = TrainConfig(args.defect, data, sets=(args.campaign,), labels=learnt, seed=args.seed)
         say(f"{self.name}: {name}")
-        choice = adapt(labels, args.weights, folder / "next")
+        choice = adapt(labels, args.weights, folder / "next", args.steps)
         # Weights that are worse are judged, too: the verdict must be right about them.
         weights = folder / "next" / ("rejected" if choice.verdict == "worse" else ".")
         record = load_weights(weights).configs[args.defect].training["adapted"][-1]
@@ -286,15 +284,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--photos", type=numbers, default=[1, 5, 20], help="finished photos (default: 1,5,20)")
     parser.add_argument("--clicked", type=numbers, default=[5], help="photos with clicks alone (default: 5)")
     parser.add_argument("--proposed", type=numbers, default=[5], help="photos that next-images proposes (default: 5)")
-    parser.add_argument("--draws", type=int, default=3, help="of the photos (default: %(default)s)")
-    parser.add_argument("--judged", type=int, default=20, help="val photos of each set that judge (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of every adaptation (default: %(default)s)")
+    parser.add_argument("--draws", type=count, default=3, help="of the photos (default: %(default)s)")
+    parser.add_argument("--judged", type=count, default=20, help="val photos of each set that judge (default: %(default)s)")
+    parser.add_argument("--steps", type=count, help="of every adaptation (default: as many as adapt takes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/loop"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
-    for option in ("draws", "judged"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} is {getattr(args, option)}; allowed is 1 or more")
     if not (args.data / "splits.json").exists():
         parser.error(f"no splits.json in {args.data}: name the folder of photo sets with --data")
     try:

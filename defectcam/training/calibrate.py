@@ -12,9 +12,9 @@
    as a probability.
 5. Confidence: logistic regression on the regions of T = 0, right or wrong. Right ones lie for the most part within
    2 px of the truth.
-6. Minimum confidence: the lowest that leaves at most FALSE_PER_MP false proposals per megapixel on all photos without
-   the defect together, FALSE_PER_MP_OF_SET (or a single one) on every set with LEAST_PHOTOS of them, and
-   FALSE_PER_PHOTO a photo on those with it.
+6. Minimum confidence: the lowest that leaves at most FALSE_PER_MP false proposals per megapixel (or a single one) on all
+   photos without the defect together and on every set with LEAST_PHOTOS of them, and FALSE_PER_PHOTO a photo on those
+   with it.
 
 "Fit" is, of each set, the IoU of all pixels, for cracks the mean of it, of F1 with 2 px tolerance (mean over photos)
 and of the share of clicks saved (mean over cracks): an outline slightly wide of a crack saves more than one with gaps.
@@ -95,8 +95,7 @@ LEAST_RISE = 0.03  # of the recall of pixels from T = 0 to 8; of proposals that 
 CLIMB_PHOTOS = 8  # a climb of eight steps takes as long as thirty plain maps
 DEFAULT_T_PHOTOS = 40  # for cleaning and threshold
 PIXELS_PER_PHOTO = 4000  # for Platt
-FALSE_PER_MP = 0.4
-FALSE_PER_MP_OF_SET = 0.5
+FALSE_PER_MP = 0.5
 LEAST_PHOTOS = 20  # of fewer, one odd photo decides
 FALSE_PER_PHOTO = 1.5
 
@@ -350,15 +349,15 @@ def least_confidence(
         nonlocal needed
         needed = max([needed, *sorted(confidences, reverse=True)[int(allowed) :][:1]])
 
-    def per_mp(most: float, some: Sequence[tuple[str, int, Sequence[float]]]) -> None:
+    def per_mp(some: Sequence[tuple[str, int, Sequence[float]]]) -> None:
         pixels = sum(size for _, size, _ in some)
-        leave(max(1, most * pixels / 1e6), [one for *_, confidences in some for one in confidences])
+        leave(max(1, FALSE_PER_MP * pixels / 1e6), [one for *_, confidences in some for one in confidences])
 
-    per_mp(FALSE_PER_MP, healthy)
+    per_mp(healthy)
     for set_name in {name for name, *_ in healthy}:
         of_set = [photo for photo in healthy if photo[0] == set_name]
         if len(of_set) >= LEAST_PHOTOS:
-            per_mp(FALSE_PER_MP_OF_SET, of_set)
+            per_mp(of_set)
     for set_name in {name for name, _ in wrong}:
         of_set = [confidences for name, confidences in wrong if name == set_name]
         leave(FALSE_PER_PHOTO * len(of_set), [one for confidences in of_set for one in confidences])
