@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from defectcam import __main__
 from defectcam.evaluation.figures import painted
@@ -45,7 +45,7 @@ from defectcam.training.pseudo_labels import pseudo_mask
 from defectcam.training.sources import regions_without
 from defectcam.training.start import start_network
 from defectcam.weights import load_weights
-from tests.conftest import dark_wall, little_training
+from tests.conftest import ROOT, dark_wall, little_training
 
 
 OWN = {"licence": "own photos", "terms": "free", "source": "us"}
@@ -150,18 +150,11 @@ def run(*arguments):
 
 
 def run_in_two_processes(*arguments):
-    """A command with `torchrun --standalone --nproc-per-node=2` in front of it. Both are forks: to import PyTorch takes 5 s."""
-    both = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test",
-        start_method="fork", max_restarts=0,
-    )  # fmt: skip
-    elastic_launch(both, run_as_a_new_process)(*arguments)
-
-
-def run_as_a_new_process(*arguments):
-    """A command in a fork. Accelerate remembers the single process that trained before, and must forget it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    run(*arguments)
+    """A command as a person types it, with torchrun in front of it. Forks of this process could wait for its threads for ever."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "defectcam"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*start, *map(str, arguments)], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 COMMON = "--defect spalling --encoder efficientnet-lite0 --decoder 8,8,8,8 --pooling log-mean-exp --seed 0".split()
