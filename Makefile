@@ -37,9 +37,9 @@ install: .venv/installed
 demo: install
 	@$(VENV)/python -m defectcam demo "$(IMAGE)" $(if $(ITERATIONS),--iterations $(ITERATIONS))
 
-# One thread each: two processes with a thread for every core would wait for one another.
+# One thread each: processes with a thread for every core would wait for one another. Three on two cores, since many tests wait.
 test: install
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 3 --dist loadfile
 
 serve: install
 	$(VENV)/python -m defectcam serve --port $(PORT) $(ARGS)
