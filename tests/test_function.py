@@ -386,7 +386,7 @@ def test_waiting_in_the_queue_counts_as_time(weights):
         holder = pool.submit(httpx.get, url + "hold", timeout=60)
         assert held.wait(30)
         (tag,) = httpx.post(url, json=body, timeout=60).json()
-        assert re.match(r"busy: \d of 3 s went by .* fewer photos at once.* workers", reason_of(tag))
+        assert re.match(r"busy: \d+ of 3 s went by .* fewer photos at once.* workers", reason_of(tag))
         assert holder.result().status_code == 200
         assert httpx.post(url, json=body, timeout=60).json() == []
 
