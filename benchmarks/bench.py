@@ -60,10 +60,8 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import SubFigure
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -73,6 +71,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.answers import SAMPLE, Function, clock
+from benchmarks.picture import AIMS, DEFECTS, draw
 from benchmarks.plain_climb import network_input, plain_climbed_map
 from defectcam.climb import PaperClimb
 from defectcam.handler import ModelHandler
@@ -84,9 +83,6 @@ from defectcam.tiling import EDGE_PX, LARGEST_TILE_PX, Tile
 from defectcam.torch_engine import TorchEngine
 from defectcam.weights import weights_folder
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
 ROOT = Path(__file__).parents[1]
 
 STEPS = 2  # the paper's T, and that of all ratios
@@ -97,28 +93,12 @@ PLAIN = PaperClimb(xi=0.1, penalty_weight=1.0, salient_share=0.5)  # their value
 SIDE_PX = 1000  # of a square: 1 megapixel
 SQUARES = {1: (1, 1), 4: (2, 2), 12: (3, 4), 25: (5, 5)}  # megapixels -> rows and columns of squares
 SMALL_MP, LARGE_MP = (1, 4), (12, 25)
-DEFECTS = {"answer_s": "in a third", "answer_all_tiles_s": "everywhere"}  # key -> the squares that are the sample
 SOUND_XY, SOUND_RADIUS_PX = (168, 168), 150  # the square around a pixel of the sample that has no defect
 TILES_XY = 5, 2
 SMALL_TILES = {"near": [(0, 0)], "near_px": 10**6}  # all of a photo, in tiles as small as those around clicks
 FLOOR_TILES_XY = 2, 1  # of the function's own size, with which the plain port would take minutes on a CPU
 # Channels and side of the convolutions whose fastest is the machine's peak; all have the same number of operations.
 CONVOLUTIONS = (64, 512), (128, 256), (256, 128)
-# What is wanted, and whether it is the least or the most.
-AIMS = {
-    "openvino_forward_speedup": (3.5, "at least"),
-    "openvino_step_speedup": (2.8, "at least"),
-    "climb_speedup": (15, "at least"),
-    "climb_speedup_all_tiles": (6, "at least"),
-    "floor_share": (0.6, "at least"),
-    "outside_network_share": (0.12, "at most"),
-    "log_share": (0.05, "at most"),
-    "growth_25mp": (27, "at most"),
-    "peak_host_mb_25mp": (1800, "at most"),
-    "click_s": (0.3, "at most"),
-    "first_answer_s": (5, "at most"),
-    "cpu_install_mb": (900, "at most"),
-}
 
 
 def alternate(calls: dict[str, Callable[[], object]], repetitions: int, description: str) -> dict[str, list]:
@@ -394,71 +374,6 @@ def machine_facts(device: str) -> dict:
     }
 
 
-def draw(results: dict, path: Path) -> None:
-    """The picture: ratios and single figures with their aims, seconds against megapixels."""
-    figure = pyplot.figure(figsize=(17, 10), layout="constrained")
-    bars, lines = figure.subfigures(2, 1)
-    draw_bars(results, bars)
-    if "answer_s" in results:
-        draw_answers(results, lines)
-    machine = results["machine"]
-    figure.suptitle(
-        f"{', '.join(results['defects'])}; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"ours by {' and '.join(sorted({*results['engines'].values()}))}; ratios at T = {STEPS}; red: the aim"
-    )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def draw_bars(results: dict, figure: SubFigure) -> None:
-    """A bar for each single figure, by unit."""
-    groups = {
-        "times as fast": [
-            "openvino_forward_speedup", "openvino_step_speedup", "climb_speedup", "climb_speedup_all_tiles", "grad_cam_speedup",
-        ],
-        "share of time": ["floor_share", "outside_network_share", "log_share"],
-        "times as long": ["growth_25mp"],
-        "seconds": ["click_s", "start_s", "first_answer_s"],
-        "MB": ["cpu_install_mb", "peak_host_mb_25mp", "peak_gpu_mb"],
-    }
-    groups = {unit: [key for key in keys if key in results] for unit, keys in groups.items()}
-    groups = {unit: keys for unit, keys in groups.items() if keys}
-    all_axes = figure.subplots(1, len(groups), squeeze=False, width_ratios=[len(keys) + 1 for keys in groups.values()])[0]
-    for axes, (unit, keys) in zip(all_axes, groups.items()):
-        labels = []
-        for place, key in enumerate(keys):
-            label = key.replace("_", "\n")
-            if key in AIMS:
-                aim, sense = AIMS[key]
-                axes.hlines(aim, place - 0.45, place + 0.45, color="tab:red", linewidth=2)
-                label += f"\n({sense} {aim:g})"
-            labels.append(label)
-        drawn = axes.bar(range(len(keys)), [results[key] for key in keys], color="lightsteelblue")
-        axes.bar_label(drawn, fmt="{:.3g}", label_type="center")
-        axes.set_xticks(range(len(keys)), labels)
-        axes.set_title(unit)
-        axes.margins(y=0.15)
-        axes.tick_params(axis="x", labelsize=8)
-
-
-def draw_answers(results: dict, figure: SubFigure) -> None:
-    """Seconds against megapixels, a line for each T."""
-    for axes, (key, where) in zip(figure.subplots(1, 2, sharey=True), DEFECTS.items()):
-        for steps in map(str, ITERATIONS):
-            points = [(int(size), seconds[steps]) for size, seconds in results[key].items() if steps in seconds]
-            axes.plot(*zip(*points), marker="o", label=f"T = {steps}")
-            for point in points:
-                axes.annotate(f"{point[1]:.3g}", point, xytext=(0, 5), textcoords="offset points", ha="center")
-        axes.set(xscale="log", yscale="log", xlabel="megapixels", ylabel="seconds")
-        axes.set_title(f"whole answers, defects {where}")
-        axes.set_xticks([*SQUARES], [*SQUARES])
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        axes.margins(0.08, 0.15)
-        axes.grid(alpha=0.3)
-        axes.legend()
-
-
 def printed(results: dict) -> list[str]:
     """Rows for the terminal: the figures with their aims, answers in words."""
     rows = []
@@ -508,7 +423,7 @@ def main(argv: list[str] | None = None) -> None:
             of_photos = results["answer_all_tiles_s"]
             keep({"growth_25mp": of_photos["25"][str(STEPS)] / of_photos["1"][str(STEPS)]})
     finally:
-        draw(results, args.out / "bench.png")  # also of a run that is interrupted
+        draw(results, args.out / "bench.png", STEPS)  # also of a run that is interrupted
     print(f"{args.out / 'bench.json'}, {args.out / 'bench.png'}")
 
 
