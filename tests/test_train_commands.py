@@ -40,6 +40,7 @@ from defectcam.training.click_judge import overlap_of_clicks
 from defectcam.training.confidence import reliability_of
 from defectcam.training.config import TrainConfig
 from defectcam.training.dark_lines import dark_lines
+from defectcam.training.grabcut import grabcut
 from defectcam.training.labels import UNKNOWN, read_photo_rgb
 from defectcam.training.pseudo_labels import pseudo_mask
 from defectcam.training.sources import regions_without
@@ -100,6 +101,23 @@ def test_of_a_region_around_a_crack_its_dark_line_is_kept():
     lines = dark_lines(photo, wide)
     assert iou(lines, crack > 0) > 0.6 and iou(wide, crack > 0) < 0.2
     assert not dark_lines(photo, np.zeros_like(wide)).any() and not dark_lines(dark_wall([], 200, 200)[0], wide).any()
+
+
+def test_of_a_region_around_a_spall_grabcut_keeps_what_has_its_colours():
+    photo, spall = dark_wall([], 300, 400)[0], np.zeros((300, 400), np.uint8)
+    cv2.ellipse(spall, (150, 140), (40, 28), 20, 0, 360, 1, -1)
+    photo[spall > 0] = photo[spall > 0] // 2
+    wide = pseudo_labels.grown(spall > 0, 30)
+    wide[200:240, 300:340] = True  # a region that nobody clicked on
+    cut = grabcut(photo, wide, [(150, 140)])
+    assert iou(cut, spall > 0) > 0.75 and iou(wide, spall > 0) < 0.35
+    assert not cut[200:240, 300:340].any() and not (cut & ~wide).any()
+    assert (cut == grabcut(photo, wide, [(150, 140)])).all()
+    everything = np.ones_like(wide)  # nothing around it to learn from
+    assert grabcut(photo, everything, [(150, 140)]).all()
+    large = cv2.resize(photo, None, fx=6, fy=6), cv2.resize(wide.astype(np.uint8), None, fx=6, fy=6) > 0
+    reduced = cv2.resize(grabcut(*large, [(900, 840)]).astype(np.uint8), (400, 300), interpolation=cv2.INTER_AREA) > 0
+    assert iou(reduced, spall > 0) > 0.75
 
 
 def test_the_least_confidence_keeps_to_what_annotators_bear_on_every_set():
@@ -412,8 +430,8 @@ def test_training_starts_from_the_weights_given(trained):
 def test_pseudo_labels_of_other_facts_or_half_of_them_are_refused(trained, data_dir, tmp_path):
     given = ["--weights", trained / "weights-clicks", "--defect", "spalling", "--data", data_dir, "--sets", "walls"]
     given = [str(one) for one in given]
-    with pytest.raises(SystemExit, match="pseudo holds masks of .*'dark_lines': False.*: choose another --out"):
-        pseudo_labels.main([*given, "--dark-lines", "--out", str(trained / "pseudo")])
+    with pytest.raises(SystemExit, match="pseudo holds masks of .*'refine': None.*: choose another --out"):
+        pseudo_labels.main([*given, "--refine", "dark-lines", "--out", str(trained / "pseudo")])
     with pytest.raises(SystemExit, match="plain was named as a set with spalling, but has no folder masks/spalling"):
         pseudo_labels.main([*given[:-1], "plain", "--out", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="has no weights for 'rust'; there are .*spalling"):

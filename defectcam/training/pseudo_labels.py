@@ -1,15 +1,16 @@
 """Pseudo-labels: a trained network's own proposals as the labels of a second round (paper, conclusion).
 
-Photos with clicks: what the network proposes at T steps (with `--dark-lines` the dark lines in it, for cracks) is kept where
-its pieces, from gap to gap, lead to a click, and dropped elsewhere. The pixels next to that outline are unknown, and so are
-those around a click that no outline comes near. All else is not the defect. Nothing but clicks goes in.
+Photos with clicks: what the network proposes at T steps is kept where its pieces, from gap to gap, lead to a click, and
+dropped elsewhere. The pixels next to that outline are unknown, and so are those around a click that no outline comes near.
+All else is not the defect. Nothing but clicks goes in. `--refine` first brings the proposals, which are too wide after training
+from clicks, to the edges that the photo shows: `dark-lines` for cracks, `grabcut` for spalls.
 
 Photos without any label (`--unlabelled-sets`): sure proposals are the defect, all others and the pixels next to any are
 unknown, and all else is not the defect.
 
 Example:
     defectcam pseudo-labels --weights out/weights --defect crack --data ../shared/data --sets deepcrack,uav75 \\
-        --dark-lines --iterations 2 --out out/pseudo
+        --refine dark-lines --iterations 2 --out out/pseudo
     defectcam train --defect crack --data ../shared/data --sets deepcrack,uav75 --masks out/pseudo --out out/train/crack
 """
 
@@ -33,6 +34,7 @@ from defectcam.settings import ITERATIONS_MAX
 from defectcam.training.clicks import Click, simulate_clicks, split_stems
 from defectcam.training.config import names
 from defectcam.training.dark_lines import dark_lines
+from defectcam.training.grabcut import grabcut
 from defectcam.training.labels import UNKNOWN, LabelledSet, add_label_option, read_photo_rgb
 from defectcam.training.sources import PSEUDO_RECORD
 
@@ -102,9 +104,12 @@ class Labeller:
         outline = np.zeros(size, bool)
         for proposal in proposals:
             paste(outline, proposal.component)
-        if args.dark_lines:
+        clicks_xy = [(click.x, click.y) for click in clicks]
+        if args.refine == "dark-lines":
             outline = dark_lines(image_rgb, outline)
-        return pseudo_mask(outline, [(click.x, click.y) for click in clicks])
+        elif args.refine == "grabcut":
+            outline = grabcut(image_rgb, outline, clicks_xy)
+        return pseudo_mask(outline, clicks_xy)
 
     def write_set(self, set_name: str, labelled: bool) -> int:
         """Write the masks of a set's train photos that are not there yet; returns the number of photos.
@@ -138,7 +143,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--unlabelled-sets", type=names, default=[], help="sets whose train photos have no labels")
     add_label_option(parser)
     parser.add_argument("--iterations", type=int, help="climbing steps T (default: that of the weights)")
-    parser.add_argument("--dark-lines", action="store_true", help="of the proposals the dark lines alone, for cracks")
+    parser.add_argument(
+        "--refine", choices=("dark-lines", "grabcut"),
+        help="of the proposals on photos with clicks what the photo shows: the dark lines (cracks), or the parts whose colours "
+        "differ from what is around (spalls)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the simulated clicks, as in training")
     parser.add_argument("--out", type=Path, required=True, help="folder of <set>/<stem>.png to write")
     args = parser.parse_args(argv)
@@ -154,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     identity = {
         "defect": args.defect, "weights": predictor.weights.configs[args.defect].sha256, "sets": args.sets,
         "unlabelled_sets": args.unlabelled_sets, "label_names": args.label_names,
-        "iterations": args.iterations, "dark_lines": args.dark_lines, "seed": args.seed,
+        "iterations": args.iterations, "refine": args.refine, "seed": args.seed,
     }  # fmt: skip
     record = args.out / PSEUDO_RECORD
     if record.exists() and (other := json.loads(record.read_text()).get("identity")) != identity:
