@@ -103,21 +103,25 @@ def test_of_a_region_around_a_crack_its_dark_line_is_kept():
     assert not dark_lines(photo, np.zeros_like(wide)).any() and not dark_lines(dark_wall([], 200, 200)[0], wide).any()
 
 
-def test_of_a_region_around_a_spall_grabcut_keeps_what_has_its_colours():
+def test_grabcut_finds_the_edges_of_clicked_spalls_and_those_that_the_map_overlooked():
     photo, spall = dark_wall([], 300, 400)[0], np.zeros((300, 400), np.uint8)
-    cv2.ellipse(spall, (150, 140), (40, 28), 20, 0, 360, 1, -1)
-    photo[spall > 0] = photo[spall > 0] // 2
-    wide = pseudo_labels.grown(spall > 0, 30)
-    wide[200:240, 300:340] = True  # a region that nobody clicked on
-    cut = grabcut(photo, wide, [(150, 140)])
-    assert iou(cut, spall > 0) > 0.75 and iou(wide, spall > 0) < 0.35
-    assert not cut[200:240, 300:340].any() and not (cut & ~wide).any()
-    assert (cut == grabcut(photo, wide, [(150, 140)])).all()
-    everything = np.ones_like(wide)  # nothing around it to learn from
-    assert grabcut(photo, everything, [(150, 140)]).all()
-    large = cv2.resize(photo, None, fx=6, fy=6), cv2.resize(wide.astype(np.uint8), None, fx=6, fy=6) > 0
-    reduced = cv2.resize(grabcut(*large, [(900, 840)]).astype(np.uint8), (400, 300), interpolation=cv2.INTER_AREA) > 0
-    assert iou(reduced, spall > 0) > 0.75
+    for x, y in ((150, 140), (330, 60)):
+        cv2.ellipse(spall, (x, y), (40, 28), 20, 0, 360, 1, -1)
+    stain = np.zeros_like(spall)
+    cv2.circle(stain, (330, 230), 25, 1, -1)
+    photo[spall > 0], photo[stain > 0] = photo[spall > 0] // 2, photo[stain > 0] // 2
+    seen = np.zeros(spall.shape, bool)
+    seen[100:180, 90:210] = True  # around the first spall, far too wide
+    clicks, patches = [(150, 140), (330, 60)], [(20, 20, 60, 60), (20, 240, 60, 280), (310, 210, 350, 250)]
+    cut = grabcut(photo, seen, clicks, patches)
+    assert iou(cut, spall > 0) > 0.75 and (cut == grabcut(photo, seen, clicks, patches)).all()
+    mask = pseudo_mask(cut, clicks, patches)
+    assert (mask[spall > 0] == 255).mean() > 0.9 and not mask[210:250, 310:350].any()  # a negative click on the stain
+    assert not grabcut(photo, seen, [], patches).any()
+    assert grabcut(photo, np.ones_like(seen), clicks, []).all()  # no colour is left for what is not the defect
+    large = cv2.resize(photo, None, fx=6, fy=6), cv2.resize(seen.astype(np.uint8), None, fx=6, fy=6) > 0
+    times_six = [(6 * x, 6 * y) for x, y in clicks], [tuple(6 * value for value in patch) for patch in patches]
+    assert iou(cv2.resize(grabcut(*large, *times_six).astype(np.uint8), (400, 300)) > 0, spall > 0) > 0.75
 
 
 def test_the_least_confidence_keeps_to_what_annotators_bear_on_every_set():

@@ -36,7 +36,8 @@ class TrainConfig:
         none_regions: "SET:DEFECT", regions of another defect that are not this one.
         labels: what of the sets' masks is used: "outlines", every pixel, or "clicks", what a click would tell.
         clicks, val_clicks: files with people's own clicks.
-        masks: folder of <set>/<photo>.png in place of the sets' own masks, from `pseudo-labels` or `weak-labels`.
+        masks: folder from `pseudo-labels` or `weak-labels`: <set>/<photo>.png in place of the sets' own masks, and the masks of
+            photos of `clicks`.
         label_names: names of labels in the sets' files -> defect.
         pixels: whether single pixels are taught, or only the pooled logit as in the paper.
         encoder, decoder, downsamplings, pooling: see `ScoreNet`.
@@ -111,8 +112,8 @@ class TrainConfig:
             raise ValueError(f"--negative-share is {self.negative_share}; allowed is 0 to below 1")
         if any(not all(pair.partition(":")[::2]) for pair in self.none_regions):
             raise ValueError("--none-regions needs SET:DEFECT, such as phinet_labelled:spalling")
-        if (self.sets or self.none_sets or self.none_regions or self.masks) and not self.data:
-            raise ValueError("--sets, --none-sets, --none-regions and --masks need --data, the folder of the sets")
+        if (self.sets or self.none_sets or self.none_regions) and not self.data:
+            raise ValueError("--sets, --none-sets and --none-regions need --data, the folder of the sets")
         if not self.sets and not self.clicks:
             raise ValueError("labels are missing: give --data and --sets, or --clicks and --val-clicks")
 
@@ -209,7 +210,7 @@ def parse_config(description: str, argv: Sequence[str] | None) -> tuple[TrainCon
     add_label_option(parser)
     add("clicks", Path, "your own clicks: CSV or JSONL with image, x, y, defect")
     add("val-clicks", Path, "clicks on other photos, to choose the best checkpoint by")
-    add("masks", Path, "folder of <set>/<photo>.png from pseudo-labels or weak-labels, in place of the sets' masks")
+    add("masks", Path, "folder from pseudo-labels or weak-labels: masks in place of the sets' own, and of photos of --clicks")
     add("encoder", str, "of the U-Net", choices=tuple(ENCODERS))
     add("decoder", lambda text: tuple(map(int, text.split(","))), "widths, coarse to fine (default: suits the encoder)")
     add("downsamplings", int, "paper Fig. 4 (default: 2 of resnet34, 4 of efficientnet-lite0)", choices=(1, 2, 3, 4))

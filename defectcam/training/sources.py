@@ -60,18 +60,25 @@ def gather(config: TrainConfig, split: str) -> list[Source]:
         ValueError, FileNotFoundError: naming the set or file that does not give what is needed, with the remedy.
     """
     sources: list[Source] = []
+    if config.masks and split == "train":
+        _check_complete(config.masks)
     for set_name in config.sets:
         sources += _of_set(config, set_name, split)
     for set_name in config.none_sets:
         sources += _of_none_set(config, set_name, split)
     by_path = {source.path.resolve(): source for source in sources}
-    for click in _own_clicks(config, split):
+    file, option = (config.clicks, "--clicks") if split == "train" else (config.val_clicks, "--val-clicks")
+    for click in own_clicks(file, option, config.defect) if file else []:
         path = Path(click.image)
         key = path.resolve()
         if key not in by_path:
-            by_path[key] = Source(path)
+            by_path[key] = Source(path, _mask_of_clicked(config, path) if split == "train" else None)
             sources.append(by_path[key])
         by_path[key].clicks.append(click)
+    if config.masks and split == "train" and not config.sets and not any(source.outline for source in sources):
+        raise ValueError(
+            f"--masks {config.masks} has no mask of a photo of --clicks {file}: write them by `defectcam pseudo-labels --clicks`"
+        )
     if split == "train":
         for pair in config.none_regions:
             sources += regions_without(config, *pair.split(":", 1))
@@ -106,10 +113,6 @@ def _of_set(config: TrainConfig, set_name: str, split: str) -> Iterator[Source]:
     files = LabelledSet(config.data, set_name, config.defect, config.label_names)
     stems = split_stems(config.data, set_name, split)
     if config.masks and split == "train":
-        record = config.masks / PSEUDO_RECORD
-        if record.exists() and not json.loads(record.read_text())["finished"]:
-            # A photo without a mask would be left out without a word.
-            raise ValueError(f"--masks {config.masks} is not complete: run `defectcam pseudo-labels` once more, it goes on there")
         masks = {stem: config.masks / set_name / f"{stem}.png" for stem in stems}
         for stem, mask in masks.items():
             if mask.exists():  # of the others nothing is known
@@ -118,6 +121,24 @@ def _of_set(config: TrainConfig, set_name: str, split: str) -> Iterator[Source]:
     files.check_masks(stems)
     for stem in stems:
         yield Source(files.photo(stem), lambda height, width, stem=stem: _outline(files, stem, height, width))
+
+
+def _check_complete(masks: Path) -> None:
+    """ValueError where not all pseudo-labels are written: a photo without a mask would be left out without a word."""
+    record = masks / PSEUDO_RECORD
+    if record.exists() and not json.loads(record.read_text())["finished"]:
+        raise ValueError(f"--masks {masks} is not complete: run `defectcam pseudo-labels` once more, it goes on there")
+
+
+def mask_of_clicked(masks: Path, photo: Path) -> Path:
+    """Where pseudo-labels of a photo of `--clicks` lie; photos of one name in two folders have two masks."""
+    return masks / "clicks" / f"{photo.stem}-{hashlib.sha256(str(photo.resolve()).encode()).hexdigest()[:12]}.png"
+
+
+def _mask_of_clicked(config: TrainConfig, photo: Path) -> Outline | None:
+    """Reads the pseudo-labels of a photo of `--clicks`; None where there are none, so that its clicks alone are known."""
+    path = mask_of_clicked(config.masks, photo) if config.masks else None
+    return (lambda height, width: read_own_mask(path, height, width)) if path and path.exists() else None
 
 
 def _outline(files: LabelledSet, stem: str, height: int, width: int) -> np.ndarray:
@@ -183,19 +204,20 @@ def regions_without(config: TrainConfig, set_name: str, other: str) -> Iterator[
             yield Source(files.photo(stem), lambda height, width, stem=stem: outline(stem, height, width))
 
 
-def _own_clicks(config: TrainConfig, split: str) -> list[Click]:
-    """A person's own clicks on this defect or on its absence."""
-    file = config.clicks if split == "train" else config.val_clicks
-    if not file:
-        return []
+def own_clicks(file: Path, option: str, defect: str) -> list[Click]:
+    """A person's own clicks on a defect or on its absence.
+
+    Args:
+        option: that named the file, for errors.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file and what is wrong with it; see `read_clicks`.
+    """
     read = read_clicks(file, with_photos=True)
-    clicks = [own for click in read if (own := click_on(click, config.defect))]
-    others = sorted({click.defect for click in read if not click_on(click, config.defect)})
-    if others and not any(click.defect == config.defect for click in clicks):
-        option = f"{'--clicks' if split == 'train' else '--val-clicks'} {file}"
-        raise ValueError(
-            f"{option} has no click on {config.defect!r}{suggestion(config.defect, others)}; its defects are {others}"
-        )
+    clicks = [own for click in read if (own := click_on(click, defect))]
+    others = sorted({click.defect for click in read if not click_on(click, defect)})
+    if others and not any(click.defect == defect for click in clicks):
+        raise ValueError(f"{option} {file} has no click on {defect!r}{suggestion(defect, others)}; its defects are {others}")
     return clicks
 
 
