@@ -37,13 +37,14 @@ from defectcam.training.calibrate import (
     spread,
 )
 from defectcam.training.click_judge import overlap_of_clicks
+from defectcam.training.clicks import Click, write_clicks
 from defectcam.training.confidence import reliability_of
 from defectcam.training.config import TrainConfig
 from defectcam.training.dark_lines import dark_lines
 from defectcam.training.grabcut import grabcut
 from defectcam.training.labels import UNKNOWN, read_photo_rgb
 from defectcam.training.pseudo_labels import pseudo_mask
-from defectcam.training.sources import regions_without
+from defectcam.training.sources import gather, regions_without
 from defectcam.training.start import start_network
 from defectcam.weights import load_weights
 from tests.conftest import ROOT, dark_wall, little_training
@@ -442,6 +443,28 @@ def test_pseudo_labels_of_other_facts_or_half_of_them_are_refused(trained, data_
         pseudo_labels.main([*given, "--defect", "rust", "--out", str(tmp_path / "rust")])
     with pytest.raises(SystemExit, match="none is not complete"):
         train.main([*COMMON, *given[4:], "--masks", str(tmp_path / "none"), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("refine", [[], ["--refine", "dark-lines"], ["--refine", "grabcut"]])
+def test_own_clicks_give_pseudo_labels_that_a_training_takes(trained, data_dir, tmp_path, refine):
+    photos = [data_dir / "walls" / "images" / f"spall{i}.png" for i in range(3)]
+    clicks = [Click(str(photos[i]), 40 + 12 * i, 48, "Spalling") for i in range(2)]
+    clicks += [Click(str(photos[0]), 140, 48, "none", patch_px=24), Click(str(photos[2]), 140, 48, "none", patch_px=24)]
+    write_clicks(tmp_path / "clicks.csv", clicks)
+    config = TrainConfig("spalling", clicks=tmp_path / "clicks.csv", masks=tmp_path / "pseudo")
+    with pytest.raises(ValueError, match="pseudo has no mask of a photo of --clicks .*clicks.csv: write them by `defectcam pseudo"):
+        gather(config, "train")
+    run("pseudo-labels", "--weights", trained / "weights-clicks", "--defect", "spalling", "--clicks", tmp_path / "clicks.csv",
+        *refine, "--iterations", 1, "--out", tmp_path / "pseudo")  # fmt: skip
+    labels = [source.read() for source in gather(config, "train")]
+    assert [len(of_photo.clicks) for of_photo in labels] == [2, 1, 1]
+    assert labels[2].outline is None  # a negative click says nothing of the rest of its photo
+    for i, of_photo in enumerate(labels[:2]):
+        truth = cv2.imread(str(data_dir / "walls" / "masks" / "spalling" / f"spall{i}.png"), 0) > 0
+        assert of_photo.outline[48, 40 + 12 * i] in (255, UNKNOWN) and not of_photo.outline[:, :4].any()
+        if "grabcut" in refine:
+            assert iou(of_photo.outline == 255, truth) > 0.7
+    assert not labels[0].outline[36:60, 128:152].any()
 
 
 def test_sure_proposals_are_the_defect_and_doubtful_ones_unknown():

@@ -156,8 +156,12 @@ class Labeller:
         return self.write(photos, by_photo, set_name)
 
     def write_clicked(self) -> int:
-        """Write the masks of the photos of `--clicks`; as `write_set`."""
+        """Write the masks of the photos of `--clicks` that have one on the defect; as `write_set`.
+
+        Of a photo with negative clicks alone nothing more is known.
+        """
         by_photo = clicks_by_photo(own_clicks(self.args.clicks, "--clicks", self.args.defect))
+        by_photo = {photo: clicks for photo, clicks in by_photo.items() if any(click.defect != "none" for click in clicks)}
         photos = {Path(photo): mask_of_clicked(self.args.out, Path(photo)) for photo in by_photo}
         return self.write(photos, by_photo, self.args.clicks.name)
 
