@@ -275,7 +275,10 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
     no_new_graphs(monkeypatch)
     out, before = tmp_path / "two", contents(running)
     with pytest.raises(SystemExit) as error:
-        retrain.main(arguments(data_dir, running, new, out, "--margin", -1, "--outlines"))
+        own = {"walls": {"licence": "our own photos", "terms": "free", "source": "2026"}}
+        (tmp_path / "licences.json").write_text(json.dumps(own))
+        options = ["--margin", -1, "--outlines", "--licences", tmp_path / "licences.json"]
+        retrain.main(arguments(data_dir, running, new, out, *options))
     assert error.value.code == NOT_PROMOTED == 3
     assert "not promoted" in capsys.readouterr().out
     assert contents(running) == before
@@ -287,6 +290,8 @@ def test_weights_that_are_not_good_enough_are_kept_back(data_dir, running, new, 
     assert (record["scales"], record["crop_px"]) == ([0.9, 1.1], 32)
     weights = load_weights(out / "rejected")
     assert weights.configs["spalling"].training["network"] == record
+    licences = weights.configs["spalling"].licences
+    assert licences["walls"] == own["walls"] and licences["plain"]["terms"] == "unknown"
 
 
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir, running, new, tmp_path, monkeypatch):
@@ -336,6 +341,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(promoted, data_dir,
         (None, ["--defects", "rust"], "nothing to learn"),
         (None, ["--defects", "algae"], "--defects names algae.*spalling"),
         (None, ["--old-clicks", "broken"], "broken/spalling.csv has a click on 'rust'"),
+        (None, ["--licences", "gone.json"], "gone.json cannot be read"),
         (None, ["--old-clicks", "gone"], "gone/spalling.csv line 2: there is no photo nowhere.png"),
     ],
 )

@@ -45,6 +45,7 @@ from defectcam.command_line import command_parser, count
 from defectcam.evaluation.photos import labelled_photos
 from defectcam.feedback.compare import changes_of, compare, figures_of, no_worse, report, write_pictures
 from defectcam.feedback.versions import NOT_PROMOTED, assemble, parent_of, publish
+from defectcam.licences import read_licences
 from defectcam.paths import file_name, inside
 from defectcam.predict import device_and_engine, open_weights
 from defectcam.settings import RequestError
@@ -239,7 +240,8 @@ def calibrated(args: argparse.Namespace, plan: Plan, work: Path) -> Path:
         argparse.Namespace(
             defect=plan.defect, network=work / "network", data=args.data, sets=plan.sets["val_sets"],
             healthy_sets=plan.sets["healthy_sets"], photos=args.val_photos, iterations=plan.defect_config.iterations, out=out,
-        )
+        ),
+        read_licences(args.licences) if args.licences else None,
     )  # fmt: skip
     return out
 
@@ -273,6 +275,7 @@ def retrain(args: argparse.Namespace) -> bool:
         "steps": args.steps,
         "val_photos": args.val_photos,
         "margin": args.margin,
+        "licences": read_licences(args.licences) if args.licences else None,
     }
     state = begin(args.out, identity)
     if "promoted" not in state:
@@ -341,6 +344,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--none-sets", type=names, default=[], help="with --sets: sets without the defect")
     parser.add_argument("--defects", type=names, help="retrain these alone (default: all with new clicks)")
     parser.add_argument("--steps", type=count, default=STEPS, help="of every training (default: %(default)s)")
+    parser.add_argument("--licences", type=Path, help="JSON file with the licences of the sets (default: all are unknown)")
     parser.add_argument("--val-photos", type=int, help="val photos of each set at most (default: all)")
     parser.add_argument(
         "--margin", type=float, default=MARGIN,
