@@ -432,13 +432,16 @@ def test_training_starts_from_the_weights_given(trained):
             start_network(replace(config, **changes))
 
 
-def test_pseudo_labels_of_other_facts_or_half_of_them_are_refused(trained, data_dir, tmp_path):
+def test_pseudo_labels_of_other_facts_or_half_of_them_are_refused(trained, data_dir, tmp_path, capsys):
     given = ["--weights", trained / "weights-clicks", "--defect", "spalling", "--data", data_dir, "--sets", "walls"]
     given = [str(one) for one in given]
     with pytest.raises(SystemExit, match="pseudo holds masks of .*'refine': None.*: choose another --out"):
         pseudo_labels.main([*given, "--refine", "dark-lines", "--out", str(trained / "pseudo")])
     with pytest.raises(SystemExit, match="plain was named as a set with spalling, but has no folder masks/spalling"):
         pseudo_labels.main([*given[:-1], "plain", "--out", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        pseudo_labels.main([*given[:4], "--clicks", "gone.csv", "--out", str(tmp_path / "none")])
+    assert "--clicks gone.csv is not there" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="has no weights for 'rust'; there are .*spalling"):
         pseudo_labels.main([*given, "--defect", "rust", "--out", str(tmp_path / "rust")])
     with pytest.raises(SystemExit, match="none is not complete"):

@@ -89,7 +89,7 @@ ENLARGED_GAIN = 0.01  # which the enlarged level must bring: it is read only nea
 STEP_LENGTHS = (0.0025, 0.005, 0.01, 0.02)  # xi
 HIGHER_THRESHOLDS = tuple(0.5 * index for index in range(9))  # above the best one of T = 0: climbing extends
 G_REF_QUANTILE = 0.999
-COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.15  # of the overlap of T = 0 that T = 2 and T = 8 may lose
+COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.08  # of the overlap of T = 0 that T = 2 and T = 8 may lose
 DEFAULT_T_COUNTS = 4  # the weight of what T = 2 loses beyond that: T = 2 is the default
 LEAST_RISE = 0.03  # of the recall of pixels from T = 0 to 8; of proposals that extend it is about twice as much
 CLIMB_PHOTOS = 8  # a climb of eight steps takes as long as thirty plain maps

@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("name photos with --clicks, --sets or --unlabelled-sets")
     if (args.sets or args.unlabelled_sets) and not args.data:
         parser.error("--sets and --unlabelled-sets need --data, the folder of the sets")
+    if args.clicks and not args.clicks.is_file():
+        parser.error(f"--clicks {args.clicks} is not there")
     if args.iterations is not None and not 0 <= args.iterations <= ITERATIONS_MAX:
         parser.error(f"--iterations is {args.iterations}; allowed is 0 to {ITERATIONS_MAX}")
     predictor = open_weights(args.weights)

@@ -20,6 +20,7 @@ from defectcam.training.labels import UNKNOWN, LabelledSet, photo_size, read_own
 from defectcam.training.names import suggestion
 
 PSEUDO_RECORD = "pseudo.json"  # beside pseudo-labels: what they were made of, and whether all are there
+CLICKED = "clicks"  # folder of the pseudo-labels of photos of --clicks, beside those of the sets
 RIM_PX = 4  # around the regions of another defect, which look like a crack
 
 Outline = Callable[[int, int], np.ndarray | None]  # height, width -> (H, W) uint8
@@ -75,7 +76,7 @@ def gather(config: TrainConfig, split: str) -> list[Source]:
             by_path[key] = Source(path, _mask_of_clicked(config, path) if split == "train" else None)
             sources.append(by_path[key])
         by_path[key].clicks.append(click)
-    if config.masks and split == "train" and not config.sets and not any(source.outline for source in sources):
+    if config.masks and split == "train" and not config.sets and not (config.masks / CLICKED).is_dir():
         raise ValueError(
             f"--masks {config.masks} has no mask of a photo of --clicks {file}: write them by `defectcam pseudo-labels --clicks`"
         )
@@ -132,7 +133,7 @@ def _check_complete(masks: Path) -> None:
 
 def mask_of_clicked(masks: Path, photo: Path) -> Path:
     """Where pseudo-labels of a photo of `--clicks` lie; photos of one name in two folders have two masks."""
-    return masks / "clicks" / f"{photo.stem}-{hashlib.sha256(str(photo.resolve()).encode()).hexdigest()[:12]}.png"
+    return masks / CLICKED / f"{photo.stem}-{hashlib.sha256(str(photo.resolve()).encode()).hexdigest()[:12]}.png"
 
 
 def _mask_of_clicked(config: TrainConfig, photo: Path) -> Outline | None:
