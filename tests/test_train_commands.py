@@ -39,7 +39,7 @@ from defectcam.training.calibrate import (
 from defectcam.training.click_judge import overlap_of_clicks
 from defectcam.training.clicks import Click, write_clicks
 from defectcam.training.confidence import reliability_of
-from defectcam.training.config import TrainConfig
+from defectcam.training.config import TrainConfig, parse_config
 from defectcam.training.dark_lines import dark_lines
 from defectcam.training.grabcut import grabcut
 from defectcam.training.labels import UNKNOWN, read_photo_rgb
@@ -420,6 +420,15 @@ def test_the_function_proposes_what_calibration_judged(trained, data_dir):
         assert iou(painted([one.component for one in proposals], judged.shape), judged) > 0.95
     for photo in work.healthy:
         assert predictor.propose(photo.image_rgb, "spalling") == []
+
+
+@pytest.mark.parametrize("downsamplings", [1, 2, 3])
+def test_the_paper_s_classifier_has_a_decoder_for_each_of_fig_4_s_resolutions(downsamplings):
+    paper = ["--defect", "crack", "--paper", "--data", "d", "--sets", "walls", "--out", "o", "--downsamplings", str(downsamplings)]
+    config, _ = parse_config("", paper)
+    network = start_network(config)[0]
+    assert config.decoder[-2:] == (32, 16) and network.stride_px == 2**downsamplings
+    assert network.score_map(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 64)
 
 
 def test_training_starts_from_the_weights_given(trained):

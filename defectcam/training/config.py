@@ -15,7 +15,7 @@ from defectcam.encoders import ENCODERS, POOLINGS, check_architecture, stride_px
 from defectcam.training.labels import add_label_option
 from defectcam.weights import DefectConfig
 
-DECODERS = {"resnet34": (64, 32, 16), "efficientnet-lite0": (64, 48, 32, 16)}
+DECODERS = {"resnet34": (128, 64, 32, 16), "efficientnet-lite0": (64, 48, 32, 16)}  # of the most down-samplings, coarse to fine
 DOWNSAMPLINGS = {"resnet34": 2, "efficientnet-lite0": 4}
 LABELS = ("outlines", "clicks")
 # Paper 3.1, 4.1, 4.2: classifier alone, crops of 320 px around clicks at the photo's scale, balanced.
@@ -91,8 +91,9 @@ class TrainConfig:
             ValueError: naming the option, its value and what is allowed.
         """
         if self.encoder in ENCODERS:
-            object.__setattr__(self, "decoder", tuple(self.decoder) or DECODERS[self.encoder])
             object.__setattr__(self, "downsamplings", self.downsamplings or DOWNSAMPLINGS[self.encoder])
+            stages = self.downsamplings + (self.encoder == "resnet34")
+            object.__setattr__(self, "decoder", tuple(self.decoder) or DECODERS[self.encoder][-stages:])
         check_architecture(self.encoder, self.decoder, self.downsamplings, self.pooling)
         stride = stride_px(self.downsamplings)
         if self.crop_px < stride or self.crop_px % stride:
