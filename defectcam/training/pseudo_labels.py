@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         "--refine", choices=("dark-lines", "grabcut"),
         help="bring outlines on photos with clicks to what the photo shows: dark lines (cracks), or other colours (spalls)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the simulated clicks, as in training")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulated clicks")
     parser.add_argument("--out", type=Path, required=True, help="folder of <set>/<stem>.png to write")
     args = parser.parse_args(argv)
     if not args.sets and not args.unlabelled_sets and not args.clicks:

@@ -69,17 +69,22 @@ def gather(config: TrainConfig, split: str) -> list[Source]:
         sources += _of_none_set(config, set_name, split)
     by_path = {source.path.resolve(): source for source in sources}
     file, option = (config.clicks, "--clicks") if split == "train" else (config.val_clicks, "--val-clicks")
-    for click in own_clicks(file, option, config.defect) if file else []:
-        path = Path(click.image)
-        key = path.resolve()
-        if key not in by_path:
-            by_path[key] = Source(path, _mask_of_clicked(config, path) if split == "train" else None)
-            sources.append(by_path[key])
-        by_path[key].clicks.append(click)
-    if config.masks and split == "train" and not config.sets and not (config.masks / CLICKED).is_dir():
+    clicks = own_clicks(file, option, config.defect) if file else []
+    masks: dict[Path, Path] = {}
+    if config.masks and split == "train":
+        masks = {Path(click.image): mask_of_clicked(config.masks, Path(click.image)) for click in clicks}
+    if masks and not config.sets and not any(mask.exists() for mask in masks.values()):
         raise ValueError(
             f"--masks {config.masks} has no mask of a photo of --clicks {file}: write them by `defectcam pseudo-labels --clicks`"
         )
+    for click in clicks:
+        path = Path(click.image)
+        key = path.resolve()
+        if key not in by_path:
+            mask = masks.get(path)
+            by_path[key] = Source(path, _reader_of(mask) if mask and mask.exists() else None)
+            sources.append(by_path[key])
+        by_path[key].clicks.append(click)
     if split == "train":
         for pair in config.none_regions:
             sources += regions_without(config, *pair.split(":", 1))
@@ -117,7 +122,7 @@ def _of_set(config: TrainConfig, set_name: str, split: str) -> Iterator[Source]:
         masks = {stem: config.masks / set_name / f"{stem}.png" for stem in stems}
         for stem, mask in masks.items():
             if mask.exists():  # of the others nothing is known
-                yield Source(files.photo(stem), lambda height, width, mask=mask: read_own_mask(mask, height, width))
+                yield Source(files.photo(stem), _reader_of(mask))
         return
     files.check_masks(stems)
     for stem in stems:
@@ -136,10 +141,9 @@ def mask_of_clicked(masks: Path, photo: Path) -> Path:
     return masks / CLICKED / f"{photo.stem}-{hashlib.sha256(str(photo.resolve()).encode()).hexdigest()[:12]}.png"
 
 
-def _mask_of_clicked(config: TrainConfig, photo: Path) -> Outline | None:
-    """Reads the pseudo-labels of a photo of `--clicks`; None where there are none, so that its clicks alone are known."""
-    path = mask_of_clicked(config.masks, photo) if config.masks else None
-    return (lambda height, width: read_own_mask(path, height, width)) if path and path.exists() else None
+def _reader_of(mask: Path) -> Outline:
+    """Reads a mask that this project wrote."""
+    return lambda height, width: read_own_mask(mask, height, width)
 
 
 def _outline(files: LabelledSet, stem: str, height: int, width: int) -> np.ndarray:
