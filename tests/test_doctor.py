@@ -18,6 +18,7 @@ SPEC = labels_with([])
 LABELS = [label | {"color": colour} for label, colour in zip(task_labels(SPEC), COLOURS)]
 for attribute in (attribute for label in LABELS for attribute in label["attributes"] if attribute["name"] == "iterations"):
     attribute["default_value"] = "0"
+TOKEN_END = datetime.now(timezone.utc) + timedelta(days=3)
 SPOTS = [(30, 30, 14), (100, 26, 12)]
 EXCHANGES = DATA / "cvat_exchanges"
 OF_TASK = ("labels", "megapixels", "request size", "a photo")
@@ -106,7 +107,7 @@ def without_attribute(cvat):
 
 
 def ends(cvat):
-    cvat.access_token["expiry_date"] = (datetime.now(timezone.utc) + timedelta(days=3)).isoformat()
+    cvat.access_token["expiry_date"] = TOKEN_END.isoformat()
 
 
 def other_function(cvat):
@@ -127,7 +128,7 @@ TAG = {"label": "unprocessed", "type": "tag", "attributes": [{"name": "reason", 
 FUNCTIONS, FUNCTION = "GET /api/lambda/functions", "POST /api/lambda/functions/advcam-defects"
 NEEDS = ("a photo", "labels")  # the checks that need the list of models
 FAULTS = {
-    "token ends": (ends, "token", f"ends on {datetime.now(timezone.utc) + timedelta(days=3):%Y-%m-%d}: set ADVCAM_CVAT_TOKEN", ()),
+    "token ends": (ends, "token", f"ends on {TOKEN_END:%Y-%m-%d}: set ADVCAM_CVAT_TOKEN", ()),
     "no serverless part": (
         answers("GET /api/server/plugins", 200, {"MODELS": False}), "list of models", "start CVAT with its serverless file", NEEDS,
     ),
