@@ -11,6 +11,13 @@ the photo do. Its maps are enlarged bilinearly to the photo's size and merged th
     M = log(mean over levels of exp(r * M_level)) / r.
 
 A mean and no sum: a larger photo has more levels, which shall not make it more of a defect.
+
+A defect that is read there is a line, such as a crack. A dark stain beside a crack looks like the inside of a wide one when
+it is enlarged, and grows into one when it is climbed. So where a map says more than another one, only thin structures count:
+
+    thin(M, other) = M - max(0, opening of M with a square - other).
+
+It limits the enlarged map by the merged map of the other levels, and the climbed map of scale 1 by the plain one.
 """
 
 from __future__ import annotations
@@ -37,6 +44,8 @@ LARGEST_EXPONENT = 60.0  # of e, in float32
 UNREAD_LOGIT = -80.0  # where no tile was read
 POSSIBLE_LOGIT = -2.0  # of the merged map: below it the enlarged level is not asked
 POSSIBLE_RADIUS_PX = 16
+HAIRLINE_PX = 11  # of the photo: what is wider needs no enlarged level; 7 to 17 are nearly as good on val, 25 is not
+GROWTH_PX = 25  # of the photo: a line that is climbed grows no wider; 11 is better on small photos, and wide cracks end there
 SMALL_TILE_PX = 384  # of tiles around clicks, and of the enlarged level, of which a crack asks for a narrow band
 ENLARGED_HALO_PX = 48  # half as many px of the photo; wider halos change no figure of quality, and cost a third more
 NO_CLIMB = LocalClimb(0.0, 1.0)  # for T = 0
@@ -125,6 +134,11 @@ class Reading:
     sharpness: float
     climbs: tuple[Climb | None, ...]
 
+    @property
+    def of_lines(self) -> bool:
+        """Whether the defect is a line, such as a crack: its enlarged level is read."""
+        return self.finest == ENLARGED
+
     def climb(self, scale: float) -> Climb | None:
         """The climb of a level, None where it does not climb."""
         index = max(0, round(np.log2(min(self.finest, 1.0) / scale)))
@@ -154,6 +168,13 @@ def level_tiles(
     """The tiles of all levels but the enlarged one, by scale."""
     scales = level_scales(height, width, reading.finest, reading.levels)
     return {scale: tiles_of_level(height, width, scale, engine, near, near_px) for scale in scales}
+
+
+def thin(values: np.ndarray, others: np.ndarray, side_px: int) -> np.ndarray:
+    """A map, of which structures wider than `side_px` count no more than in another one; all (h, w) float32."""
+    wide = cv2.morphologyEx(values, cv2.MORPH_OPEN, np.ones((side_px, side_px), np.uint8))
+    wide -= others
+    return values - np.maximum(wide, 0, out=wide)
 
 
 def possible_region(logits: np.ndarray) -> np.ndarray:
@@ -277,7 +298,8 @@ class PhotoMaps:
         result = self._merged_levels(steps)
         if possible is not None:
             levels = len(self.scales)
-            powers = levels * self._powers(result[possible]) + self._powers(self._maps[0][ENLARGED][possible])
+            enlarged = thin(np.where(possible, self._maps[0][ENLARGED], np.float32(UNREAD_LOGIT)), result, HAIRLINE_PX)
+            powers = levels * self._powers(result[possible]) + self._powers(enlarged[possible])
             result[possible] = np.log(powers / (levels + 1)) / self.reading.sharpness
         return result
 
@@ -309,7 +331,7 @@ class PhotoMaps:
         for scale, tiles in self.climbing.items():
             for tile in tiles:
                 if tile not in self._climbed[scale]:
-                    result[_photo_slices(tile, scale, cell_px)] = False
+                    result[self._cells_of(tile, scale, cell_px)] = False
         return result
 
     def pixels_to_climb(self, cells: np.ndarray, cell_px: int) -> int:
@@ -319,9 +341,15 @@ class PhotoMaps:
     def _due(self, cells: np.ndarray, cell_px: int) -> dict[float, list[Tile]]:
         """The tiles of every level that touch some cells and were not climbed yet."""
         return {
-            scale: [t for t in tiles if t not in self._climbed[scale] and cells[_photo_slices(t, scale, cell_px)].any()]
+            scale: [t for t in tiles if t not in self._climbed[scale] and cells[self._cells_of(t, scale, cell_px)].any()]
             for scale, tiles in self.climbing.items()
         }
+
+    def _cells_of(self, tile: Tile, scale: float, cell_px: int) -> tuple[slice, slice]:
+        """The rows and columns of the photo's cells whose merged map depends on a tile that climbs."""
+        if scale == 1:
+            return _photo_slices(tile, scale, cell_px, GROWTH_PX if self.reading.of_lines else 0)
+        return _photo_slices(tile, scale, cell_px, 1)  # a coarse pixel's value reaches its neighbours
 
     def _read(self, scale: float, tiles: Sequence[Tile], wanted: Sequence[int]) -> None:
         """Write the cores of some tiles into the maps of all T wanted."""
@@ -339,7 +367,10 @@ class PhotoMaps:
         """The levels' maps but the enlarged one's at the photo's size, merged; (H, W) float32."""
         total = np.zeros((self.height, self.width), np.float32)
         for scale in self.scales:
-            total += self._powers(enlarged_to(self._maps[steps][scale], scale, self.height, self.width))
+            level_map = self._maps[steps][scale]
+            if steps and scale == 1 and self.reading.of_lines:
+                level_map = thin(level_map, self._maps[0][scale], GROWTH_PX)
+            total += self._powers(enlarged_to(level_map, scale, self.height, self.width))
         total /= len(self.scales)
         return np.log(total, out=total) / np.float32(self.reading.sharpness)
 
@@ -364,9 +395,8 @@ def _is_near(tile: Tile, x: float, y: float, near_px: int) -> bool:
     return x0 - near_px <= x < x1 + near_px and y0 - near_px <= y < y1 + near_px
 
 
-def _photo_slices(tile: Tile, scale: float, cell_px: int = 1) -> tuple[slice, slice]:
-    """The rows and columns of the photo's cells that a tile's core touches, whole pixels of interpolation included."""
-    margin = 0 if scale >= 1 else 1  # a coarse pixel's value reaches its neighbours
+def _photo_slices(tile: Tile, scale: float, cell_px: int = 1, margin: int = 0) -> tuple[slice, slice]:
+    """The rows and columns of the photo's cells that a tile's core touches, with a margin in pixels of the level."""
     y0, y1, x0, x1 = tile.core
 
     def span(start: int, end: int) -> slice:

@@ -6,6 +6,7 @@ from functools import partial
 import cv2
 import numpy as np
 import pytest
+from scipy.ndimage import grey_opening
 
 from defectcam import pyramid
 from defectcam.climb import LocalClimb
@@ -169,6 +170,13 @@ def test_scores_beyond_all_bounds_stay_finite():
     assert np.isfinite(merged).all() and merged.min() < -50 and merged.max() > 50
 
 
+def with_enlarged(others: np.ndarray, enlarged: np.ndarray, possible: np.ndarray) -> np.ndarray:
+    """Two levels merged, and an enlarged one, of which the wide counts no more than the others; sharpness 0.7, float64."""
+    wide = grey_opening(np.where(possible, enlarged, -80.0), (pyramid.HAIRLINE_PX,) * 2)
+    thin = enlarged - np.maximum(wide - others, 0)
+    return np.log((2 * np.exp(0.7 * others.astype(float)) + np.exp(0.7 * thin)) / 3) / 0.7
+
+
 class TestEnlargedLevel:
     """Structure in one corner of a flat photo; the enlarged level counts there alone."""
 
@@ -188,9 +196,9 @@ class TestEnlargedLevel:
         assert np.array_equal(merged[~possible], without[~possible])
         whole = cv2.resize(photo, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
         enlarged = mean_of_four(whole_map(engine, whole, engine.halo_px))
-        wanted = np.log((2 * np.exp(0.7 * without.astype(float)) + np.exp(0.7 * enlarged)) / 3) / 0.7
+        wanted = with_enlarged(without, enlarged, possible)
         inner = possible.copy()
-        inner[:10], inner[:, :10] = False, False  # at the edge, cubic and replication do not commute
+        inner[:20], inner[:, :20] = False, False  # at the edge, cubic and replication do not commute
         np.testing.assert_allclose(merged[inner], wanted[inner], rtol=0, atol=1e-4)
 
     def test_it_is_not_read_where_nothing_is_possible(self, photo, engine, monkeypatch):
@@ -201,17 +209,26 @@ class TestEnlargedLevel:
         maps.climb([2], all_cells(maps), CELL_PX)
         assert not maps._plain.enlarged and maps.is_climbed(CELL_PX).all()
 
+    def test_what_it_sees_alone_counts_where_it_is_thin(self, engine, monkeypatch, small_tiles):
+        monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", -100.0)
+        maps = maps_of(engine, textured(100, 120), 2.0)
+        assert maps.possible.all()
+        enlarged = maps._maps[0][pyramid.ENLARGED]
+        others, enlarged[:] = maps._merged_levels(0), -20.0
+        enlarged[20:60, 20:60] = 30.0
+        enlarged[70:73, 10:110] = 30.0
+        merged = maps.merged()
+        np.testing.assert_allclose(merged[20:60, 20:60], others[20:60, 20:60], rtol=0, atol=1e-4)
+        assert (merged[70:73, 10:110] > others[70:73, 10:110] + 10).all()
+
     def test_it_does_not_climb(self, photo, engine):
-        maps, plain = maps_of(engine, photo, 2.0), maps_of(engine, photo)
-        for one in (maps, plain):
-            one.climb([2], all_cells(one), CELL_PX)
-        possible = maps.possible
-        assert np.array_equal(maps.merged(2)[~possible], plain.merged(2)[~possible])
-        enlarged = {
-            steps: 3 * np.exp(0.7 * maps.merged(steps)) - 2 * np.exp(0.7 * plain.merged(steps)) for steps in (0, 2)
-        }
-        np.testing.assert_allclose(enlarged[2][possible], enlarged[0][possible], rtol=1e-4, atol=1e-3)
-        assert enlarged[0][possible].mean() > 0.1
+        maps = maps_of(engine, photo, 2.0)
+        possible, enlarged = maps.possible, maps._maps[0][pyramid.ENLARGED].copy()
+        maps.climb([2], all_cells(maps), CELL_PX)
+        others, merged = maps._merged_levels(2), maps.merged(2)
+        assert np.array_equal(merged[~possible], others[~possible])
+        np.testing.assert_allclose(merged[possible], with_enlarged(others, enlarged, possible)[possible], rtol=0, atol=1e-4)
+        assert np.abs(merged - others)[possible].mean() > 0.01
 
     def test_another_sharpness_reads_no_tile_twice(self, photo, engine, monkeypatch):
         maps = maps_of(engine, photo, 2.0)
@@ -298,6 +315,18 @@ class TestClimbing:
         wanted = np.log((np.exp(alone.merged(1)) + np.exp(enlarged_to(coarse, 0.5, 180, 250))) / 2)
         assert maps.scales == [1.0, 0.5]
         np.testing.assert_allclose(maps.merged(1), wanted, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("finest", [2.0, 1.0])
+    def test_a_line_grows_no_wider_than_a_crack(self, engine, monkeypatch, finest):
+        monkeypatch.setattr(pyramid, "POSSIBLE_LOGIT", 100.0)
+        maps = maps_of(engine, textured(100, 120), finest, 1)
+        maps.climb([2], all_cells(maps), CELL_PX)
+        maps._maps[0][1.0][:], maps._maps[2][1.0][:] = -5.0, -4.0
+        maps._maps[2][1.0][10:50, 10:50] = 3.0
+        maps._maps[2][1.0][70:90, 10:110] = 3.0
+        merged = maps.merged(2)
+        np.testing.assert_allclose(merged[10:50, 10:50], -5.0 if finest == 2 else 3.0, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(merged[70:90, 10:110], 2.0 if finest == 2 else 3.0, rtol=0, atol=1e-4)
 
     def test_other_t_than_before_are_refused(self, make):
         maps = make()
