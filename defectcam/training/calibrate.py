@@ -5,7 +5,7 @@
 2. Climb, of the finest level alone: `g_ref`, the 99.9 % quantile of the gradient's magnitude on photos with the defect;
    and the shortest of STEP_LENGTHS that comes nearest to a dial, at the threshold that is best for its T = 2: this costs
    at most COST_OF_DEFAULT_T of the best overlap of T = 0, T = 8 at most COST_OF_LARGE_T, and the recall of pixels rises by
-   LEAST_RISE. Where a coarse level climbs too, whole blocks of the photo grow.
+   LEAST_RISE, of lines by LEAST_RISE_OF_LINES. Where a coarse level climbs too, whole blocks of the photo grow.
 3. Cleaning: closing, gap and minimum area with the best overlap at the default T, and then the threshold that does; by how
    much T = 0 overlaps better at a threshold counts against it.
 4. Platt: the probability of a pixel, by logistic regression of the truth on the merged map; theta is the threshold
@@ -86,12 +86,13 @@ CLEANINGS = {"crack": [Cleaning(*how) for how in product((0, 1, 2), (6, 10, 14),
 OTHER_CLEANINGS = [Cleaning(closing, 0, area) for closing, area in product((0, 1, 3), (30, 100, 300))]
 FINER_GAIN = 0.03  # of overlap, which a level twice as fine must bring: it takes four times as long
 ENLARGED_GAIN = 0.01  # which the enlarged level must bring: it is read only near what the others see
-STEP_LENGTHS = (0.0025, 0.005, 0.01, 0.02)  # xi
+STEP_LENGTHS = (0.0025, 0.005, 0.01, 0.02, 0.04)  # xi
 HIGHER_THRESHOLDS = tuple(0.5 * index for index in range(9))  # above the best one of T = 0: climbing extends
 G_REF_QUANTILE = 0.999
 COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.08  # of the overlap of T = 0 that T = 2 and T = 8 may lose
 DEFAULT_T_COUNTS = 4  # the weight of what T = 2 loses beyond that: T = 2 is the default
 LEAST_RISE = 0.03  # of the recall of pixels from T = 0 to 8; of proposals that extend it is about twice as much
+LEAST_RISE_OF_LINES = 0.04  # they grow thin, which costs little
 CLIMB_PHOTOS = 8  # a climb of eight steps takes as long as thirty plain maps
 DEFAULT_T_PHOTOS = 40  # for cleaning and threshold
 PIXELS_PER_PHOTO = 4000  # for Platt
@@ -243,7 +244,8 @@ class Calibration:
             say(f"climb, step {xi}: {report[str(xi)]}")
             cost = DEFAULT_T_COUNTS * max(0.0, plain - best - COST_OF_DEFAULT_T)
             cost += max(0.0, plain - overlaps[8] - COST_OF_LARGE_T)
-            lacking = max(0.0, LEAST_RISE - (recalls[8] - recalls[0]))
+            least_rise = LEAST_RISE_OF_LINES if reading.of_lines else LEAST_RISE
+            lacking = max(0.0, least_rise - (recalls[8] - recalls[0]))
             found.append((cost + lacking, climb))
         return min(found, key=lambda one: one[0])[1], report
 
