@@ -78,6 +78,12 @@ FUNCTION: dict = {}
 exec(MAIN, FUNCTION)
 
 
+def heed_signals() -> None:
+    """In a new process: heed what tests that were started by nohup or in the background ignore."""
+    for one in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(one, signal.SIG_DFL)
+
+
 class World:
     """A machine with stand-ins for its tools and a copy of what deploy.sh reads of the repository."""
 
@@ -121,6 +127,7 @@ class World:
             cwd=cwd,
             text=True,
             start_new_session=True,
+            preexec_fn=heed_signals,
         )
 
     def run(self, *arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
