@@ -12,8 +12,8 @@ the photo do. Its maps are enlarged bilinearly to the photo's size and merged th
 
 A mean and no sum: a larger photo has more levels, which shall not make it more of a defect.
 
-A defect that is read there is a line, such as a crack. A dark stain beside a crack looks like the inside of a wide one when
-it is enlarged, and grows into one when it is climbed. So where a map says more than another one, only thin structures count:
+A defect whose enlarged level is read is a line, such as a crack. Enlarged, a dark stain beside a crack looks like the inside
+of a wide crack, and climbing makes more of it. So where a map says more than another one, only thin structures count:
 
     thin(M, other) = M - max(0, opening of M with a square - other).
 
@@ -45,7 +45,7 @@ UNREAD_LOGIT = -80.0  # where no tile was read
 POSSIBLE_LOGIT = -2.0  # of the merged map: below it the enlarged level is not asked
 POSSIBLE_RADIUS_PX = 16
 HAIRLINE_PX = 11  # of the photo: what is wider needs no enlarged level; 7 to 17 are nearly as good on val, 25 is not
-GROWTH_PX = 25  # of the photo: a line that is climbed grows no wider; 11 is better on small photos, and wide cracks end there
+GROWTH_PX = 25  # of the photo: the climb of a line adds nothing wider; with 11 small photos gain, but wide cracks grow no more
 SMALL_TILE_PX = 384  # of tiles around clicks, and of the enlarged level, of which a crack asks for a narrow band
 ENLARGED_HALO_PX = 48  # half as many px of the photo; wider halos change no figure of quality, and cost a third more
 NO_CLIMB = LocalClimb(0.0, 1.0)  # for T = 0
