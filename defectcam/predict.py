@@ -231,7 +231,7 @@ class Predictor:
 
     def _enlarged_tiles(self, height: int, width: int, defect: str) -> list[Tile]:
         """The tiles of the enlarged level of a photo of so many px, none where the defect does not read it."""
-        reads = self.weights.configs[defect].finest_scale == ENLARGED
+        reads = self.weights.configs[defect].reading.of_lines
         return tiles_of_level(height, width, ENLARGED, self.engines[defect]) if reads else []
 
     def _shares(

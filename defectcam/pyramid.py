@@ -272,7 +272,7 @@ class PhotoMaps:
     @cached_property
     def possible(self) -> np.ndarray | None:
         """Where the enlarged level counts, (H, W) bool; None where it is not asked at all."""
-        if self.reading.finest != ENLARGED:
+        if not self.reading.of_lines:
             return None
         near = possible_region(self._merged_levels(0))
         if not near.any():

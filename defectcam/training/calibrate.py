@@ -196,7 +196,7 @@ class Calibration:
             overlap, least = self.best_threshold(self.judging, logits, cleaning)
             report[f"finest {finest:g}, sharpness {sharpness:g}"] = {"overlap": round(overlap, 4), "threshold": least}
             say(f"reading from level {finest:g}, sharpness {sharpness:g}: overlap {overlap:.3f} at {least:g}")
-            worth = overlap - FINER_GAIN * np.log2(min(finest, 1.0)) - ENLARGED_GAIN * (finest == ENLARGED)
+            worth = overlap - FINER_GAIN * np.log2(min(finest, 1.0)) - ENLARGED_GAIN * reading.of_lines
             best = max(best, (worth, least, reading), key=lambda one: one[0])
         return best[2], best[1], report
 
