@@ -2,7 +2,8 @@
 
 A photo may be labelled by an outline, by clicks, or by both, and only in part. Whatever the label, a crop is an image with
 what is known of its pixels. Crops are drawn around clicks and around pixels of outlined defects, at random scale: a spall may
-be 40 or 4000 px wide. A crop never leaves its photo: of a photo that is smaller it shows the largest square, scaled up.
+be 40 or 4000 px wide. A crop that is larger than its photo shows all of it, the photo's edge repeated beyond, as the pyramid's
+coarse levels do.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from defectcam.tiling import cut
 from defectcam.training.clicks import Click, patch_bounds
 from defectcam.training.labels import UNKNOWN
 
 ON_CLICK_SHARE = 0.5  # of the crops without the defect are around negative clicks, the others on photos without it
 SMALLEST_WINDOW_PX = 24  # of the photo: what is enlarged from less shows no defect
+LARGEST_WINDOW = 2.0  # times the photo's longer side: of a larger crop less than a quarter would be photo
 DEFECT_PIXELS = 20_000  # of each photo, to draw crops around
 NOISE_SHARE = 0.3  # of the crops get the noise of a sensor
 COLOURS = v2.Compose(
@@ -161,11 +164,15 @@ class CropDataset(Dataset):
         photo = self.photos[index]
         height, width = photo.image_rgb.shape[:2]
         scale = float(np.exp(rng.uniform(*np.log(self.scales)))) if self.augment else 1.0
-        size = min(max(round(self.crop_px / scale), SMALLEST_WINDOW_PX), height, width)
+        size = min(max(round(self.crop_px / scale), SMALLEST_WINDOW_PX), round(LARGEST_WINDOW * max(height, width)))
         if click and click.defect == "none":  # it says something of its patch alone: never look beyond that
             size = min(size, click.patch_px or self.crop_px)
-        x0, _ = patch_bounds(x + int(rng.uniform(-jitter, jitter) * size), size, width)
-        y0, _ = patch_bounds(y + int(rng.uniform(-jitter, jitter) * size), size, height)
+        x0, y0 = (
+            patch_bounds(at + int(rng.uniform(-jitter, jitter) * size), size, length)[0]
+            if size <= length
+            else -int(rng.integers(size - length + 1))
+            for at, length in ((x, width), (y, height))
+        )
         crop = _Crop(photo, x0, y0, size, self.crop_px)
         arrays = [crop.image_rgb(), *crop.labels()]
         weight, holds = 1.0, -1.0
@@ -216,7 +223,7 @@ class _Crop:
         self.smooth = cv2.INTER_AREA if size > crop_px else cv2.INTER_LINEAR
 
     def _cut(self, array: np.ndarray) -> np.ndarray:
-        return array[self.y0 : self.y0 + self.size, self.x0 : self.x0 + self.size]
+        return cut(array, (self.y0, self.y0 + self.size, self.x0, self.x0 + self.size))
 
     def _resized(self, part: np.ndarray, interpolation: int) -> np.ndarray:
         if self.size == self.crop_px:
