@@ -145,7 +145,7 @@ class Predictor:
         self, height: int, width: int, defect: str, steps: int, near: Sequence[tuple[int, int]] | None = None, near_px: int = 0
     ) -> float:
         """Pixels of the tiles of all forward passes, or what takes as long, if all of a photo of so many px climbs."""
-        reading = self.weights.configs[defect].reading
+        reading = self.weights.configs[defect].reading.of_photo(height, width)
         tiles = level_tiles(height, width, reading, self.engines[defect], near, near_px)
         climbing = {scale: some for scale, some in tiles.items() if reading.climb(scale)}
         return pixels_of(tiles) + climb_passes(steps) * pixels_of(climbing)

@@ -1,8 +1,8 @@
 """The pyramid: a photo is read at several scales and the maps are merged (beyond the paper).
 
 A spall may be 40 or 4000 px wide and a network knows the sizes it was trained on. So it reads the photo at scales 1,
-1/2, 1/4, ... until the longer side is at most 128 px (or from 1/2 on, as the weights say); the coarse levels together
-cost a third of the finest. An enlarged level of scale 2 sees hairline cracks, but costs four times the first: it is
+1/2, 1/4, ... until the longer side is at most 128 px (or from 1/2 on, as the weights say, unless the photo is so small that
+this would be its only level); the coarse levels together cost a third of the finest. An enlarged level of scale 2 sees hairline cracks, but costs four times the first: it is
 read only around what the others take for possible, and does not climb.
 
 Every other level climbs by itself, if the weights say that it does: where a coarse level's map grows, whole blocks of
@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import cv2
@@ -139,6 +139,13 @@ class Reading:
         """Whether the defect is a line, such as a crack: its enlarged level is read."""
         return self.finest == ENLARGED
 
+    def of_photo(self, height: int, width: int) -> Reading:
+        """How a photo of so many px is read: from scale 1 on where it is so small that it would have one level alone."""
+        finest = self.finest
+        while finest < 1 and max(height, width) * finest <= SMALLEST_LEVEL_PX:
+            finest *= 2
+        return replace(self, finest=finest)
+
     def climb(self, scale: float) -> Climb | None:
         """The climb of a level, None where it does not climb."""
         index = max(0, round(np.log2(min(self.finest, 1.0) / scale)))
@@ -166,7 +173,7 @@ def level_tiles(
     near_px: int = 0,
 ) -> dict[float, list[Tile]]:
     """The tiles of all levels but the enlarged one, by scale."""
-    scales = level_scales(height, width, reading.finest, reading.levels)
+    scales = level_scales(height, width, reading.of_photo(height, width).finest, reading.levels)
     return {scale: tiles_of_level(height, width, scale, engine, near, near_px) for scale in scales}
 
 
@@ -229,9 +236,9 @@ class PhotoMaps:
         near_px: int = 0,
         plain: PlainMaps | None = None,
     ) -> None:
-        self.engine, self.reading, self.pyramid = engine, reading, pyramid
-        self.batch, self.deadline, self.near, self.near_px = batch, deadline, near, near_px
         self.height, self.width = pyramid.image_rgb.shape[:2]
+        self.engine, self.reading, self.pyramid = engine, reading.of_photo(self.height, self.width), pyramid
+        self.batch, self.deadline, self.near, self.near_px = batch, deadline, near, near_px
         self._plain = plain or PlainMaps()
         self._begin()
 
@@ -265,7 +272,7 @@ class PhotoMaps:
         """The same photo read in another way; plain maps of levels that both have are shared."""
         other = copy.copy(self)
         other.__dict__.pop("possible", None)
-        other.reading = reading
+        other.reading = reading.of_photo(self.height, self.width)
         other._begin()
         return other
 

@@ -74,21 +74,36 @@ def test_crops_are_of_every_scale_asked_for():
     assert half.mean() > 0.8  # a pixel that is half defect says so, but where the scale is a whole number
 
 
-def test_crops_never_leave_the_photo():
-    """One that would is moved inside; one larger than the photo shows its largest square."""
+def test_crops_stay_inside_a_photo_that_is_larger():
+    """One that would leave it is moved inside."""
     image_rgb = np.repeat(np.repeat(np.arange(60, dtype=np.uint8)[None, :, None] * 4, 40, 0), 3, 2)  # grows to the right
     outline = np.zeros((40, 60), np.uint8)
     outline[20, 59] = 255  # every second crop is around it, at the photo's edge
+    crops = CropDataset([PhotoLabels(image_rgb, outline)], 30, seed=0, augment=False)
     shown = []
-    for crop_px, scale in ((40, 0.25), (40, 1.0), (30, 1.0)):
-        crops = CropDataset([PhotoLabels(image_rgb, outline)], crop_px, seed=0, scales=(scale, scale), augment=False)
-        for draw in range(30):
-            image, _, known, *_ = crops[draw]
-            assert (known == 1).all() and image.shape == (3, crop_px, crop_px)
-            least, most = int(image.min()) // 4, int(image.max()) // 4
-            assert most - least == min(crop_px, 40) - 1 and 0 <= least and most <= 59, "as many columns of the photo"
-            shown.append(least)
+    for draw in range(30):
+        image, _, known, *_ = crops[draw]
+        assert (known == 1).all() and image.shape == (3, 30, 30)
+        assert int(image.max()) // 4 - int(image.min()) // 4 == 29, "as many columns of the photo"
+        shown.append(int(image.min()) // 4)
     assert min(shown) == 0 and max(shown) == 30, "its edges are seen too"
+
+
+def test_crops_larger_than_the_photo_show_all_of_it_and_repeat_its_edge():
+    image_rgb = np.full((30, 60, 3), 100, np.uint8)
+    image_rgb[:, 0], image_rgb[10, 30] = 0, 250
+    outline = np.zeros((30, 60), np.uint8)
+    outline[:, 0] = 255
+    crops, tops = CropDataset([PhotoLabels(image_rgb, outline)], 90, seed=0, scales=(1.0, 1.0), augment=False), set()
+    for draw in range(30):
+        image, coverage, known, *_ = crops[draw]
+        ((top, left),) = np.argwhere(image[0].numpy() == 250)
+        assert top >= 10 and left >= 30 and (image[0, :, : left - 29] == 0).all() and (image[0, :, left - 29 :] >= 100).all()
+        assert torch.equal(coverage, (image[0] == 0).float()) and known.all(), "labels are repeated, too"
+        tops.add(int(top))
+    assert len(tops) > 10, "the photo lies anywhere in the crop"
+    small = CropDataset([PhotoLabels(image_rgb, outline)], 300, seed=0, scales=(1.0, 1.0), augment=False)[0][0]
+    assert (small[0] > 150).sum() >= 4, "a crop is twice the photo's longer side at most, here 2.5 times enlarged"
 
 
 def test_every_photo_without_the_defect_has_the_same_chance():

@@ -119,6 +119,18 @@ def test_levels_climb_as_the_reading_says(finest, first):
     assert reading.climb(2.0) == "a"
 
 
+@pytest.mark.parametrize(
+    "height, width, finest, read",
+    [(257, 60, 0.5, 0.5), (60, 256, 0.5, 1.0), (60, 60, 0.25, 1.0), (300, 300, 0.25, 0.5), (60, 60, 2.0, 2.0), (60, 60, 1.0, 1.0)],
+)
+def test_a_photo_that_would_have_one_level_alone_is_read_from_a_finer_one(engine, height, width, finest, read):
+    reading = Reading(finest, 16, 1.0, (LocalClimb(0.05, 0.3), None)).of_photo(height, width)
+    assert reading.finest == read
+    maps = maps_of(engine, textured(height, width), finest)
+    assert maps.scales[0] == min(read, 1.0) and maps.reading.finest == read
+    assert [bool(reading.climb(scale)) for scale in maps.scales] == [True, *(False for _ in maps.scales[1:])]
+
+
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_maps_are_enlarged_between_pixel_centres(factor):
     level_map = np.random.default_rng(0).normal(size=(13, 9)).astype(np.float32)
@@ -133,8 +145,8 @@ def test_maps_are_enlarged_between_pixel_centres(factor):
 def test_plain_maps_are_merged_as_the_formula_says(small_tiles, engine, finest, sharpness):
     photo = textured(250, 303)
     maps = maps_of(engine, photo, finest, 3, sharpness)
-    scales = [finest, finest / 2, finest / 4][: len(maps.scales)]
-    assert maps.scales == scales and len(scales) == {1.0: 3, 0.5: 2, 0.25: 1}[finest]
+    scales = {1.0: [1, 1 / 2, 1 / 4], 0.5: [1 / 2, 1 / 4], 0.25: [1 / 2, 1 / 4]}[finest]
+    assert maps.scales == scales
     levels = [whole_map(engine, Pyramid(photo).level(scale).image_rgb, engine.halo_px) for scale in scales]
     total = sum(
         np.exp(sharpness * bilinear(level, round(1 / scale), 250, 303).astype(float))
