@@ -1,12 +1,13 @@
 """The pyramid: a photo is read at several scales and the maps are merged (beyond the paper).
 
 A spall may be 40 or 4000 px wide and a network knows the sizes it was trained on. So it reads the photo at scales 1,
-1/2, 1/4, ... until the longer side is at most 128 px (or from 1/2 on, as the weights say, unless the photo is so small that
-this would be its only level); the coarse levels together cost a third of the finest. An enlarged level of scale 2 sees hairline cracks, but costs four times the first: it is
-read only around what the others take for possible, and does not climb.
+1/2, 1/4, ... until the longer side is at most 128 px, or from 1/2 on, as the weights say. A photo that is so small that it
+would have one level alone begins at a finer one. The coarse levels together cost a third of the finest. An enlarged level
+of scale 2 sees hairline cracks, but costs four times the first: it is read only around what the others take for possible,
+and does not climb.
 
-Every other level climbs by itself, if the weights say that it does: where a coarse level's map grows, whole blocks of
-the photo do. Its maps are enlarged bilinearly to the photo's size and merged there:
+Every other level climbs by itself, if the weights say that it does: of a network that has not learnt what coarse levels
+show, whole blocks of the photo grow. Its maps are enlarged bilinearly to the photo's size and merged there:
 
     M = log(mean over levels of exp(r * M_level)) / r.
 
