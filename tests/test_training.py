@@ -201,7 +201,8 @@ def test_the_shipped_weights_say_how_they_were_trained(capsys):
         assert config.labels == "outlines" and config.sets and config.steps > 500
         assert config.encoder_weights == "imagenet", "in place of the weights that it began with"
     notes = capsys.readouterr().err
-    assert notes.count("began with weights of sha256") == 3 == notes.count("hard negatives")
+    assert notes.count("began with weights of sha256") == 3 and notes.count("hard negatives") == 2
+    assert "weights/manifest.json:spalling learnt from --clicks out/hard-spalling.csv, too: give --clicks" in notes
     with pytest.raises(ValueError, match="--like .*manifest.json:algae: KeyError.*weights/manifest.json:crack"):
         recorded(f"{ROOT / 'weights' / 'manifest.json'}:algae")
 

@@ -181,6 +181,9 @@ def recorded(place: str) -> dict:
         print(f"note: {place} began with weights of sha256 {found['init_sha256']}: --init repeats that", file=sys.stderr)
     if found.get("mistakes"):
         print(f"note: {place} learnt from hard negatives, too: see defectcam hard-negatives", file=sys.stderr)
+    for name in ("clicks", "masks"):
+        if found.get(name):
+            print(f"note: {place} learnt from --{name} {found[name]}, too: give --{name} to repeat that", file=sys.stderr)
     for name in dropped:
         kept.pop(name, None)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
