@@ -5,7 +5,8 @@
 2. Climb, of the finest level alone: `g_ref`, the 99.9 % quantile of the gradient's magnitude on photos with the defect;
    and the shortest of STEP_LENGTHS that comes nearest to a dial, at the threshold that is best for its T = 2: this costs
    at most COST_OF_DEFAULT_T of the best overlap of T = 0, T = 8 at most COST_OF_LARGE_T, and the recall of pixels rises by
-   LEAST_RISE, of lines by LEAST_RISE_OF_LINES. Where a coarse level climbs too, whole blocks of the photo grow.
+   LEAST_RISE, of lines by LEAST_RISE_OF_LINES. Coarse levels do not climb here: of most networks whole blocks of the photo
+   would grow.
 3. Cleaning: closing, gap and minimum area with the best overlap at the default T, and then the threshold that does; by how
    much T = 0 overlaps better at a threshold counts against it.
 4. Platt: the probability of a pixel, by logistic regression of the truth on the merged map; theta is the threshold
