@@ -1,10 +1,10 @@
 """The pyramid: a photo is read at several scales and the maps are merged (beyond the paper).
 
 A spall may be 40 or 4000 px wide and a network knows the sizes it was trained on. So it reads the photo at scales 1,
-1/2, 1/4, ... until the longer side is at most 128 px, or from 1/2 on, as the weights say. A photo that is so small that it
-would have one level alone begins at a finer one. The coarse levels together cost a third of the finest. An enlarged level
-of scale 2 sees hairline cracks, but costs four times the first: it is read only around what the others take for possible,
-and does not climb.
+1/2, 1/4, ... until the longer side is at most 128 px, or from 1/2 on, as the weights say. The coarse levels together cost a
+third of the finest. To a photo that is so small that it would have one level alone a finer one is added, which does not climb:
+on small photos its climb only made proposals too large. An enlarged level of scale 2 sees hairline cracks, but costs four
+times the first: it is read only around what the others take for possible, and does not climb.
 
 Every other level climbs by itself, if the weights say that it does: of a network that has not learnt what coarse levels
 show, whole blocks of the photo grow. Its maps are enlarged bilinearly to the photo's size and merged there:
@@ -141,11 +141,13 @@ class Reading:
         return self.finest == ENLARGED
 
     def of_photo(self, height: int, width: int) -> Reading:
-        """How a photo of so many px is read: from scale 1 on where it is so small that it would have one level alone."""
-        finest = self.finest
+        """How a photo of so many px is read: where it would have one level alone a finer one is added, which does not climb."""
+        finest, climbs = self.finest, self.climbs
         while finest < 1 and max(height, width) * finest <= SMALLEST_LEVEL_PX:
             finest *= 2
-        return replace(self, finest=finest)
+            if len(level_scales(height, width, finest, self.levels)) > 1:
+                climbs = (None, *climbs)
+        return replace(self, finest=finest, climbs=climbs)
 
     def climb(self, scale: float) -> Climb | None:
         """The climb of a level, None where it does not climb."""

@@ -15,6 +15,7 @@ from defectcam.predict import Predictor, device_and_engine, find_cores, pixels_o
 from defectcam.proposals import Proposal, component_confidence, component_features, find_components, probability
 from defectcam.pyramid import PhotoMaps, Pyramid
 from defectcam.settings import ENGINES, RequestError
+from defectcam.throughput import climb_passes
 from defectcam.tiling import tile_grid
 from defectcam.torch_engine import TorchEngine
 from defectcam.weights import DefectConfig, WeightsError, load_weights
@@ -231,6 +232,16 @@ def test_a_pyramid_made_once_gives_the_same(predictor, photo):
 
 def test_pixels_of_the_plain_maps_are_known_before(predictor):
     assert predictor.plain_pixels(130, 700, "crack") == pixels_of(predictor.maps(Pyramid(textured(130, 700)), "crack").tiles)
+
+
+@pytest.mark.parametrize("height, width", [(150, 200), (300, 400)])
+def test_pixels_of_a_climb_are_known_before(predictor, monkeypatch, height, width):
+    """Also of the level that is added for a small photo and does not climb."""
+    monkeypatch.setitem(predictor.weights.configs, "crack", replace(predictor.weights.configs["crack"], finest_scale=0.5))
+    maps = predictor.maps(Pyramid(textured(height, width)), "crack")
+    climbing = maps.pixels_to_climb(np.ones((1, 1), bool), width)
+    assert bool(maps.climbing[maps.scales[0]]) == (width > 256) and 0 < climbing <= pixels_of(maps.tiles)
+    assert predictor.pixels_with_climb(height, width, "crack", 2) == pixels_of(maps.tiles) + climb_passes(2) * climbing
 
 
 def test_the_predictor_keeps_to_the_deadline(predictor, photo):

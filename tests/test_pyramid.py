@@ -120,15 +120,26 @@ def test_levels_climb_as_the_reading_says(finest, first):
 
 
 @pytest.mark.parametrize(
-    "height, width, finest, read",
-    [(257, 60, 0.5, 0.5), (60, 256, 0.5, 1.0), (60, 60, 0.25, 1.0), (300, 300, 0.25, 0.5), (60, 60, 2.0, 2.0), (60, 60, 1.0, 1.0)],
+    "height, width, finest, read, climbing",
+    [
+        (257, 60, 0.5, 0.5, 0.5),
+        (60, 256, 0.5, 1.0, 0.5),
+        (60, 60, 0.25, 1.0, 1.0),
+        (300, 300, 0.25, 0.5, 0.25),
+        (60, 200, 0.25, 1.0, 0.5),
+        (60, 60, 2.0, 2.0, 1.0),
+        (60, 60, 1.0, 1.0, 1.0),
+    ],
 )
-def test_a_photo_that_would_have_one_level_alone_is_read_from_a_finer_one(engine, height, width, finest, read):
+def test_to_a_photo_that_would_have_one_level_alone_a_finer_one_is_added(engine, height, width, finest, read, climbing):
+    """What climbs does so as on larger photos; the level that was added climbs where it is the only one."""
     reading = Reading(finest, 16, 1.0, (LocalClimb(0.05, 0.3), None)).of_photo(height, width)
-    assert reading.finest == read
+    assert reading.finest == read and reading.of_photo(height, width) == reading
     maps = maps_of(engine, textured(height, width), finest)
     assert maps.scales[0] == min(read, 1.0) and maps.reading.finest == read
-    assert [bool(reading.climb(scale)) for scale in maps.scales] == [True, *(False for _ in maps.scales[1:])]
+    assert [scale for scale in maps.scales if reading.climb(scale)] == [climbing]
+    alone = Reading(finest, 1, 1.0, (LocalClimb(0.05, 0.3),)).of_photo(height, width)
+    assert alone.climb(min(read, 1.0))  # of the only level that is read
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
@@ -352,7 +363,7 @@ class TestClimbing:
         maps.possible  # noqa: B018: reads the enlarged level, whose tiles count too
         cells = np.zeros_like(all_cells(maps))
         cells[3, 3] = True
-        due = sum(tile.pixels for tiles in maps.tiles.values() for tile in tiles)
+        due = sum(tile.pixels for tiles in maps.climbing.values() for tile in tiles)
         assert 0 < maps.pixels_to_climb(cells, CELL_PX) < due == maps.pixels_to_climb(all_cells(maps), CELL_PX)
         maps.climb([1], cells, CELL_PX)
         assert maps.pixels_to_climb(cells, CELL_PX) == 0 < maps.pixels_to_climb(all_cells(maps), CELL_PX) < due

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from defectcam.pyramid import ENLARGED, PhotoMaps, Pyramid, Reading
 from defectcam.training import calibrate, pseudo_labels, train
 from defectcam.training.calibrate import (
     Calibration,
+    few,
     fit_platt,
     least_confidence,
     random_pixels,
@@ -143,6 +145,16 @@ def test_the_least_confidence_keeps_to_what_annotators_bear_on_every_set():
     assert least_confidence([("a", 100, [])], [("w", [])]) == 0.05
     assert least_confidence([("a", 100, [0.999, 0.999])], []) == 0.95  # something can still be proposed
     assert spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([1, 2], 5) == [1, 2]
+
+
+def test_the_climb_is_chosen_on_photos_of_every_set():
+    sizes = {"small": [(200, 200)] * 100, "large": [(3000, 4000)] * 9, "rare": [(500, 500)] * 20}
+    photos = [SimpleNamespace(set_name=name, stem=number, image_rgb=np.broadcast_to(np.uint8(0), (*size, 3)))
+              for name, some in sizes.items() for number, size in enumerate(some)]  # fmt: skip
+    for finest, of_small, of_rare in ((2.0, 37, 6), (1.0, 37, 6), (0.5, 100, 20)):
+        chosen = few(photos, Reading(finest, 16, 0.5, (None,)))
+        assert Counter(photo.set_name for photo in chosen) == {"small": of_small, "large": 4, "rare": of_rare}
+    assert [photo.stem for photo in chosen if photo.set_name == "large"] == [0, 2, 5, 8]
 
 
 def test_probabilities_are_the_share_of_pixels_that_are_the_defect():
@@ -282,7 +294,9 @@ def test_calibrated_weights_load_and_say_how_they_were_made(trained):
         tried = config.training["readings_tried"]
         assert len(tried) == len(calibrate.OTHER_FINEST) * len(calibrate.SHARPNESSES)
         assert f"finest {config.finest_scale:g}, sharpness {config.sharpness:g}" in tried
-        assert config.climb["xi"] == 0.012 and config.climb["g_ref"][0] > 0 and config.climb["g_ref"][1] is None
+        levels = config.climb["g_ref"]
+        assert config.climb["xi"] == 0.012 and levels[0] > 0 and levels[1:] in ([], [None])
+        assert set(config.training["climbs_tried"]) == {"finest level, xi 0.012", "every level, xi 0.012"}
         assert config.graph == ("spalling.onnx" if name == "outlines" else "")
         judged = config.training["reliability"]
         assert judged["regions"] == sum(row["proposals"] for row in judged["bins"]) >= judged["right"] > 0 and judged["folds"] > 1

@@ -2,11 +2,11 @@
 
 1. Reading: the finest level and the sharpness of merging whose plain maps overlap best, each at its best threshold; a
    finer level must be better by FINER_GAIN, since it costs four times as much, the enlarged one by ENLARGED_GAIN.
-2. Climb, of the finest level alone: `g_ref`, the 99.9 % quantile of the gradient's magnitude on photos with the defect;
-   and the shortest of STEP_LENGTHS that comes nearest to a dial, at the threshold that is best for its T = 2: this costs
-   at most COST_OF_DEFAULT_T of the best overlap of T = 0, T = 8 at most COST_OF_LARGE_T, and the recall of pixels rises by
-   LEAST_RISE, of lines by LEAST_RISE_OF_LINES. Coarse levels do not climb here: of most networks whole blocks of the photo
-   would grow.
+2. Climb: `g_ref`, the 99.9 % quantile of the gradient's magnitude at the finest level of photos with the defect; which levels
+   climb, the finest alone or every one (of lines the finest alone); and xi, one of STEP_LENGTHS. The best comes nearest to a
+   dial, at the threshold that is best for its T = 2: this overlaps better than the best of T = 0, or costs at most
+   COST_OF_DEFAULT_T of it, T = 8 costs at most COST_OF_LARGE_T, and the recall of pixels rises by LEAST_RISE, of lines by
+   LEAST_RISE_OF_LINES. A network that has not learnt what coarse levels show would add whole blocks of the photo there.
 3. Cleaning: closing, gap and minimum area with the best overlap at the default T, and then the threshold that does; by how
    much T = 0 overlaps better at a threshold counts against it.
 4. Platt: the probability of a pixel, by logistic regression of the truth on the merged map; theta is the threshold
@@ -90,11 +90,11 @@ ENLARGED_GAIN = 0.01  # which the enlarged level must bring: it is read only nea
 STEP_LENGTHS = (0.0025, 0.005, 0.01, 0.02, 0.04)  # xi
 HIGHER_THRESHOLDS = tuple(0.5 * index for index in range(9))  # above the best one of T = 0: climbing extends
 G_REF_QUANTILE = 0.999
-COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.08  # of the overlap of T = 0 that T = 2 and T = 8 may lose
+COST_OF_DEFAULT_T, COST_OF_LARGE_T = 0.005, 0.04  # of the overlap of T = 0 that T = 2 and T = 8 may lose
 DEFAULT_T_COUNTS = 4  # the weight of what T = 2 loses beyond that: T = 2 is the default
 LEAST_RISE = 0.03  # of the recall of pixels from T = 0 to 8; of proposals that extend it is about twice as much
 LEAST_RISE_OF_LINES = 0.04  # they grow thin, which costs little
-CLIMB_PHOTOS = 8  # a climb of eight steps takes as long as thirty plain maps
+CLIMB_MP, CLIMB_PHOTOS = 1.5, 4  # of each set and of the level, four photos at least: eight steps take as long as thirty plain maps
 DEFAULT_T_PHOTOS = 40  # for cleaning and threshold
 PIXELS_PER_PHOTO = 4000  # for Platt
 FALSE_PER_MP = 0.5
@@ -204,7 +204,7 @@ class Calibration:
     def gradient_reference(self, reading: Reading) -> float:
         """`g_ref` of the finest level."""
         magnitudes = []
-        for photo in tqdm(spread(self.labelled, CLIMB_PHOTOS), desc="gradients", unit="photo"):
+        for photo in tqdm(few(self.labelled, reading), desc="gradients", unit="photo"):
             maps = self.maps(photo, reading)
             level = maps.pyramid.level(maps.scales[0])
             for tile in maps.tiles[level.scale]:
@@ -214,15 +214,16 @@ class Calibration:
         return float(f"{max(np.quantile(np.concatenate(magnitudes), G_REF_QUANTILE), 1e-9):.4g}")
 
     def choose_climb(self, reading: Reading, least: float) -> tuple[dict, dict]:
-        """The manifest's `climb`, and what every step length gives; `least` is the threshold that is best for T = 0."""
+        """The manifest's `climb`, and what every one that was tried gives; `least` is the threshold that is best for T = 0."""
         g_ref = self.gradient_reference(reading)
-        photos, report, found = spread(self.judging, CLIMB_PHOTOS), {}, []
+        photos, report, found = few(self.judging, reading), {}, []
         cleaning = replace(FIRST_CLEANING.get(self.defect, OTHER_FIRST_CLEANING), gap_px=0)
-        for xi in STEP_LENGTHS:
-            climb = {"form": "local", "xi": xi, "g_ref": [g_ref, None]}
+        levels = {"finest level": [g_ref, None]} if reading.of_lines else {"finest level": [g_ref, None], "every level": [g_ref]}
+        for (which, references), xi in product(levels.items(), STEP_LENGTHS):
+            climb, name = {"form": "local", "xi": xi, "g_ref": references}, f"{which}, xi {xi:g}"
             climbing = replace(reading, climbs=climbs_of(climb))
             logits = {steps: ArrayFile(self.args.out) for steps in STEPS}
-            for photo in tqdm(photos, desc=f"climb, step {xi}", unit="photo"):
+            for photo in tqdm(photos, desc=f"climb, {name}", unit="photo"):
                 maps = self.maps(photo, climbing)
                 maps.climb(STEPS[1:], np.ones((1, 1), bool), max(maps.height, maps.width))
                 for steps in STEPS:
@@ -236,14 +237,15 @@ class Calibration:
             threshold = least - higher
             overlaps = {steps: overlap(steps, threshold) for steps in STEPS}
             recalls = {steps: recall(photos, (one > threshold for one in logits[steps])) for steps in STEPS}
-            report[str(xi)] = {
+            report[name] = {
                 "threshold": threshold,
                 "plain": round(plain, 4),
                 "overlap": {str(steps): round(value, 4) for steps, value in overlaps.items()},
                 "recall": {str(steps): round(value, 4) for steps, value in recalls.items()},
             }
-            say(f"climb, step {xi}: {report[str(xi)]}")
-            cost = DEFAULT_T_COUNTS * max(0.0, plain - best - COST_OF_DEFAULT_T)
+            say(f"climb, {name}: {report[name]}")
+            gain = best - plain
+            cost = DEFAULT_T_COUNTS * max(0.0, -gain - COST_OF_DEFAULT_T) - max(0.0, gain)
             cost += max(0.0, plain - overlaps[8] - COST_OF_LARGE_T)
             least_rise = LEAST_RISE_OF_LINES if reading.of_lines else LEAST_RISE
             lacking = max(0.0, least_rise - (recalls[8] - recalls[0]))
@@ -286,6 +288,16 @@ def recall(photos: Sequence[KeptPhoto], masks: Iterable[np.ndarray]) -> float:
 def spread(items: Sequence, count: int) -> list:
     """`count` of the items at even distances, all of them if there are fewer."""
     return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, count).astype(int))] if items else []
+
+
+def few(photos: Sequence[KeptPhoto], reading: Reading) -> list[KeptPhoto]:
+    """Photos of every set at even distances: CLIMB_MP of the finest level that climbs, but CLIMB_PHOTOS photos at least."""
+    found = []
+    for set_name in dict.fromkeys(photo.set_name for photo in photos):
+        of_set = [photo for photo in photos if photo.set_name == set_name]
+        pixels = np.mean([photo.image_rgb.size / 3 for photo in of_set]) * min(reading.finest, 1.0) ** 2
+        found += spread(of_set, max(CLIMB_PHOTOS, int(CLIMB_MP * 1e6 / pixels)))
+    return found
 
 
 def random_pixels(
