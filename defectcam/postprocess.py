@@ -16,6 +16,7 @@ from defectcam.deadline import NO_DEADLINE, Deadline
 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # each pair of 8-neighbours once
 PATH_MARGIN_PX = 4  # around a gap: so far a path may swerve
+ROWS_AT_ONCE = 64  # that are searched for gaps: so many stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,22 @@ def bridged(mask: np.ndarray, logits: np.ndarray, gap_px: int, deadline: Deadlin
     pixel_of = np.zeros(len(inside) + 1, np.int64)
     pixel_of[nearest.ravel()[inside]] = inside
     piece_of = labels.ravel()[pixel_of]
-    piece = piece_of[nearest]
     height, width = mask.shape
-    found = []
-    for down, right in NEIGHBOURS:
-        here = slice(0, height - down), slice(max(-right, 0), width - max(right, 0))
-        there = slice(down, height), slice(max(right, 0), width + min(right, 0))
-        facing = np.nonzero((piece[here] != piece[there]) & (distance[here] + distance[there] <= gap_px))
-        lengths = distance[here][facing] + distance[there][facing]
-        found.append((lengths, nearest[here][facing], nearest[there][facing]))
-    lengths, starts, ends = (np.concatenate(parts) for parts in zip(*found))
+    found: dict[tuple[int, int], list] = {pair: [] for pair in NEIGHBOURS}
+    for top in range(0, height, ROWS_AT_ONCE):
+        apart, closest = (of_all[top : top + ROWS_AT_ONCE + 1] for of_all in (distance, nearest))  # and the row below
+        if apart.min() > gap_px:
+            continue
+        piece = piece_of[closest]
+        for down, right in NEIGHBOURS:
+            rows, columns = min(ROWS_AT_ONCE, len(apart) - down), slice(max(-right, 0), width - max(right, 0))
+            here = slice(0, rows), columns
+            there = slice(down, rows + down), slice(max(right, 0), width + min(right, 0))
+            facing = np.nonzero((piece[here] != piece[there]) & (apart[here] + apart[there] <= gap_px))
+            lengths = apart[here][facing] + apart[there][facing]
+            found[down, right].append((lengths, closest[here][facing], closest[there][facing]))
+    by_pair = (of_strip for of_strips in found.values() for of_strip in of_strips)
+    lengths, starts, ends = (np.concatenate(parts) for parts in zip(*by_pair))
     first, second = np.sort([piece_of[starts], piece_of[ends]], axis=0).astype(np.int64)
     pairs = first * count + second
     order = np.lexsort((pairs, lengths))

@@ -466,6 +466,9 @@ def test_scale_is_held_by_what_looks_the_same_at_every_size():
     assert [row["factor"] for row in found["rows"]] == [1, 2, 4, 0.5] and {row["photos"] for row in found["rows"]} == {3}
     assert found["figure"] == "iou" and all(row["iou"] > 0.8 for row in found["rows"]) and found["holds"]
     assert scale_lines(found)[-1] == "Scale is held: yes"
+    of_one, *larger, reduced = found["rows"]
+    assert [row["same"] for row in larger] == [of_one["iou"]] * 2, "an enlarged answer covers as much"
+    assert of_one["same"] is reduced["same"] is None
     large_only = dark_predictor(min_area_px=700)  # half as large, two of the three discs have fewer pixels
     found = measure_scale(large_only, "spalling", soft_photos())
     assert [row["holds"] for row in found["rows"]] == [True, True, True, False] and not found["holds"]
@@ -478,6 +481,8 @@ def test_hairlines_are_enlarged_only():
     assert found["figure"] == "f1_2px"
     assert {(row["set"], row["factor"]) for row in found["rows"]} == {
         *(("walls", factor) for factor in (1, 2, 4, 0.5)), *(("uav75", factor) for factor in (1, 2, 4))}  # fmt: skip
+    of_one, twice, four_times, _ = (row for row in found["rows"] if row["set"] == "walls")
+    assert of_one["f1_2px"] > twice["same"] > four_times["same"], "2 px are less of a photo that is larger"
 
 
 def plain_photos() -> list[LabelledPhoto]:
