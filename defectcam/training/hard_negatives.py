@@ -46,8 +46,7 @@ def hard_negatives(network: ScoreNet, image_rgb: np.ndarray, unknown: np.ndarray
         image_rgb: (H, W, 3) uint8, a photo without the defect.
         unknown: (H, W) bool, where that is not known.
     """
-    logits = merged_map(network, image_rgb, ALL_LEVELS)
-    logits[unknown] = -np.inf
+    logits = np.where(unknown, -np.inf, merged_map(network, image_rgb, ALL_LEVELS))
     found = []
     while len(found) < PER_PHOTO:
         y, x = np.unravel_index(np.argmax(logits), logits.shape)
