@@ -2,8 +2,8 @@
 
 A spall may be 40 or 4000 px wide and a network knows the sizes it was trained on. So it reads the photo at scales 1,
 1/2, 1/4, ... until the longer side is at most 128 px, or from 1/2 on, as the weights say. The coarse levels together cost a
-third of the finest. To a photo that is so small that it would have one level alone a finer one is added, which does not climb:
-on small photos its climb only made proposals too large. An enlarged level of scale 2 sees hairline cracks, but costs four
+third of the finest. A small photo would have one level alone. It gets a finer level, too, which does not climb: on small
+photos its climb made proposals too large. An enlarged level of scale 2 sees hairline cracks, but costs four
 times the first: it is read only around what the others take for possible, and does not climb.
 
 Every other level climbs by itself, if the weights say that it does: of a network that has not learnt what coarse levels
@@ -142,7 +142,7 @@ class Reading:
         return self.finest == ENLARGED
 
     def of_photo(self, height: int, width: int) -> Reading:
-        """How a photo of so many px is read: where it would have one level alone a finer one is added, which does not climb."""
+        """How a photo of so many px is read. Where it would have one level alone, a finer one is added, which does not climb."""
         finest, climbs = self.finest, self.climbs
         while finest < 1 and max(height, width) * finest <= SMALLEST_LEVEL_PX:
             finest *= 2

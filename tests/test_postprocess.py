@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from defectcam import postprocess
 from defectcam.deadline import Deadline, TimeLimitError
 from defectcam.postprocess import Cleaning, bridged, drop_small, regions
 
@@ -109,6 +110,18 @@ def test_bridging_is_the_same_wherever_pieces_lie():
     small = bridged(np.pad(mask, 10), framed, 6)
     assert np.array_equal(bridged(large, large_logits, 6)[90:260, 80:260], small)
     assert pieces(small) < pieces(mask) - 10
+
+
+@pytest.mark.parametrize("rows", [1, 7, 59, 60, 61])
+def test_gaps_are_found_in_whatever_strips_they_are_sought(monkeypatch, rows):
+    """Gaps lie across the strips in every direction."""
+    logits = cv2.GaussianBlur(np.random.default_rng(0).normal(size=(60, 90)).astype(np.float32), (0, 0), 1.5)
+    mask = logits > np.quantile(logits, 0.85)
+    monkeypatch.setattr(postprocess, "ROWS_AT_ONCE", 1000)
+    whole = bridged(mask, logits, 6)
+    assert pieces(whole) < pieces(mask) - 10
+    monkeypatch.setattr(postprocess, "ROWS_AT_ONCE", rows)
+    assert np.array_equal(bridged(mask, logits, 6), whole)
 
 
 def test_small_pieces_that_join_are_kept_and_others_dropped():

@@ -2,11 +2,12 @@
 
 1. Reading: the finest level and the sharpness of merging whose plain maps overlap best, each at its best threshold; a
    finer level must be better by FINER_GAIN, since it costs four times as much, the enlarged one by ENLARGED_GAIN.
-2. Climb: `g_ref`, the 99.9 % quantile of the gradient's magnitude at the finest level of photos with the defect; which levels
-   climb, the finest alone or every one (of lines the finest alone); and xi, one of STEP_LENGTHS. The best comes nearest to a
-   dial, at the threshold that is best for its T = 2: this overlaps better than the best of T = 0, or costs at most
-   COST_OF_DEFAULT_T of it, T = 8 costs at most COST_OF_LARGE_T, and the recall of pixels rises by LEAST_RISE, of lines by
-   LEAST_RISE_OF_LINES. A network that has not learnt what coarse levels show would add whole blocks of the photo there.
+2. Climb. `g_ref` is the 99.9 % quantile of the gradient's magnitude at the finest level of photos with the defect. Two choices
+   are tried: which levels climb (the finest alone or every one; of lines the finest alone), and xi, one of STEP_LENGTHS.
+   Each is judged at the threshold that is best for its T = 2, against the best overlap of T = 0. Chosen is what comes
+   nearest to these conditions: T = 2 gains, or costs at most COST_OF_DEFAULT_T; T = 8 costs at most COST_OF_LARGE_T; the
+   recall of pixels rises by LEAST_RISE, of lines by LEAST_RISE_OF_LINES. Every level may climb only where the network
+   has learnt what coarse levels show. Any other network adds whole blocks of the photo there.
 3. Cleaning: closing, gap and minimum area with the best overlap at the default T, and then the threshold that does; by how
    much T = 0 overlaps better at a threshold counts against it.
 4. Platt: the probability of a pixel, by logistic regression of the truth on the merged map; theta is the threshold
